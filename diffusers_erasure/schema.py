@@ -1,0 +1,307 @@
+"""`erasure_config.json`: the dataclasses of schema 1.0, and a strict reader for them.
+
+The reader takes nothing on trust: size, nesting, duplicate and unknown keys, types and ranges are all checked, and
+no string of the file is ever used as an import path, a file name outside the schema, or a regular expression.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ErasureConfigError
+
+
+SCHEMA = "1.0"
+CONFIG_FILE = "erasure_config.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TENSOR_FILE = "erasure.safetensors"
+CARD_FILE = "README.md"
+TENSOR_FILES = (LORA_FILE, TENSOR_FILE)
+
+MAX_CONFIG_BYTES = 256 * 1024
+MAX_DEPTH = 12
+MAX_FILE_BYTES = 16 * 2**30
+MAX_LAYERS = 64
+MAX_SITES = 8192
+MAX_CONCEPTS = 10_000
+
+_SITE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?|tokenizer(_[23])?)", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+# A site under one of these names would be an adapter's or this library's own module, not the base model's.
+_FOREIGN = ("erasure_modules", "base_layer", "lora_A", "lora_B", "_orig_mod", "processor")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ErasureConfigError(message)
+
+
+@dataclass(frozen=True)
+class Library:
+    """The library and version that wrote the file."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the erasure was made. `concept_settings` names the settings whose text would reveal a concept."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    concept_settings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(0 < len(self.name) <= 64, "`method.name` must have 1 to 64 characters.")
+
+
+@dataclass(frozen=True)
+class Component:
+    """What identifies one component of the base model.
+
+    Attributes:
+        class_name: class of the component, for people and for error messages; never imported.
+        architecture: SHA-256 over the names and shapes of its parameters, or over a tokenizer's vocabulary.
+        dtype: coarsest dtype of the sampled values; `None` for a tokenizer.
+        values: sampled parameter values, little-endian float32 in base64; `None` for a tokenizer.
+    """
+
+    class_name: str
+    architecture: str
+    dtype: str | None = None
+    values: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(_SHA256.fullmatch(self.architecture)), "`architecture` must be a SHA-256 in hexadecimal.")
+        _require((self.dtype is None) == (self.values is None), "`dtype` and `values` go together.")
+        _require(self.values is None or len(self.values) <= 96 * 1024, "`values` holds too many samples.")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The pipeline that the erasure was made for. Without `components` nothing can be compared on loading."""
+
+    family: str
+    repo: str | None = None
+    revision: str | None = None
+    components: dict[str, Component] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.components:
+            _require(bool(_COMPONENT.fullmatch(name)), f"`base_model.components` has an unknown component {name!r}.")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept that is removed, and what it is mapped to. Both are `None` in a redacted erasure."""
+
+    target: str | None
+    anchor: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of an erasure.
+
+    Attributes:
+        kind: a layer kind of this library's registry.
+        component: the pipeline's component on which it acts.
+        sites: the modules (or named inputs) of that component on which it acts.
+        file: the tensor file that holds its tensors.
+        prefix: what its tensors' names start with.
+        derived_from: components whose weights the tensors were computed from; another one there is an error.
+        schedule: strength by timestep and site. None is defined in schema 1.0.
+        gate: strength by prompt. None is defined in schema 1.0.
+    """
+
+    kind: str
+    component: str
+    sites: tuple[str, ...]
+    file: str
+    prefix: str
+    derived_from: tuple[str, ...] = ()
+    schedule: None = None
+    gate: None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(_COMPONENT.fullmatch(self.component)), f"A layer acts on unknown component {self.component!r}.")
+        _require(self.file in TENSOR_FILES, f"A layer's `file` must be one of {TENSOR_FILES}, not {self.file!r}.")
+        _require(0 < len(self.sites) <= MAX_SITES, f"A layer must have 1 to {MAX_SITES} `sites`.")
+        _require(len(set(self.sites)) == len(self.sites), "A layer names one of its `sites` twice.")
+        for site in self.sites:
+            _require(len(site) <= 256 and bool(_SITE.fullmatch(site)), f"{site!r} cannot be the name of a site.")
+            parts = site.split(".")
+            dunder = any(part.startswith("__") for part in parts)
+            _require(not dunder and not set(parts) & set(_FOREIGN), f"{site!r} is not a site of a base model.")
+        _require(
+            len(self.prefix) <= 128 and bool(_SITE.fullmatch(self.prefix + "x")), "A layer's `prefix` is invalid."
+        )
+        for name in self.derived_from:
+            _require(bool(_COMPONENT.fullmatch(name)), f"`derived_from` names unknown component {name!r}.")
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The LoRA file is the whole erasure: `diffusers` alone can load it.
+
+    `max_error` is the largest over all sites of |file's delta - exact delta| / |exact delta| (Frobenius norms).
+    """
+
+    file: str
+    max_error: float
+
+    def __post_init__(self) -> None:
+        _require(self.file == LORA_FILE, f"`stock.file` must be {LORA_FILE!r}.")
+        _require(0 <= self.max_error < 1, "`stock.max_error` must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """SHA-256 and size in bytes of a tensor file."""
+
+    sha256: str
+    size: int
+
+    def __post_init__(self) -> None:
+        _require(bool(_SHA256.fullmatch(self.sha256)), "`sha256` must have 64 hexadecimal digits.")
+        _require(0 < self.size <= MAX_FILE_BYTES, f"A tensor file must have 1 to {MAX_FILE_BYTES} bytes.")
+
+
+@dataclass(frozen=True)
+class ErasureConfig:
+    """The whole of `erasure_config.json`. No timestamps: the same inputs give the same bytes."""
+
+    schema: str
+    library: Library
+    method: Method
+    base_model: BaseModel
+    concepts: tuple[Concept, ...]
+    layers: tuple[LayerSpec, ...]
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    stock: Stock | None = None
+    solve: None = None
+    redacted: bool = False
+    published_strength: float = 1.0
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(0 < len(self.layers) <= MAX_LAYERS, f"An erasure must have 1 to {MAX_LAYERS} `layers`.")
+        _require(len(self.concepts) <= MAX_CONCEPTS, f"An erasure may name at most {MAX_CONCEPTS} `concepts`.")
+        _require(0 < self.published_strength < math.inf, "`published_strength` must be a finite number above 0.")
+        _require(set(self.files) <= set(TENSOR_FILES), f"`files` may name only {TENSOR_FILES}.")
+        _require(
+            not self.redacted or all(c.target is None and c.anchor is None for c in self.concepts),
+            "`redacted` is set, but `concepts` are named.",
+        )
+        whole = all(layer.kind == "lora" and layer.file == LORA_FILE for layer in self.layers)
+        _require(self.stock is None or whole, "`stock` is set, but a layer lies outside the LoRA file.")
+        prefixes = [(layer.file, layer.prefix) for layer in self.layers]
+        _require(len(set(prefixes)) == len(prefixes), "Two layers have the same `file` and `prefix`.")
+
+    def to_json(self) -> str:
+        """Write the configuration as JSON: sorted keys, two spaces, one newline at the end."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return text + "\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "ErasureConfig":
+        """Read and check a configuration.
+
+        Args:
+            data (`bytes`): the file's content, UTF-8, at most 256 KiB.
+
+        Raises:
+            ErasureConfigError: it is no valid configuration of schema 1.x.
+        """
+        raw = _load_json(data)
+        _require(isinstance(raw, dict), "The configuration must be a JSON object.")
+        schema = raw.get("schema")
+        match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", schema, re.ASCII) if isinstance(schema, str) else None
+        _require(match is not None, f"`schema` must look like {SCHEMA!r}, not {schema!r}.")
+        assert match is not None
+        _require(
+            int(match[1]) == int(SCHEMA.split(".")[0]),
+            f"The erasure has schema {schema}, this version of diffusers-erasure reads {SCHEMA}. "
+            "Upgrade diffusers-erasure.",
+        )
+        return _read(cls, raw, "")
+
+
+def _load_json(data: bytes) -> Any:
+    _require(len(data) <= MAX_CONFIG_BYTES, f"{CONFIG_FILE} has {len(data)} bytes, more than {MAX_CONFIG_BYTES}.")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        _require(len(result) == len(pairs), f"{CONFIG_FILE} has a key twice in one object.")
+        return result
+
+    def constant(name: str) -> Any:
+        raise ErasureConfigError(f"{CONFIG_FILE} has the number {name}; numbers must be finite.")
+
+    try:
+        raw = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except ErasureConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ErasureConfigError(f"{CONFIG_FILE} is not valid JSON: {str(error)[:200]}") from error
+    _check_json(raw, 0)
+    return raw
+
+
+def _check_json(value: Any, depth: int) -> None:
+    _require(depth <= MAX_DEPTH, f"{CONFIG_FILE} is nested more than {MAX_DEPTH} deep.")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_json(item, depth + 1)
+    elif isinstance(value, float):
+        _require(math.isfinite(value), f"{CONFIG_FILE} has a number that is not finite.")
+    elif isinstance(value, int):
+        _require(abs(value) < 2**63, f"{CONFIG_FILE} has a whole number that is too large.")
+
+
+def _read(kind: Any, value: Any, path: str) -> Any:
+    """Read `value` as the type `kind`, strictly: no unknown keys, no conversions but int to float."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, dict), f"`{path}` must be an object.")
+        return _read_dataclass(kind, value, path)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _read(next(argument for argument in arguments if argument is not type(None)), value, path)
+    if origin is tuple:
+        _require(isinstance(value, list), f"`{path}` must be a list.")
+        return tuple(_read(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        _require(isinstance(value, dict), f"`{path}` must be an object.")
+        return {key: _read(arguments[1], item, f"{path}.{key}"[:200]) for key, item in value.items()}
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if kind in (None, type(None)):
+        _require(value is None, f"`{path}` must be null in schema {SCHEMA}: this version knows no such thing.")
+        return None
+    _require(type(value) is kind, f"`{path}` must be of type {getattr(kind, '__name__', kind)}.")
+    return value
+
+
+def _read_dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown = [key for key in value if key not in hints]
+    where = f"`{path}`" if path else CONFIG_FILE
+    _require(not unknown, f"{where} has an unknown key {str(unknown[:1])[1:-1][:80]}; known are {sorted(hints)}.")
+    for item in dataclasses.fields(kind):
+        optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+        _require(optional or item.name in value, f"{where} lacks the key {item.name!r}.")
+    return kind(**{key: _read(hints[key], item, f"{path}.{key}".lstrip(".")) for key, item in value.items()})
