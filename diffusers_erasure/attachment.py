@@ -1,0 +1,186 @@
+"""What is attached to one component: a child module `erasure_modules` that holds the layers and the guard."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import compat
+from .artifact import Erasure
+from .errors import ErasureInactiveError, ErasureTrainingError
+from .layers import Layer, layer_kind
+
+
+CHILD = "erasure_modules"
+
+
+@dataclass
+class Loaded:
+    """One erasure on a pipeline. The states of all the components on which it acts share this object."""
+
+    name: str
+    erasure: Erasure
+    strength: float
+    base_match: dict[str, str]
+    content_hash: str
+
+
+class ErasureModules(nn.Module):
+    """All erasures on one component, as its child `erasure_modules`: there `.to()`, deepcopy and pickle find it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict()
+        self.loaded: dict[str, Loaded] = {}
+        self.disabled = 0
+        self.training_allowed = 0
+        self.guard: torch.utils.hooks.RemovableHandle | None = None
+
+    def kinds(self) -> Iterator[Layer]:
+        for layer in self.layers.values():
+            assert isinstance(layer, Layer)
+            yield layer
+
+    def fold(self) -> None:
+        """Write all strengths into the live buffers."""
+        strengths = {name: 0.0 if self.disabled else item.strength for name, item in self.loaded.items()}
+        for layer in self.kinds():
+            layer.fold(strengths)
+
+    def acts(self) -> bool:
+        """Whether any erasure with layers on this component has a strength above 0 and is not disabled."""
+        return not self.disabled and len(self.layers) > 0 and any(item.strength > 0 for item in self.loaded.values())
+
+
+class Guard:
+    """Forward pre-hook of a component: refuses passes that would train through an erasure, or around it."""
+
+    def __init__(self, state: ErasureModules) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.state
+        if state.disabled:
+            return
+        for layer in state.kinds():
+            reason = layer.inactive_reason()
+            if reason is not None:
+                raise ErasureInactiveError(reason)
+        if torch.is_grad_enabled() and not state.training_allowed:
+            if any(parameter.requires_grad for parameter in module.parameters()) or _trains_the_text(args, kwargs):
+                raise ErasureTrainingError(_TRAINING.format(kind=type(module).__name__, names=list(state.loaded)))
+
+
+def _trains_the_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether gradients flow into any input but the first, the noisy sample: textual inversion, a text encoder's LoRA."""
+    others = [*args[1:], *(value for name, value in kwargs.items() if name not in ("sample", "hidden_states"))]
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in others)
+
+
+_TRAINING = (
+    "A forward pass of {kind} with gradients, and with trainable parameters or text rows, while the erasures {names} are on. A LoRA that is "
+    "trained against a live erasure learns to undo it. To train on the clean base model use "
+    "`with pipe.erasures_disabled():`; to only run the model use `torch.no_grad()` or `requires_grad_(False)`; to train "
+    "through the erasure on purpose use `with diffusers_erasure.training_through_erasures(pipe):`."
+)
+
+
+def state_of(component: Any) -> ErasureModules | None:
+    """Return what is attached to a component, `None` where nothing is."""
+    if not isinstance(component, nn.Module):
+        return None
+    state = compat.unwrap_compiled(component)._modules.get(CHILD)
+    return state if isinstance(state, ErasureModules) else None
+
+
+def attach(components: Mapping[str, nn.Module], guarded: Iterable[str], item: Loaded) -> None:
+    """Attach an erasure to its components, completely or not at all.
+
+    Args:
+        components (`dict`): every component on which the erasure acts or that is guarded, by name.
+        guarded (iterable of `str`): components that get the guard even where no layer acts on them.
+        item ([`Loaded`]): the erasure.
+    """
+    layers = list(enumerate(item.erasure.config.layers))
+    tensors = [item.erasure.layer_tensors(layer) for _, layer in layers]
+    for index, layer in layers:
+        layer_kind(layer.kind).check(components[layer.component], layer, tensors[index])
+    names = {layer.component for _, layer in layers} | set(guarded)
+    beside = next((state for state in map(state_of, components.values()) if state is not None), None)
+    try:
+        for name in sorted(names):
+            state = _state(components[name], beside)
+            state.loaded[item.name] = item
+        for index, layer in layers:
+            state = _state(components[layer.component])
+            if layer.kind not in state.layers:
+                state.layers[layer.kind] = layer_kind(layer.kind)()
+            runtime = state.layers[layer.kind]
+            assert isinstance(runtime, Layer)
+            runtime.attach(components[layer.component], (item.name, index), layer, tensors[index])
+        for name in sorted(names):
+            _state(components[name]).fold()
+    except BaseException:
+        detach([components[name] for name in names], item.name)
+        raise
+    _reset_compiled(components[name] for name in names)
+
+
+def detach(components: Iterable[nn.Module], name: str) -> None:
+    """Detach one erasure from its components; a component without erasures is left as it was before the first."""
+    components = list(components)
+    for component in components:
+        state = state_of(component)
+        if state is None or name not in state.loaded:
+            continue
+        for layer in state.kinds():
+            layer.detach(name)
+        del state.loaded[name]
+        for kind in [kind for kind, layer in state.layers.items() if isinstance(layer, Layer) and layer.is_empty()]:
+            del state.layers[kind]
+        if state.loaded:
+            state.fold()
+            continue
+        if state.guard is not None:
+            state.guard.remove()
+        del compat.unwrap_compiled(component)._modules[CHILD]
+    _reset_compiled(components)
+
+
+def _state(component: nn.Module, beside: ErasureModules | None = None) -> ErasureModules:
+    """The state of a component, made where it has none: disabled as that of the other components is."""
+    state = state_of(component)
+    if state is None:
+        component = compat.unwrap_compiled(component)
+        state = ErasureModules()
+        if beside is not None:
+            state.disabled, state.training_allowed = beside.disabled, beside.training_allowed
+        state.guard = component.register_forward_pre_hook(Guard(state), prepend=True, with_kwargs=True)
+        component.add_module(CHILD, state)
+    return state
+
+
+def _reset_compiled(components: Iterable[nn.Module]) -> None:
+    if any(compat.is_compiled(component) for component in components):
+        compat.reset_compiled()
+
+
+@contextmanager
+def counted(states: Callable[[], Iterable[ErasureModules]], attribute: str) -> Iterator[None]:
+    """Raise a counter (`disabled` or `training_allowed`) of states within a block, also past exceptions.
+
+    At its end the states are asked for again: some may have come within the block, with the counter of the others.
+    """
+    held = list(states())
+    for state in held:
+        setattr(state, attribute, getattr(state, attribute) + 1)
+        state.fold()
+    try:
+        yield
+    finally:
+        for state in dict.fromkeys([*held, *states()]):
+            setattr(state, attribute, max(0, getattr(state, attribute) - 1))
+            state.fold()

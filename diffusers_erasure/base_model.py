@@ -1,0 +1,426 @@
+"""Base models: which family a pipeline belongs to, how its prompts become rows, and how it is recognised again."""
+
+import base64
+import hashlib
+import json
+import re
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import compat
+from .errors import ErasureCompatibilityError, ErasureInputError
+from .logging import get_logger
+from .schema import BaseModel, Component
+
+
+logger = get_logger(__name__)
+
+SAMPLES = 4096
+Match = Literal["same", "different weights", "unverified"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of base models.
+
+    Attributes:
+        name: as it stands in an erasure's config.
+        denoiser: the pipeline's attribute that holds the UNet or transformer.
+        text_encoders: the attributes that hold text encoders.
+        tokenizers: the attributes that hold their tokenizers.
+    """
+
+    name: str
+    denoiser: str
+    text_encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+
+
+_SD = Family("stable-diffusion", "unet", ("text_encoder",), ("tokenizer",))
+_SDXL = Family("stable-diffusion-xl", "unet", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"))
+_SD3 = Family(
+    "stable-diffusion-3",
+    "transformer",
+    ("text_encoder", "text_encoder_2", "text_encoder_3"),
+    ("tokenizer", "tokenizer_2", "tokenizer_3"),
+)
+_FLUX = Family("flux", "transformer", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"))
+FAMILIES = {family.name: family for family in (_SD, _SDXL, _SD3, _FLUX)}
+
+
+def component(pipe: Any, name: str) -> Any:
+    """Return a component of a pipeline, taken out of `torch.compile`; `None` where it is missing or not loaded."""
+    value = getattr(pipe, name, None)
+    return compat.unwrap_compiled(value) if isinstance(value, nn.Module) else value
+
+
+def denoiser_name(pipe: Any) -> str:
+    """Name of the component that denoises: `"unet"` or `"transformer"`.
+
+    Raises:
+        ErasureCompatibilityError: the pipeline has neither, or it is not loaded.
+    """
+    for name in ("unet", "transformer"):
+        if isinstance(component(pipe, name), nn.Module):
+            return name
+    raise ErasureCompatibilityError(
+        f"{type(pipe).__name__} has no `unet` and no `transformer` loaded; load the pipeline's components first."
+    )
+
+
+def family_of(pipe: Any) -> Family:
+    """Return the family of a pipeline, told by the class of its denoiser.
+
+    Raises:
+        ErasureCompatibilityError: no family of this library fits.
+    """
+    name = denoiser_name(pipe)
+    model = component(pipe, name)
+    kind = type(model).__name__
+    if kind == "UNet2DConditionModel":
+        return _SDXL if model.config.get("addition_embed_type") == "text_time" else _SD
+    if kind == "SD3Transformer2DModel":
+        return _SD3
+    if kind == "FluxTransformer2DModel":
+        return _FLUX
+    raise ErasureCompatibilityError(
+        f"{kind} belongs to no known family of base models; known are Stable Diffusion 1.x, 2.x, XL, 3 and Flux."
+    )
+
+
+def _sampled_rows(owner: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    # Textual inversion appends rows to the token embedding, so only its first rows identify the model.
+    return tensor[:256] if isinstance(owner, nn.Embedding) else tensor
+
+
+def _shape(owner: nn.Module, name: str, parameter: torch.Tensor) -> list[int | str]:
+    if isinstance(owner, nn.Embedding):
+        return ["*", parameter.shape[1]]
+    if name == "weight" and isinstance(owner, nn.Linear):  # a quantised weight is packed
+        return [owner.out_features, owner.in_features]
+    return list(parameter.shape)
+
+
+def _samples(owner: nn.Module, name: str, parameter: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.dtype]:
+    """`count` values spread evenly over a parameter, and their dtype; NaN where they cannot be read."""
+    tensor: torch.Tensor | None = parameter.detach()
+    if parameter.device.type == "meta":
+        tensor = compat.offloaded_tensor(owner, name)
+    packed = type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point
+    if tensor is None or (packed and parameter.device.type != "meta"):
+        return torch.full((count,), torch.nan), torch.float32
+    flat = _sampled_rows(owner, tensor).reshape(-1)
+    # Plain numbers: for a handful of samples they are faster than four tensor operations.
+    positions = [(2 * i + 1) * flat.numel() // (2 * count) for i in range(count)]
+    dtype = flat.dtype
+    flat = flat.float() if dtype.itemsize < 2 else flat  # float8 has no indexing
+    return flat.index_select(0, torch.tensor(positions, device=flat.device)).to(torch.float32), dtype
+
+
+def _read(model: nn.Module) -> tuple[str, np.ndarray, list[torch.dtype]]:
+    """Architecture hash, sampled values [n] and their dtypes."""
+    parameters = sorted(compat.base_parameters(model), key=lambda item: item[0])
+    count = max(1, SAMPLES // max(1, len(parameters)))
+    shapes = [f"{name} {_shape(owner, local, tensor)}" for name, owner, local, tensor in parameters]
+    architecture = hashlib.sha256("\n".join([type(model).__name__, *shapes]).encode()).hexdigest()
+    chosen = parameters[:: max(1, len(parameters) // SAMPLES)]
+    values, dtypes = [], []
+    for _, owner, local, tensor in chosen:
+        sample, dtype = _samples(owner, local, tensor, count)
+        values.append(sample)
+        dtypes.extend([dtype] * count)
+    joined = torch.cat([value.cpu() for value in values]) if values else torch.zeros(0)
+    return architecture, joined.numpy(), dtypes
+
+
+def _coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
+    return max(set(dtypes), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def describe_model(model: nn.Module) -> Component:
+    """Fingerprint a model: about 4,096 values, evenly over its parameters, and a hash of their names and shapes."""
+    architecture, values, dtypes = _read(model)
+    return Component(
+        class_name=type(model).__name__,
+        architecture=architecture,
+        dtype=str(_coarsest(dtypes)).removeprefix("torch."),
+        values=base64.b64encode(values.astype("<f4").tobytes()).decode(),
+    )
+
+
+# Sizes and hashes of vocabularies that were read: reading one takes longer than all the rest of loading an erasure.
+_vocabularies: weakref.WeakKeyDictionary[Any, tuple[int | None, str]] = weakref.WeakKeyDictionary()
+
+
+def describe_tokenizer(tokenizer: Any) -> Component:
+    """Fingerprint a tokenizer: a hash of its vocabulary, without added tokens (textual inversion adds some)."""
+    size, digest = _vocabularies.get(tokenizer, (None, ""))
+    if size != tokenizer.vocab_size:
+        vocabulary = tokenizer.get_vocab()
+        tokens = sorted(vocabulary.keys() - tokenizer.get_added_vocab().keys())
+        indices = [vocabulary[token] for token in tokens]
+        digest = hashlib.sha256(json.dumps([tokens, indices]).encode()).hexdigest()  # faster than a list of pairs
+        _vocabularies[tokenizer] = tokenizer.vocab_size, digest
+    return Component(class_name=type(tokenizer).__name__.removesuffix("Fast"), architecture=digest)
+
+
+def _text_components(pipe: Any, family: Family) -> Iterator[tuple[str, Any]]:
+    for name in (*family.text_encoders, *family.tokenizers):
+        value = component(pipe, name)
+        if value is not None:
+            yield name, value
+
+
+def _repo_and_revision(pipe: Any, denoiser: Any) -> tuple[str | None, str | None]:
+    """Repository id and commit, as far as the pipeline remembers them; a local path is no repository."""
+    name = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(pipe, "_name_or_path", None)
+    repo = name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) else None
+    path = str(getattr(denoiser.config, "_name_or_path", ""))
+    commit = re.search(r"snapshots[/\\]([0-9a-f]{40})", path)
+    return repo, commit[1] if repo and commit else None
+
+
+def describe_base(pipe: Any) -> BaseModel:
+    """Identify the base model of a pipeline.
+
+    Returns:
+        [`BaseModel`]: family, repository and revision where known, and a fingerprint of the denoiser, of each text
+        encoder and of each tokenizer that is loaded.
+    """
+    family = family_of(pipe)
+    denoiser = component(pipe, family.denoiser)
+    repo, revision = _repo_and_revision(pipe, denoiser)
+    components = {family.denoiser: describe_model(denoiser)}
+    for name, value in _text_components(pipe, family):
+        components[name] = describe_model(value) if isinstance(value, nn.Module) else describe_tokenizer(value)
+    return BaseModel(family=family.name, repo=repo, revision=revision, components=components)
+
+
+def _effective(values: np.ndarray, dtypes: list[torch.dtype]) -> list[torch.dtype]:
+    """`dtypes`, or the one to which the values were rounded before they were stored wider (an fp16 file read as fp32)."""
+    tensor = torch.from_numpy(values[~np.isnan(values)].copy())
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(tensor.to(dtype).to(torch.float32), tensor):
+            return [max(dtype, live, key=lambda each: torch.finfo(each).eps) for live in dtypes]
+    return dtypes
+
+
+def _match_values(stored: Component, values: np.ndarray, dtypes: list[torch.dtype]) -> Match:
+    """Compare sampled values within the rounding of the coarser dtype."""
+    assert stored.values is not None and stored.dtype is not None
+    dtype = getattr(torch, stored.dtype, None)
+    try:
+        reference = np.frombuffer(base64.b64decode(stored.values, validate=True), "<f4")
+    except ValueError:
+        reference = np.zeros(0, "<f4")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or reference.shape != values.shape:
+        return "unverified"
+    readable = ~np.isnan(values) & ~np.isnan(reference)
+    if not readable.any():
+        return "unverified"
+    # Each side is off by at most half an ulp of its dtype; below the normal range ulps are absolute.
+    infos = [torch.finfo(live) for live in _effective(values, dtypes)]
+    own = torch.finfo(_effective(reference, [dtype])[0])
+    relative = np.array([info.eps + own.eps for info in infos])
+    absolute = np.array([info.tiny * info.eps + own.tiny * own.eps for info in infos])
+    scale = np.maximum(np.abs(values), np.abs(reference)).astype(np.float64)
+    difference = np.abs(values.astype(np.float64) - reference)
+    close = difference[readable] <= (relative * scale + absolute)[readable]
+    return "same" if bool(close.all()) else "different weights"
+
+
+def compare_component(name: str, stored: Component, live: Any) -> Match:
+    """Compare one component with what an erasure recorded of it.
+
+    Raises:
+        ErasureCompatibilityError: the architecture (or the tokenizer's vocabulary) is another one.
+    """
+    if not isinstance(live, nn.Module):
+        if describe_tokenizer(live).architecture != stored.architecture:
+            raise ErasureCompatibilityError(
+                f"The pipeline's {name} ({type(live).__name__}) has another vocabulary than the one that the erasure "
+                f"was made with ({stored.class_name})."
+            )
+        return "same"
+    architecture, values, dtypes = _read(live)
+    if architecture != stored.architecture:
+        raise ErasureCompatibilityError(
+            f"The pipeline's {name} ({type(live).__name__}) has another architecture than the one that the erasure "
+            f"was made for ({stored.class_name}): names or shapes of its parameters differ."
+        )
+    return _match_values(stored, values, dtypes)
+
+
+def compare_base(base: BaseModel, pipe: Any, *, needed: set[str], derived_from: set[str]) -> dict[str, Match]:
+    """Compare a pipeline with the base model of an erasure.
+
+    Args:
+        base ([`BaseModel`]): what the erasure recorded.
+        pipe: the pipeline.
+        needed (`set` of `str`): components on which the erasure acts.
+        derived_from (`set` of `str`): components from whose weights the erasure was computed.
+
+    Returns:
+        `dict`: for each recorded component `"same"`, `"different weights"` or `"unverified"` (not loaded, or quantised).
+
+    Raises:
+        ErasureCompatibilityError: another family, another architecture, a missing component that is acted on, or a
+            component with other weights from which the erasure was derived.
+    """
+    missing = sorted(name for name in needed if not isinstance(component(pipe, name), nn.Module))
+    if missing:
+        raise ErasureCompatibilityError(
+            f"The erasure acts on {missing}, but this pipeline has no such component loaded. Load it, for example with "
+            f"`from_pretrained(..., {missing[0]}=...)`."
+        )
+    if not base.components:
+        return {}
+    family = family_of(pipe)
+    if base.family != family.name:
+        raise ErasureCompatibilityError(
+            f"The erasure was made for {base.family} ({base.repo or 'a local model'}), this pipeline is {family.name}."
+        )
+    result: dict[str, Match] = {}
+    for name, stored in base.components.items():
+        live = component(pipe, name)
+        if live is None:
+            result[name] = "unverified"
+            continue
+        try:
+            result[name] = compare_component(name, stored, live)
+        except ErasureCompatibilityError:
+            if name not in needed | derived_from:
+                result[name] = "different weights"
+                continue
+            raise
+        if result[name] == "different weights" and name in derived_from:
+            raise ErasureCompatibilityError(
+                f"The pipeline's {name} has other weights than the one from which the erasure was derived "
+                f"({base.repo or base.family}); its text rows differ, so the concept would not be erased. "
+                "Use the original text encoder, or make the erasure again for this base model."
+            )
+    return result
+
+
+def plain_weight(module: nn.Module, name: str) -> torch.Tensor:
+    """Return a layer's weight for fitting, in float64 on the CPU.
+
+    Raises:
+        ErasureInputError: the weight is quantised, cannot be read, or is not finite.
+    """
+    return _exact(_readable_weight(module, name), name)
+
+
+def weight_times(module: nn.Module, name: str, right: torch.Tensor) -> torch.Tensor:
+    """Return `plain_weight(module, name) @ right`, block by block so that the float64 copies stay in the CPU's cache.
+
+    Raises:
+        ErasureInputError: the weight is quantised, cannot be read, or is not finite.
+    """
+    blocks = _readable_weight(module, name).cpu().split(128)
+    return torch.cat([_exact(block, name) @ right for block in blocks])
+
+
+def _exact(weight: torch.Tensor, name: str) -> torch.Tensor:
+    result = weight.to("cpu", torch.float64)
+    least, largest = torch.aminmax(result)  # NaN where any value is; faster than `isfinite(result).all()`
+    if not bool(torch.isfinite(least) & torch.isfinite(largest)):
+        raise ErasureInputError(f"The weight of {name!r} has values that are not finite; the base model is damaged.")
+    return result
+
+
+def _readable_weight(module: nn.Module, name: str) -> torch.Tensor:
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.device.type == "meta":
+        stored = compat.offloaded_tensor(module, "weight")
+        weight = None if stored is None else nn.Parameter(stored, requires_grad=False)
+    if weight is None or type(weight) is not nn.Parameter or not weight.dtype.is_floating_point:
+        raise ErasureInputError(
+            f"The weight of {name!r} is quantised or cannot be read; fit on a base model in float32, float16 or bfloat16."
+        )
+    return weight.detach()
+
+
+def text_readers(pipe: Any) -> dict[str, nn.Linear]:
+    """Return the Linears of a UNet that read the text rows: each cross-attention's `to_k` and `to_v`, in model order.
+
+    Raises:
+        ErasureCompatibilityError: the denoiser has none, or its attention projections are fused.
+    """
+    unet = component(pipe, denoiser_name(pipe))
+    readers: dict[str, nn.Linear] = {}
+    for name, module in unet.named_modules():
+        if not name.endswith(".attn2") or name.startswith("erasure_modules"):
+            continue
+        if compat.has_fused_projections(module):
+            raise ErasureCompatibilityError(
+                f"The attention projections of {name!r} are fused; call `pipe.unfuse_qkv_projections()` first."
+            )
+        for part in ("to_k", "to_v"):
+            linear = compat.base_layer(module.get_submodule(part))
+            if isinstance(linear, nn.Linear):
+                readers[f"{name}.{part}"] = linear
+    if not readers:
+        raise ErasureCompatibilityError(f"{type(unet).__name__} has no cross-attention that reads text rows.")
+    return readers
+
+
+def token_ids(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """Tokenise prompts with their special tokens, unpadded.
+
+    Raises:
+        ErasureInputError: a prompt is longer than the encoder.
+    """
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    for prompt, row in zip(prompts, ids, strict=True):
+        if len(row) > tokenizer.model_max_length:
+            raise ErasureInputError(
+                f"The prompt {prompt[:80]!r} has {len(row)} tokens; the text encoder takes "
+                f"{tokenizer.model_max_length}. Shorten it."
+            )
+    return ids
+
+
+@torch.no_grad()
+def encode_rows(pipe: Any, prompts: list[str], batch_size: int = 64) -> tuple[torch.Tensor, list[int]]:
+    """Encode prompts as a Stable Diffusion 1.x or 2.x pipeline does.
+
+    Args:
+        pipe: the pipeline; its `text_encoder` and `tokenizer` are used.
+        prompts (`list` of `str`): the prompts.
+        batch_size (`int`, *optional*, defaults to 64): prompts in one pass.
+
+    Returns:
+        `tuple`: rows, float64 [N, L, C] on the CPU, padded to the encoder's length L; and for each prompt the index of
+        its last word piece (0, the start token, for the empty prompt).
+
+    Raises:
+        ErasureCompatibilityError: no text encoder is loaded.
+        ErasureInputError: a prompt is too long, the text encoder carries an active LoRA, or its rows are not finite.
+    """
+    encoder, tokenizer = component(pipe, "text_encoder"), component(pipe, "tokenizer")
+    if encoder is None or tokenizer is None:
+        raise ErasureCompatibilityError("Fitting needs the pipeline's `text_encoder` and `tokenizer`; load them.")
+    adapters = compat.active_adapters(encoder)
+    if adapters:
+        raise ErasureInputError(
+            f"The text encoder carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. "
+            "Call `pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
+        )
+    ids = token_ids(tokenizer, prompts)
+    device = next((p.device for p in encoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    rows = []
+    for start in range(0, len(prompts), batch_size):
+        chunk = tokenizer(prompts[start : start + batch_size], padding="max_length", return_tensors="pt").to(device)
+        mask = chunk.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        rows.append(encoder(chunk.input_ids, attention_mask=mask)[0].to("cpu", torch.float64))
+    result = torch.cat(rows)
+    if not bool(torch.isfinite(result).all()):
+        raise ErasureInputError("The text encoder gives values that are not finite; the base model is damaged.")
+    return result, [len(row) - 2 for row in ids]

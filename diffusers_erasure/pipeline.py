@@ -1,0 +1,415 @@
+"""The pipeline methods, as typed functions whose first argument is the pipeline.
+
+Importing `diffusers_erasure` binds forwarders to them onto `DiffusionPipeline` and `ModularPipeline`.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from torch import nn
+
+from . import attachment, prompt_guard
+from .artifact import Erasure
+from .attachment import ErasureModules, Loaded
+from .base_model import compare_base, denoiser_name
+from .errors import ErasureCompatibilityError, ErasureInputError, ErasureNotFoundError
+from .logging import get_logger
+from .schema import Concept
+
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+logger = get_logger(__name__)
+
+StrictBase = Literal["warn", "error", "ignore"]
+
+
+@dataclass(frozen=True)
+class ErasureInfo:
+    """One loaded erasure.
+
+    Attributes:
+        name: the name under which it is loaded.
+        method: how it was made.
+        concepts: what it removes; the names are `None` where the erasure was redacted.
+        strength: its strength now; 0 where it is set to 0, whatever `erasures_disabled` does.
+        layers: its layers in words, such as `"lora on unet (32 sites)"`.
+        base_match: for each component of its base model `"same"`, `"different weights"` or `"unverified"`.
+        source: the folder or repository that it came from, `None` for one made in this process.
+        revision: the commit that it came from, where it came from the Hub.
+    """
+
+    name: str
+    method: str
+    concepts: tuple[Concept, ...]
+    strength: float
+    layers: tuple[str, ...]
+    base_match: Mapping[str, str]
+    source: str | None
+    revision: str | None
+
+
+class ErasablePipeline(Protocol):
+    """A pipeline with the methods that this library binds, for type checkers. See [`as_erasable`]."""
+
+    def load_erasure(
+        self,
+        src: "str | os.PathLike[str] | Erasure",
+        adapter_name: str | None = None,
+        *,
+        strength: float = 1.0,
+        strict_base: StrictBase = "warn",
+        method: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        weight_name: str | None = None,
+    ) -> ErasureInfo: ...
+
+    def list_erasures(self) -> list[ErasureInfo]: ...
+
+    def set_erasures(
+        self, names: str | Sequence[str] | Mapping[str, float], strengths: float | Sequence[float] | None = None
+    ) -> None: ...
+
+    def unload_erasure(self, name: str | None = None) -> None: ...
+
+    def erasures_disabled(self) -> "AbstractContextManager[None]": ...
+
+    def save_erasure(
+        self, save_directory: str | os.PathLike[str], adapter_name: str | None = None, **kwargs: Any
+    ) -> list[Path]: ...
+
+
+def as_erasable(pipe: Any) -> ErasablePipeline:
+    """Return the same pipeline, typed as one that has the erasure methods.
+
+    Raises:
+        ErasureInputError: the methods are not bound (`diffusers_erasure.install()` binds them).
+    """
+    if not hasattr(pipe, "load_erasure"):
+        raise ErasureInputError(
+            f"{type(pipe).__name__} has no erasure methods. Call `diffusers_erasure.install()` first."
+        )
+    return cast(ErasablePipeline, pipe)
+
+
+# ----------------------------------------------------------------------------------------------------- the state
+
+
+_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def _components(pipe: Any) -> dict[str, nn.Module]:
+    found = {name: getattr(pipe, name, None) for name in _COMPONENTS}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def _states(pipe: Any) -> dict[str, ErasureModules]:
+    states = {name: attachment.state_of(module) for name, module in _components(pipe).items()}
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def _loaded(pipe: Any) -> dict[str, Loaded]:
+    items: dict[str, Loaded] = {}
+    for state in _states(pipe).values():
+        items.update({name: item for name, item in state.loaded.items() if name not in items})
+    return items
+
+
+def _known(pipe: Any, name: str) -> Loaded:
+    items = _loaded(pipe)
+    if name not in items:
+        raise ErasureNotFoundError(f"No erasure {name!r} is loaded; loaded are {list(items)}.")
+    return items[name]
+
+
+def _valid_strength(value: Any) -> float:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain or not 0 <= value < float("inf"):
+        raise ErasureInputError(f"A strength must be a finite number of at least 0, not {value!r}.")
+    return float(value)
+
+
+def _info(item: Loaded) -> ErasureInfo:
+    config = item.erasure.config
+    layers = tuple(f"{layer.kind} on {layer.component} ({_sites(layer.sites)})" for layer in config.layers)
+    return ErasureInfo(
+        name=item.name,
+        method=config.method.name,
+        concepts=config.concepts,
+        strength=item.strength,
+        layers=layers,
+        base_match=dict(item.base_match),
+        source=item.erasure.source,
+        revision=item.erasure.revision,
+    )
+
+
+def _sites(sites: Sequence[str]) -> str:
+    return sites[0] if len(sites) == 1 else f"{len(sites)} sites"
+
+
+def _default_name(src: Any, taken: Mapping[str, Loaded]) -> str:
+    if isinstance(src, Erasure):
+        base = Path(src.source).name if src.source else src.config.method.name
+    else:
+        base = Path(os.fspath(src)).name
+    base = re.sub(r"[^\w-]+", "_", base).strip("_") or "erasure"
+    if not isinstance(src, Erasure) or base not in taken:
+        return base
+    return next(name for i in range(2, len(taken) + 3) if (name := f"{base}_{i}") not in taken)
+
+
+# ------------------------------------------------------------------------------------------------- the functions
+
+
+def load_erasure(
+    pipe: Any,
+    src: "str | os.PathLike[str] | Erasure",
+    adapter_name: str | None = None,
+    *,
+    strength: float = 1.0,
+    strict_base: StrictBase = "warn",
+    method: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    weight_name: str | None = None,
+) -> ErasureInfo:
+    """Load an erasure into a pipeline. It stays on until it is unloaded, whatever is done with LoRAs.
+
+    Everything is checked before anything is attached; a failure leaves the pipeline as it was.
+
+    Args:
+        pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
+        src (`str`, `os.PathLike` or [`Erasure`]): a repository id on the Hub, a local folder, or an erasure.
+        adapter_name (`str`, *optional*): name under which it is loaded; by default that of the folder or repository.
+        strength (`float`, *optional*, defaults to 1.0): finite, at least 0; 0 is the base model bit for bit.
+        strict_base (`"warn"`, `"error"` or `"ignore"`, *optional*, defaults to `"warn"`): what to do where the denoiser
+            has the right architecture, but other weights than the one that the erasure was made for (a fine-tune of it).
+        method (`str`, *optional*): `"lora"` loads a plain LoRA file as an erasure; otherwise leave it out.
+        subfolder, revision, token, cache_dir, force_download, local_files_only: see [`Erasure.from_pretrained`].
+        weight_name (`str`, *optional*): the LoRA's file, with `method="lora"` alone.
+
+    Returns:
+        [`ErasureInfo`]: what was loaded and how its base model matched.
+
+    Raises:
+        ErasureInputError: the name or the content is loaded already, or an argument is out of range.
+        ErasureCompatibilityError: the erasure was made for another architecture or another text encoder.
+        ErasureNotFoundError, ErasureConfigError, ErasureFileError: see [`Erasure.from_pretrained`].
+    """
+    strength = _valid_strength(strength)
+    if strict_base not in ("warn", "error", "ignore"):
+        raise ErasureInputError(f'`strict_base` must be "warn", "error" or "ignore", not {strict_base!r}.')
+    if method not in (None, "lora"):
+        raise ErasureInputError(f'`method` must be left out, or be "lora" for a plain LoRA file, not {method!r}.')
+    if weight_name is not None and method is None:
+        raise ErasureInputError('`weight_name` goes with `method="lora"`; an erasure names its files itself.')
+    taken = _loaded(pipe)
+    name = _default_name(src, taken) if adapter_name is None else adapter_name
+    if not isinstance(name, str) or not name or "." in name:
+        raise ErasureInputError(
+            f"An erasure's name must be a string with at least one character and no '.': {name!r}."
+        )
+    if name in taken:
+        raise ErasureInputError(
+            f"An erasure {name!r} is loaded already. Give another `adapter_name`, or unload it with "
+            f"`pipe.unload_erasure({name!r})` first."
+        )
+    hub: dict[str, Any] = {
+        "subfolder": subfolder,
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "force_download": force_download,
+        "local_files_only": local_files_only,
+    }
+    if isinstance(src, Erasure):
+        erasure = src
+    elif method == "lora":
+        from .plain_lora import read_plain_lora
+
+        erasure = read_plain_lora(pipe, src, weight_name=weight_name, **hub)
+    else:
+        erasure = Erasure.from_pretrained(src, **hub)
+
+    content = erasure.content_hash
+    twin = next((item.name for item in taken.values() if item.content_hash == content), None)
+    if twin is not None:
+        raise ErasureInputError(
+            f"This erasure is loaded already, as {twin!r}; twice it would act at twice the strength. "
+            f"Use `pipe.set_erasures({twin!r}, strength)`."
+        )
+    match = _check_base(pipe, erasure, strict_base)
+    components = _components(pipe)
+    on_text = any(layer.component.startswith("text_encoder") for layer in erasure.config.layers)
+    if on_text:
+        prompt_guard.check(pipe)
+    item = Loaded(name, erasure, strength, match, content)
+    attachment.attach(components, [denoiser_name(pipe)], item)
+    if on_text:
+        prompt_guard.install(pipe)
+    logger.info("Loaded the erasure %r (%s) at strength %g.", name, erasure.config.method.name, strength)
+    return _info(item)
+
+
+def _check_base(pipe: Any, erasure: Erasure, strict_base: StrictBase) -> dict[str, str]:
+    layers = erasure.config.layers
+    needed = {layer.component for layer in layers}
+    derived = {name for layer in layers for name in layer.derived_from}
+    base = erasure.config.base_model
+    match = compare_base(base, pipe, needed=needed, derived_from=derived)
+    changed = [name for name, value in match.items() if value == "different weights" and name not in derived]
+    if changed and strict_base != "ignore":
+        message = (
+            f"The erasure was made for {base.repo or 'a ' + base.family + ' model'}; the weights of {changed} in this "
+            "pipeline are others (of the same architecture: a fine-tune of it, or fused LoRAs). How well the concept is "
+            'erased here was not measured. `strict_base="ignore"` silences this, "error" refuses.'
+        )
+        if strict_base == "error":
+            raise ErasureCompatibilityError(message)
+        logger.warning(message)
+    unread = [name for name, value in match.items() if value == "unverified"]
+    if unread and strict_base != "ignore":
+        message = f"The base model's {unread} could not be compared: not loaded in this pipeline, or quantised."
+        if strict_base == "error":
+            raise ErasureCompatibilityError(message + ' `strict_base="warn"` loads the erasure all the same.')
+        logger.warning(message)
+    return dict(match)
+
+
+def list_erasures(pipe: Any) -> list[ErasureInfo]:
+    """List the erasures that are loaded into a pipeline, in the order of loading.
+
+    Returns:
+        `list` of [`ErasureInfo`]: empty where there are none.
+    """
+    return [_info(item) for item in _loaded(pipe).values()]
+
+
+def set_erasures(
+    pipe: Any, names: str | Sequence[str] | Mapping[str, float], strengths: float | Sequence[float] | None = None
+) -> None:
+    """Set the strengths of loaded erasures. Others keep theirs: unlike a LoRA, an erasure is not switched off unnamed.
+
+    Takes effect in place, without a new attachment or compilation.
+
+    Args:
+        pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
+        names (`str`, sequence of `str`, or `dict`): the erasures, or a `dict` of strengths by name.
+        strengths (`float` or sequence of `float`, *optional*): one for all or one for each; 1.0 by default.
+
+    Raises:
+        ErasureNotFoundError: a name is not loaded; then nothing is changed.
+        ErasureInputError: a strength is negative or not finite, or the numbers of names and strengths differ.
+    """
+    if isinstance(names, Mapping):
+        if strengths is not None:
+            raise ErasureInputError("Give the strengths in the `dict` or as `strengths`, not both.")
+        strengths = list(names.values())
+    listed = [names] if isinstance(names, str) else list(names)
+    if strengths is None:
+        strengths = 1.0
+    values = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(listed)
+    if len(values) != len(listed) or len(set(listed)) != len(listed):
+        raise ErasureInputError(f"{len(listed)} names and {len(values)} strengths: give one for each name, each once.")
+    changes = [(_known(pipe, name), _valid_strength(value)) for name, value in zip(listed, values, strict=True)]
+    for state in _states(pipe).values():  # each by itself: a component that was copied alone has its own items
+        for item, value in changes:
+            if item.name in state.loaded:
+                state.loaded[item.name].strength = value
+        state.fold()
+
+
+def unload_erasure(pipe: Any, name: str | None = None) -> None:
+    """Unload one erasure, or all. The others stay exact; without any the pipeline is the base model bit for bit.
+
+    Args:
+        pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
+        name (`str`, *optional*): the erasure; all of them by default.
+
+    Raises:
+        ErasureNotFoundError: no erasure has that name.
+    """
+    names = list(_loaded(pipe)) if name is None else [_known(pipe, name).name]
+    for each in names:
+        attachment.detach(_components(pipe).values(), each)
+    # Not `text_encoders_with_layers`: what is at strength 0 or disabled now may act later, and is guarded then too.
+    if not any(state.layers for component, state in _states(pipe).items() if component.startswith("text_encoder")):
+        prompt_guard.remove(pipe)
+
+
+@contextmanager
+def erasures_disabled(pipe: Any) -> Iterator[None]:
+    """Within the block the pipeline is the base model, bit for bit. The only way to switch erasures off unlisted.
+
+    The strengths come back at the end, after an exception too. Blocks may be nested.
+    """
+    with attachment.counted(lambda: _states(pipe).values(), "disabled"):
+        yield
+
+
+@contextmanager
+def training_through_erasures(pipe: Any) -> Iterator[None]:
+    """Within the block weights may be trained while erasures are on, which otherwise raises [`ErasureTrainingError`].
+
+    What is trained this way may learn to undo the erasure.
+    """
+    with attachment.counted(lambda: _states(pipe).values(), "training_allowed"):
+        yield
+
+
+def save_erasure(
+    pipe: Any, save_directory: str | os.PathLike[str], adapter_name: str | None = None, **kwargs: Any
+) -> list[Path]:
+    """Save a loaded erasure, at its present strength: other than 1 rescales the tensors and is recorded.
+
+    Args:
+        pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
+        save_directory (`str` or `os.PathLike`): the folder.
+        adapter_name (`str`, *optional*): the erasure; may be left out where only one is loaded.
+        kwargs: `dtype` and `redact_concepts` of [`Erasure.save_pretrained`].
+
+    Returns:
+        `list` of `Path`: the files.
+    """
+    return _one(pipe, adapter_name).save_pretrained(save_directory, **kwargs)
+
+
+def _one(pipe: Any, adapter_name: str | None) -> Erasure:
+    """The named erasure (or the only one), at its present strength."""
+    items = _loaded(pipe)
+    if adapter_name is None:
+        if len(items) != 1:
+            raise ErasureInputError(f"Name one erasure; loaded are {list(items)}.")
+        adapter_name = next(iter(items))
+    item = _known(pipe, adapter_name)
+    return item.erasure.rescaled(item.strength)
+
+
+__all__ = [
+    "ErasablePipeline",
+    "ErasureInfo",
+    "as_erasable",
+    "erasures_disabled",
+    "list_erasures",
+    "load_erasure",
+    "save_erasure",
+    "set_erasures",
+    "training_through_erasures",
+    "unload_erasure",
+]

@@ -1,0 +1,53 @@
+"""Set before anything imports a hub library, as those read their environment once, when they are imported."""
+
+import os
+import shutil
+import sys
+import tempfile
+
+
+_early = sorted({"diffusers", "huggingface_hub", "transformers"} & sys.modules.keys())
+if _early:
+    raise RuntimeError(f"{', '.join(_early)} imported before tests/conftest.py could set the environment")
+
+_HF_HOME = tempfile.mkdtemp(prefix="diffusers-erasure-hf-home-")
+os.environ.update(
+    HF_HOME=_HF_HOME,
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_XET="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+# A developer's own account, cache and endpoint have no part in a test.
+for _name in (
+    "HF_ENDPOINT",
+    "HF_HUB_CACHE",
+    "HF_TOKEN",
+    "HF_TOKEN_PATH",
+    "HUGGINGFACE_HUB_CACHE",
+    "HUGGING_FACE_HUB_TOKEN",
+):
+    os.environ.pop(_name, None)
+
+from typing import TYPE_CHECKING  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+torch.set_num_threads(1)  # two workers share two cores
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture
+def demo_pipe() -> "DiffusionPipeline":
+    """A fresh copy of the embedded model."""
+    from diffusers_erasure import demo
+
+    return demo.load_pipeline()

@@ -1,0 +1,325 @@
+"""A tiny pipeline with random weights, random erasures for it, and the dense edit that they are compared with."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import diffusers_erasure
+from diffusers_erasure import Erasure
+from diffusers_erasure.base_model import describe_base, family_of
+from diffusers_erasure.schema import (
+    LORA_FILE,
+    TENSOR_FILE,
+    BaseModel,
+    Concept,
+    ErasureConfig,
+    LayerSpec,
+    Library,
+    Method,
+)
+
+
+TOKENIZER = Path(diffusers_erasure.__file__).parent / "demo" / "assets" / "model" / "tokenizer"
+WIDTH = 32
+PROMPT = "a photo of a red apple"
+
+# The erasure adds B(A x) to W x where the oracle multiplies (W + BA) x: the sums are associated differently. In float32
+# that moves the images (values 0..1, three steps) by about 1e-6; an erasure moves them by more than EFFECT (0.1 to 0.3).
+TOLERANCE = 1e-5
+EFFECT = 0.05
+
+STYLE_SITES = ("attn1.to_q", "attn1.to_k", "attn2.to_q", "attn2.to_out.0", "ff.net.2")
+UNET_SITES = tuple(
+    f"unet.{block}.transformer_blocks.0.attn2.{part}"
+    for block in ("down_blocks.1.attentions.0", "mid_block.attentions.0", "up_blocks.0.attentions.1")
+    for part in ("to_k", "to_v")
+)
+CONV_SITES = ("unet.conv_in", "unet.down_blocks.0.downsamplers.0.conv", "unet.down_blocks.0.resnets.0.conv1")
+TEXT_SITES = (
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    "text_encoder.text_model.encoder.layers.1.self_attn.v_proj",
+)
+
+
+def tiny_sd_pipe(
+    seed: int = 0, *, cross_attention_dim: int = WIDTH, text_seed: int | None = None, levels: int = 2
+) -> Any:
+    """A `StableDiffusionPipeline` of a million random weights that draws 16 x 16 images; nothing is downloaded.
+
+    With `levels=1` its UNet is as small as one can be, for what takes long (compilation).
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=WIDTH,
+        initializer_factor=5.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed if text_seed is None else text_seed)
+        text_encoder = CLIPTextModel(text_config)
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(32, 64)[:levels],
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")[-levels:],
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")[:levels],
+            mid_block_type="UNetMidBlock2DCrossAttn" if levels > 1 else None,
+            cross_attention_dim=cross_attention_dim,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+    pipe = StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe: Any, **arguments: Any) -> np.ndarray:
+    """The images of a pipeline for one prompt and one seed, values from 0 to 1; every argument can be replaced."""
+    defaults: dict[str, Any] = {
+        "prompt": PROMPT,
+        "num_inference_steps": 3,
+        "guidance_scale": 5.0,
+        "output_type": "np",
+        "generator": torch.Generator().manual_seed(0),
+    }
+    if "prompt_embeds" in arguments:
+        del defaults["prompt"]
+    result = pipe(**{**defaults, **arguments}).images
+    return result.float().numpy() if isinstance(result, torch.Tensor) else result
+
+
+def noise(pipe: Any, unet: Any = None) -> torch.Tensor:
+    """One prediction of a pipeline's UNet for fixed inputs, in the UNet's dtype."""
+    generator = torch.Generator().manual_seed(1)
+    dtype = pipe.unet.dtype
+    latents = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
+    rows = torch.randn(2, 24, pipe.unet.config.cross_attention_dim, generator=generator).to(dtype)
+    with torch.no_grad():
+        return (pipe.unet if unet is None else unet)(latents, torch.tensor(500), encoder_hidden_states=rows).sample
+
+
+def rows_of(pipe: Any, prompt: str = PROMPT) -> torch.Tensor:
+    """A prompt's text rows."""
+    with torch.no_grad():
+        return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+
+
+def equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Bit for bit (but for the sign of zero)."""
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def far(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference."""
+    return float(np.abs(a.astype(np.float64) - b).max())
+
+
+def assert_like(
+    actual: np.ndarray, oracle: np.ndarray, base: np.ndarray, tolerance: float = TOLERANCE, ratio: float = 20.0
+) -> None:
+    """`actual` is the dense edit's output; it could not be if the erasure were off, or on twice."""
+    assert far(oracle, base) > max(EFFECT, ratio * tolerance), (
+        f"the erasure has too little effect: {far(oracle, base)}"
+    )
+    assert far(actual, oracle) <= tolerance, f"{far(actual, oracle)} off; the whole effect is {far(oracle, base)}"
+
+
+# --------------------------------------------------------------------------------------------------- erasures
+
+
+def site_of(pipe: Any, name: str) -> nn.Module:
+    """The module of a site that is named with its component, as in `unet.conv_in`."""
+    component, _, site = name.partition(".")
+    model = getattr(pipe, component)
+    try:
+        return model.get_submodule(site)
+    except AttributeError:
+        return model.get_submodule(site.removeprefix("text_model."))
+
+
+def random_factors(module: nn.Module, rank: int, generator: torch.Generator, size: float) -> tuple[torch.Tensor, ...]:
+    """`down` and `up` for a module, so large that |up down| is about `size` |W|."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    down = torch.randn(rank, *weight.shape[1:], generator=generator)
+    up = torch.randn(weight.shape[0], rank, *(1,) * (weight.ndim - 2), generator=generator)
+    return down, up * (size * float(weight.detach().float().std()) / rank**0.5)
+
+
+def random_erasure(
+    pipe: Any,
+    kind: str = "lora",
+    sites: tuple[str, ...] = UNET_SITES,
+    rank: int = 3,
+    seed: int = 0,
+    *,
+    size: float = 1.0,
+    derived_from: tuple[str, ...] = (),
+    base: BaseModel | None = None,
+    concepts: tuple[Concept, ...] = (Concept("zebra", "horse"),),
+    method: Method | None = None,
+) -> Erasure:
+    """An erasure with random tensors. Sites are named with their component; a `text_map` has none."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    layers = []
+    if kind == "text_map":
+        width = pipe.unet.config.cross_attention_dim
+        layers.append(LayerSpec(kind, "unet", ("encoder_hidden_states",), TENSOR_FILE, "text_map.", derived_from))
+        tensors["text_map.A"] = torch.randn(rank, width, generator=generator) * size / width**0.5
+        tensors["text_map.D"] = torch.randn(rank, width, generator=generator) * size
+    else:
+        for component in ("unet", "text_encoder"):
+            prefix = component + "."
+            own = tuple(name for name in sites if name.startswith(prefix))
+            for name in own:
+                down, up = random_factors(site_of(pipe, name), rank, generator, size)
+                tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"] = down, up
+            if own:
+                names = tuple(name.removeprefix(prefix) for name in own)
+                layers.append(LayerSpec(kind, component, names, LORA_FILE, prefix, derived_from))
+    config = ErasureConfig(
+        schema="1.0",
+        library=Library("diffusers_erasure", diffusers_erasure.__version__),
+        method=method or Method("random", settings={"seed": seed}, seed=seed),
+        base_model=describe_base(pipe) if base is None else base,
+        concepts=concepts,
+        layers=tuple(layers),
+    )
+    return Erasure(config, {layers[0].file: tensors})
+
+
+def only_family(pipe: Any) -> BaseModel:
+    """A base model without fingerprints."""
+    return BaseModel(family_of(pipe).name)
+
+
+def dense_edit(pipe: Any, *erasures: Erasure | tuple[Erasure, float]) -> Any:
+    """A copy of a pipeline whose weights were edited, in float64, by the sum of erasures: the oracle.
+
+    A `lora` adds B A to each site's weight; a `text_map` adds W D^T A to each `attn2.to_k` and `attn2.to_v`.
+    """
+    edited = copy.deepcopy(pipe)
+    deltas: dict[nn.Module, torch.Tensor] = {}
+
+    def add(module: nn.Module, delta: torch.Tensor) -> None:
+        deltas[module] = deltas.get(module, torch.zeros_like(delta)) + delta
+
+    for pair in erasures:
+        erasure, strength = pair if isinstance(pair, tuple) else (pair, 1.0)
+        for layer in erasure.config.layers:
+            tensors = {name: value.double() for name, value in erasure.layer_tensors(layer).items()}
+            if layer.kind == "text_map":
+                for name, module in edited.unet.named_modules():
+                    if name.endswith(("attn2.to_k", "attn2.to_v")):
+                        add(module, strength * module.weight.double() @ tensors["D"].T @ tensors["A"])
+                continue
+            for site in layer.sites:
+                module = site_of(edited, f"{layer.component}.{site}")
+                down, up = tensors[site + ".lora_A.weight"], tensors[site + ".lora_B.weight"]
+                add(module, strength * (up.flatten(1) @ down.flatten(1)).reshape(module.weight.shape))
+    for module, delta in deltas.items():
+        module.weight.data = (module.weight.double() + delta).to(module.weight.dtype)
+    return edited
+
+
+def style_lora(pipe: Any, seed: int = 7, endings: tuple[str, ...] = STYLE_SITES, rank: int = 2) -> dict[str, Any]:
+    """A user's LoRA, not zero, on the UNet's modules whose names end so and on the text encoder, as a state dict."""
+    generator = torch.Generator().manual_seed(seed)
+    state_dict = {}
+    names = [f"unet.{name}" for name, _ in pipe.unet.named_modules() if name.endswith(endings) and "lora" not in name]
+    for name in [*names, "text_encoder.text_model.encoder.layers.1.self_attn.out_proj"]:
+        module = site_of(pipe, name)
+        down, up = random_factors(getattr(module, "base_layer", module), rank, generator, 0.5)
+        state_dict[name + ".lora_A.weight"], state_dict[name + ".lora_B.weight"] = down, up
+    return state_dict
+
+
+# --------------------------------------------------------------------------------------------- "as it was before"
+
+
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    return tuple(len(getattr(module, name)) for name in names)
+
+
+def models(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's models by name."""
+    return {name: value for name, value in pipe.components.items() if isinstance(value, nn.Module)}
+
+
+def tree(pipe: Any) -> dict[str, Any]:
+    """Everything that attaching could change: modules and their hooks, own attributes, buffers, the pipeline's own."""
+    found: dict[str, Any] = {"pipeline": sorted(vars(pipe)), "config": sorted(pipe.config)}
+    for component, model in models(pipe).items():
+        for name, module in model.named_modules():
+            found[f"{component}.{name}"] = (id(module), _hooks(module), sorted(vars(module)))
+        found[component] = (
+            list(model.state_dict()),
+            [name for name, _ in model.named_parameters()],
+            [name for name, _ in model.named_buffers()],
+        )
+    return found
+
+
+def weights(pipe: Any) -> dict[str, torch.Tensor]:
+    """Copies of all weights."""
+    return {
+        f"{component}.{name}": value.clone()
+        for component, model in models(pipe).items()
+        for name, value in model.state_dict().items()
+    }
+
+
+def unchanged_by(pipe: Any, action: Callable[[], Any]) -> Any:
+    """Run `action`; assert that tree, weights and images of the pipeline are exactly as before. Returns its result."""
+    drawn = images(pipe)  # first, as a call leaves attributes on the pipeline
+    before, values = tree(pipe), weights(pipe)
+    result = action()
+    assert tree(pipe) == before
+    assert_same_weights(values, weights(pipe))
+    assert equal(images(pipe), drawn)
+    return result
+
+
+def assert_same_weights(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
