@@ -1,0 +1,63 @@
+"""The methods: how an erasure is made. A new method is one new file here and one line below."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ErasureInputError
+
+
+# Name -> (module, one line for people). A module has `Config`, a dataclass of settings, and `fit(pipe, concepts, config)`.
+_REGISTRY: dict[str, tuple[str, str]] = {
+    "uce": ("uce", "UCE (WACV 2024): closed-form edit of the cross-attention keys and values; seconds, no training"),
+}
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method of the registry.
+
+    Attributes:
+        name: what `erase(method=...)` takes.
+        summary: one line for people.
+        config: the dataclass of its settings.
+        fit: `(pipe, concepts, config) -> Erasure`.
+    """
+
+    name: str
+    summary: str
+    config: type[Any]
+    fit: Callable[..., Any]
+
+
+def method_names() -> dict[str, str]:
+    """Names of the methods, with a line about each; imports none of them."""
+    return {name: summary for name, (_, summary) in _REGISTRY.items()}
+
+
+def get_method(name: str) -> MethodEntry:
+    """Return a method by name.
+
+    Raises:
+        ErasureInputError: there is no such method.
+    """
+    if name not in _REGISTRY:
+        raise ErasureInputError(f"There is no method {name!r}; methods are {sorted(_REGISTRY)}.")
+    module_name, summary = _REGISTRY[name]
+    module = importlib.import_module(f".{module_name}", __name__)
+    return MethodEntry(name, summary, module.Config, module.fit)
+
+
+def make_config(entry: MethodEntry, settings: Mapping[str, Any]) -> Any:
+    """Build a method's config from settings by name.
+
+    Raises:
+        ErasureInputError: a setting is unknown or out of range.
+    """
+    known = [item.name for item in dataclasses.fields(entry.config)]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ErasureInputError(f"The method {entry.name!r} has no setting {unknown[0]!r}; settings are {known}.")
+    return entry.config(**settings)

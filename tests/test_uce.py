@@ -1,0 +1,255 @@
+"""UCE against a plain dense float64 implementation of the published equation, and its unhappy paths."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, demo, erase
+from diffusers_erasure.base_model import encode_rows, text_readers
+from diffusers_erasure.fitting import read_prompts
+from diffusers_erasure.methods import method_names
+from diffusers_erasure.methods.uce import TEMPLATES, Config, Rows, compress, solve
+from diffusers_erasure.schema import LORA_FILE
+
+
+def dense(w: torch.Tensor, rows: Rows, erase_scale: float, retain_scale: float, lamb: float) -> torch.Tensor:
+    """W' - W as the paper's equation says, with the sums written out."""
+    eye = torch.eye(w.shape[1], dtype=torch.float64)
+    numerator, denominator = lamb * w, lamb * eye
+    for e, g in zip(rows.targets, rows.anchors, strict=True):
+        numerator = numerator + erase_scale * torch.outer(w @ g, e)
+        denominator = denominator + erase_scale * torch.outer(e, e)
+    for r in rows.retain:
+        numerator = numerator + retain_scale * torch.outer(w @ r, r)
+        denominator = denominator + retain_scale * torch.outer(r, r)
+    return numerator @ torch.linalg.inv(denominator) - w
+
+
+def random_rows(n: int, retained: int, width: int, seed: int) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2 * n + retained, width)
+    e, g, r = torch.randn(shape, generator=generator, dtype=torch.float64).split([n, n, retained])
+    return Rows(e, g, torch.arange(n), r)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    retained=st.integers(0, 20),
+    width=st.integers(2, 24),
+    lamb=st.floats(1e-2, 10),
+    erase_scale=st.floats(0.1, 3),
+    retain_scale=st.floats(0, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_factors_equal_the_dense_formula(
+    n: int, retained: int, width: int, lamb: float, erase_scale: float, retain_scale: float, seed: int
+) -> None:
+    rows = random_rows(n, retained, width, seed)
+    w = torch.randn(7, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    expected = dense(w, rows, erase_scale, retain_scale, lamb)
+    a, d = solve(rows, erase_scale=erase_scale, retain_scale=retain_scale, lamb=lamb)
+    assert (w @ d.T @ a - expected).abs().max() <= 1e-9 * expected.abs().max()
+    small_a, small_d = compress(a, d)
+    assert len(small_a) <= min(n, width)
+    assert (w @ small_d.T @ small_a - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_retained_rows_stay_when_lambda_vanishes() -> None:
+    rows = random_rows(2, 3, 16, seed=1)
+    a, d = solve(rows, erase_scale=1.0, retain_scale=1e6, lamb=1e-6)
+    moved = (rows.retain @ a.T) @ d
+    assert moved.norm() < 1e-3 * rows.retain.norm()
+    # and with few enough retained rows the targets still reach their anchors
+    assert ((rows.targets + (rows.targets @ a.T) @ d) - rows.anchors).norm() < 1e-3 * rows.anchors.norm()
+
+
+def live_rows(pipe: Any, prompts: list[str]) -> tuple[torch.Tensor, list[int]]:
+    encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
+    rows, last = [], []
+    for prompt in prompts:
+        ids = tokenizer(prompt, padding="max_length", return_tensors="pt")
+        with torch.no_grad():
+            rows.append(encoder(ids.input_ids)[0][0].double())
+        last.append(int(tokenizer(prompt, return_tensors="pt").attention_mask.sum()) - 2)
+    return torch.stack(rows), last
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return demo.load_pipeline()
+
+
+@pytest.mark.parametrize("rows", ["last", "window"])
+@pytest.mark.parametrize("layer", ["lora", "text_map"])
+def test_the_published_variants_on_the_embedded_model(pipe: Any, rows: str, layer: str) -> None:
+    """The whole of `erase`, absolute settings as published, against rows picked here and the dense formula."""
+    erasure = erase(
+        pipe, ["cat", "ice cream"], anchors=["animal", ""], retain=["dog", "pizza"], rows=rows,
+        templates="none", lamb=0.5, absolute=True, retain_scale=0.3, layer=layer,
+        retain_rows="all" if rows == "window" else "last",
+    )  # fmt: skip
+    (cat, ice, animal, empty, dog, pizza), last = live_rows(pipe, ["cat", "ice cream", "animal", "", "dog", "pizza"])
+    assert last == [1, len(pipe.tokenizer("ice cream").input_ids) - 2, last[2], 0, 1, last[5]]
+    length = cat.shape[0]
+    e, g = [], []
+    for target, f, anchor, f_anchor in ((cat, last[0], animal, last[2]), (ice, last[1], empty, 0)):
+        count = length - max(f, f_anchor) if rows == "window" else 1
+        e.append(target[f : f + count])
+        g.append(anchor[f_anchor : f_anchor + count])
+    retained = [empty, dog, pizza] if rows == "window" else [dog[last[4]][None], pizza[last[5]][None]]
+    picked = Rows(torch.cat(e), torch.cat(g), torch.zeros(0), torch.cat(retained))
+
+    if layer == "text_map":
+        assert erasure.config.stock is None
+        (spec,) = erasure.config.layers
+        tensors = erasure.layer_tensors(spec)
+        expected = dense(torch.eye(128, dtype=torch.float64), picked, 1.0, 0.3, 0.5)
+        found = tensors["D"].double().T @ tensors["A"].double()
+        assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()  # float32 factors
+        return
+    tensors = erasure.tensors[LORA_FILE]
+    readers = text_readers(pipe)
+    assert len(readers) == 22 and list(readers) == list(erasure.config.layers[0].sites)
+    for site, linear in readers.items():
+        expected = dense(linear.weight.detach().double(), picked, 1.0, 0.3, 0.5)
+        found = tensors[f"unet.{site}.lora_B.weight"].double() @ tensors[f"unet.{site}.lora_A.weight"].double()
+        assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert erasure.config.stock is not None and erasure.config.stock.max_error < 1e-6
+
+
+def test_truncation_states_its_error(pipe: Any) -> None:
+    exact = erase(pipe, "cat", anchors="animal")
+    small = erase(pipe, "cat", anchors="animal", rank=4)
+    worst = 0.0
+    for site in small.config.layers[0].sites:
+        products = []
+        for erasure in (exact, small):
+            factors = erasure.tensors[LORA_FILE]
+            products.append(
+                factors[f"unet.{site}.lora_B.weight"].double() @ factors[f"unet.{site}.lora_A.weight"].double()
+            )
+        assert small.tensors[LORA_FILE][f"unet.{site}.lora_A.weight"].shape[0] == 4
+        worst = max(worst, float((products[0] - products[1]).norm() / products[0].norm()))
+    assert small.config.stock is not None
+    assert small.config.stock.max_error == pytest.approx(worst, rel=1e-2)
+    assert 1e-3 < worst < 1
+
+
+def test_scales_are_relative_by_default(pipe: Any) -> None:
+    """A relative lambda times the rows' mean squared norm is the absolute one."""
+    rows, last = encode_rows(pipe, ["cat"])
+    norm = float(rows[0, last[0]].square().sum())
+    relative = erase(pipe, "cat", anchors="animal", rows="last", templates="none", lamb=0.1)
+    absolute = erase(pipe, "cat", anchors="animal", rows="last", templates="none", lamb=0.1 * norm, absolute=True)
+    assert relative.content_hash == absolute.content_hash
+    # One target, nothing retained: it moves by |t|^2 / (lambda + |t|^2) of the way.
+    assert relative.config.diagnostics["completeness"]["cat"] == pytest.approx(1 / 1.1, abs=1e-4)
+
+
+def test_a_hundred_retained_prompts_do_not_outweigh_the_target(pipe: Any) -> None:
+    words = [word for word in demo.OBJECTS if word != "cat"]
+    few = erase(pipe, "cat", anchors="animal", retain=words[:10]).config.diagnostics["completeness"]["cat"]
+    many = erase(pipe, "cat", anchors="animal", retain=[f"{w} {s}" for w in words for s in demo.STYLES])
+    assert many.config.diagnostics["completeness"]["cat"] > 0.5 * few
+
+
+def test_fitting_leaves_the_pipeline_alone(pipe: Any) -> None:
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    first = erase(pipe, "cat", anchors="animal")
+    pipe.load_erasure(first, "on")
+    second = erase(pipe, "cat", anchors="animal")  # fitted on the base, not on what is loaded
+    pipe.unload_erasure()
+    assert first.content_hash == second.content_hash
+    assert all(torch.equal(before[name], value) for name, value in pipe.unet.state_dict().items())
+
+
+def test_a_string_is_accepted_for_every_list(pipe: Any, tmp_path: Path) -> None:
+    listed = erase(pipe, ["cat"], anchors=["animal"], retain=["dog"])
+    assert erase(pipe, "cat", anchors="animal", retain="dog").content_hash == listed.content_hash
+    (tmp_path / "kept.txt").write_text("# a comment\ndog\n\ndog\n", encoding="utf-8")
+    assert erase(pipe, "cat", anchors="animal", retain=tmp_path / "kept.txt").content_hash == listed.content_hash
+    (tmp_path / "kept.csv").write_text("id,animal\n1,dog\n", encoding="utf-8")
+    assert (
+        erase(pipe, "cat", anchors="animal", retain=f"{tmp_path}/kept.csv#animal").content_hash == listed.content_hash
+    )
+
+
+def test_lists_from_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "artists.csv"
+    file.write_text("artist,year\nMonet,1840\n,1841\nMonet,1840\nDegas,1834\n", encoding="utf-8-sig")
+    assert read_prompts(file) == ["Monet", "Degas"]
+    assert "2 empty or repeated" in caplog.text
+    with pytest.raises(ErasureInputError, match="columns"):
+        read_prompts(f"{file}#painter")
+    with pytest.raises(ErasureInputError, match="cannot be read"):
+        read_prompts(tmp_path / "missing.txt")
+    (tmp_path / "empty.txt").write_text("\n# nothing\n", encoding="utf-8")
+    with pytest.raises(ErasureInputError, match="no prompts"):
+        read_prompts(tmp_path / "empty.txt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": ""}, "empty entry"),
+        ({"targets": []}, "empty"),
+        ({"targets": ["cat", "cat"]}, "twice"),
+        ({"targets": "cat", "anchors": " Cat "}, "own anchor"),
+        ({"targets": "cat", "retain": ["dog", "CAT"]}, "retain"),
+        ({"targets": ["cat", "dog"], "anchors": ["a", "b", "c"]}, "3 anchors"),
+        ({"targets": "cat " * 40}, "tokens"),
+        ({"targets": "cat", "method": "magic"}, "no method"),
+        ({"targets": "cat", "speed": 1}, "no setting 'speed'"),
+        ({"targets": "cat", "lamb": 0.0}, "above 0"),
+        ({"targets": "cat", "lamb": float("nan")}, "finite"),
+        ({"targets": "cat", "retain_scale": -1}, "at least 0"),
+        ({"targets": "cat", "rank": 0}, "rank"),
+        ({"targets": "cat", "rows": "all"}, "rows"),
+        ({"targets": "cat", "layer": "hook"}, "layer"),
+        ({"targets": "cat", "templates": ["no place"]}, "template"),
+        ({"targets": "cat", "templates": "photo"}, "templates"),
+        ({"targets": 3}, "string"),
+    ],
+)
+def test_bad_input_names_the_culprit(pipe: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ErasureInputError, match=message):
+        erase(pipe, arguments.pop("targets"), **arguments)
+
+
+def test_damaged_and_missing_models() -> None:
+    pipe = demo.load_pipeline()
+    site, linear = next(iter(text_readers(pipe).items()))
+    with torch.no_grad():
+        linear.weight[0, 0] = float("nan")
+    with pytest.raises(ErasureInputError, match=site.replace(".", r"\.")):
+        erase(pipe, "cat")
+    pipe.text_encoder = None
+    with pytest.raises(ErasureCompatibilityError, match="text_encoder"):
+        erase(pipe, "cat")
+
+
+def test_a_lora_on_the_text_encoder_is_refused() -> None:
+    from peft import LoraConfig
+
+    pipe = demo.load_pipeline()
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "style")
+    with pytest.raises(ErasureInputError, match="style"):
+        erase(pipe, "cat")
+
+
+def test_fused_projections_are_refused() -> None:
+    pipe = demo.load_pipeline()
+    pipe.fuse_qkv_projections()
+    with pytest.raises(ErasureCompatibilityError, match="unfuse_qkv_projections"):
+        erase(pipe, "cat")
+
+
+def test_defaults_are_documented() -> None:
+    assert "uce" in method_names()
+    assert Config().template_list() == TEMPLATES["object"]
+    assert all(template.count("{}") == 1 for templates in TEMPLATES.values() for template in templates)
