@@ -1,0 +1,152 @@
+"""The embedded model: a real Stable Diffusion pipeline, small enough to ship in the wheel.
+
+It draws 64 objects in 5 styles at 64x64 pixels and needs no network. Its judge names the object and the style of a
+picture, so that an erasure can be made, applied and scored on any machine in a minute. See `docs/demo_model.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING
+
+from diffusers_erasure.demo.words import BROADER, HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from diffusers_erasure.demo.dataset import Dataset
+    from diffusers_erasure.demo.judge import Judge
+
+__all__ = [
+    "BROADER",
+    "GUIDANCE_SCALE",
+    "HYPERNYMS",
+    "NUM_INFERENCE_STEPS",
+    "OBJECTS",
+    "STYLES",
+    "SYNONYMS",
+    "load_images",
+    "load_judge",
+    "load_pipeline",
+    "prompt",
+]
+
+# The sampling which the model was tuned for and which every published number uses.
+NUM_INFERENCE_STEPS = 20
+GUIDANCE_SCALE = 3.0
+
+
+def assets() -> Traversable:
+    """The folder of the packaged weights and images."""
+    return files("diffusers_erasure.demo") / "assets"
+
+
+def load_pipeline(
+    torch_dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> StableDiffusionPipeline:
+    """
+    Load the embedded model.
+
+    Args:
+        torch_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            The dtype of the weights, which are stored as float16.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+            Where to put the pipeline.
+
+    Returns:
+        [`~diffusers.StableDiffusionPipeline`]: A fresh pipeline at each call, its progress bar off.
+
+    Example:
+
+        >>> import torch
+        >>> from diffusers_erasure import demo
+
+        >>> pipe = demo.load_pipeline()
+        >>> image = pipe(demo.prompt("cat", "ink"), num_inference_steps=20, guidance_scale=3.0).images[0]
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    with as_file(assets() / "model") as folder, _no_progress_bars():
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder, dtype=torch_dtype or torch.float32, local_files_only=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Loading takes less than a second, so its bars would only be noise; the user's settings come back after it."""
+    import diffusers
+    import transformers
+
+    enabled = [
+        library.utils.logging
+        for library in (diffusers, transformers)
+        if library.utils.logging.is_progress_bar_enabled()
+    ]
+    for logging in enabled:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in enabled:
+            logging.enable_progress_bar()
+
+
+def load_judge(device: str | torch.device = "cpu") -> Judge:
+    """
+    Load the judge, a small classifier of the object and the style of a picture.
+
+    Args:
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+            Where the judge computes.
+
+    Returns:
+        [`~diffusers_erasure.demo.judge.Judge`]: The judge.
+
+    Example:
+
+        >>> judge = demo.load_judge()
+        >>> judge.predict(image).objects
+        ('cat',)
+    """
+    from diffusers_erasure.demo.judge import Judge
+
+    with as_file(assets() / "judge.safetensors") as file:
+        return Judge.from_file(file, device=device)
+
+
+def load_images() -> Dataset:
+    """
+    Load the 320 pictures which the model was trained on.
+
+    Returns:
+        [`~diffusers_erasure.demo.dataset.Dataset`]: `images`, uint8 [64 objects, 5 styles, 64, 64, 3], and their words.
+    """
+    from diffusers_erasure.demo.dataset import load_dataset
+
+    with as_file(assets() / "emoji64.npz") as images, as_file(assets() / "emoji64.json") as labels:
+        return load_dataset(images, labels)
+
+
+def prompt(object: str, style: str | None = None) -> str:
+    """
+    The prompt which the published numbers use for an object, e.g. `"a cat in ink style"`.
+
+    Args:
+        object (`str`):
+            What to draw: one of [`OBJECTS`], or any other word.
+        style (`str`, *optional*):
+            One of [`STYLES`]. Left out, the model chooses one.
+
+    Returns:
+        `str`: The prompt.
+    """
+    return f"a {object} in {style} style" if style else f"a {object}"
