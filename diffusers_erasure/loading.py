@@ -1,0 +1,89 @@
+"""Loading a base model by name, for the command line: a folder, a repository, or the embedded model (`demo`)."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ErasureInputError, ErasureNotFoundError
+
+
+Offload = Literal["none", "model", "sequential"]
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def load_base(
+    base: str = "demo",
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    offload: Offload = "none",
+) -> Any:
+    """Load a base model.
+
+    Args:
+        base (`str`, *optional*, defaults to `"demo"`): a folder, a repository id, or `"demo"`.
+        device (`str`, *optional*): by default an accelerator where there is one.
+        dtype (`str`, *optional*, defaults to `"auto"`): `"float32"`, `"float16"`, `"bfloat16"`; `"auto"` is float16 on
+            an accelerator and float32 on the CPU, and float32 for `demo`.
+        variant (`str`, *optional*): as in `from_pretrained`, for example `"fp16"`.
+        revision (`str`, *optional*): branch, tag or commit.
+        token (`str`, *optional*): token for private and gated repositories.
+        offload (`"none"`, `"model"` or `"sequential"`, *optional*): offload to the CPU between uses.
+
+    Raises:
+        ErasureInputError: a device, dtype or combination that does not exist.
+        ErasureNotFoundError: there is no such model.
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise ErasureInputError(f"`--dtype` must be one of {DTYPES}, not {dtype!r}.")
+    if offload not in ("none", "model", "sequential"):
+        raise ErasureInputError(f'`--offload` must be "none", "model" or "sequential", not {offload!r}.')
+    device = device or _best_device()
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ErasureInputError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
+    half = kind != "cpu" and base != "demo"
+    torch_dtype = (torch.float16 if half else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    if base == "demo":
+        from .demo import load_pipeline
+
+        pipe: Any = load_pipeline(torch_dtype)
+    else:
+        pipe = _from_pretrained(base, torch_dtype, variant, revision, token)
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _best_device() -> str:
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
+
+
+def _from_pretrained(base: str, dtype: Any, variant: str | None, revision: str | None, token: str | None) -> Any:
+    from diffusers import AutoPipelineForText2Image
+
+    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        raise ErasureNotFoundError(f"There is no folder {base!r} with a pipeline.")
+    path = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    try:
+        return AutoPipelineForText2Image.from_pretrained(
+            path, dtype=dtype, variant=variant, revision=revision, token=token
+        )
+    except (OSError, ValueError) as error:
+        raise ErasureNotFoundError(
+            f"The base model {base!r} could not be loaded: {str(error).splitlines()[0]} "
+            "(`--base demo` needs no download.)"
+        ) from error

@@ -1,0 +1,143 @@
+"""The command line as a user meets it: output, JSON, exit codes, errors without tracebacks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffusers_erasure import __version__, cli
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "diffusers_erasure.cli", *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280)
+
+
+def invoke(*arguments: str) -> Any:
+    result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "160"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.mark.timeout(600)
+def test_demo_erases_the_concept_and_keeps_the_others(tmp_path: Path) -> None:
+    """The aims of the default setting, over 200 images: at most 20 % on the erased, 95 % of before on the kept."""
+    done = run("demo", "--json", "--output", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    before, after = report["before"], report["after"]
+    assert report["images"] >= 200
+    assert before["erased_accuracy"] >= 0.9 and before["kept_accuracy"] >= 0.9
+    assert after["erased_accuracy"] <= 0.20
+    assert after["kept_accuracy"] >= 0.95 * before["kept_accuracy"]
+    assert report["output"] == "here"
+    with Image.open(tmp_path / "here" / "before_after.png") as grid:
+        assert grid.size[0] > 500
+    assert json.loads((tmp_path / "here" / "report.json").read_text()) == report
+    assert (tmp_path / "here" / "erasure" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_demo_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    unknown = run("demo", "--concept", "zeppelin", cwd=tmp_path)
+    assert unknown.returncode == 1
+    assert "zeppelin" in unknown.stderr and "Traceback" not in unknown.stderr
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    full = run("demo", "--output", "full", cwd=tmp_path)
+    assert full.returncode == 1 and "not an empty folder" in full.stderr
+
+
+def test_erase_info_generate(tmp_path: Path) -> None:
+    folder = tmp_path / "no-cat"
+    made = invoke(
+        "erase", "cat", "--anchor", "animal", "--retain", "dog", "--set", "rank=2", "--json", "-o", str(folder)
+    )
+    assert made.exit_code == 0, made.output
+    result = json.loads(made.stdout)
+    assert set(result["files"]) == {"README.md", "erasure_config.json", "pytorch_lora_weights.safetensors"}
+    assert 0 < result["diagnostics"]["completeness"]["cat"] <= 1
+
+    shown = invoke("info", str(folder))
+    assert shown.exit_code == 0
+    for text in ("cat → animal", "uce", "22 sites", "stable-diffusion"):
+        assert text in shown.stdout
+    assert json.loads(invoke("info", str(folder), "--json").stdout)["concepts"] == [{"anchor": "animal", "target": "cat"}]
+
+    drawn = invoke(
+        "generate", "a cat", "a dog", "-e", f"{folder}=0.5", "--steps", "2", "--json", "-o", str(tmp_path / "images")
+    )
+    assert drawn.exit_code == 0, drawn.output
+    answer = json.loads(drawn.stdout)
+    assert answer["erasures"] == [
+        {"base_match": {"text_encoder": "same", "tokenizer": "same", "unet": "same"}, "name": "no-cat", "strength": 0.5}
+    ]
+    for item in answer["images"]:
+        with Image.open(item["file"]) as image:
+            assert image.size == (64, 64)
+    bare = invoke("generate", "a cat", "--steps", "2", "--json", "-o", str(tmp_path / "bare"))
+    with Image.open(json.loads(bare.stdout)["images"][0]["file"]) as image:
+        with Image.open(answer["images"][0]["file"]) as erased:
+            assert image.tobytes() != erased.tobytes()
+
+
+def test_redacted_output_names_nothing(tmp_path: Path) -> None:
+    made = invoke("erase", "pizza", "--anchor", "food", "--redact", "--half", "--json", "-o", str(tmp_path / "secret"))
+    assert made.exit_code == 0
+    assert "pizza" not in made.stdout.replace(str(tmp_path), "")
+    assert "not named" in invoke("info", str(tmp_path / "secret")).stdout
+
+
+def test_methods_lists_the_settings() -> None:
+    assert "lamb" in invoke("methods").stdout
+    assert json.loads(invoke("methods", "--json").stdout)["uce"]["settings"]["rows"] == "last"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("erase", "cat", "--method", "magic", "-o", "x"), "no method 'magic'"),
+        (("erase", "cat", "--set", "lamb", "-o", "x"), "name=value"),
+        (("erase", "cat", "--base", "./missing", "-o", "x"), "no folder"),
+        (("erase", "cat", "--device", "toaster", "-o", "x"), "toaster"),
+        (("erase", "cat", "--dtype", "int3", "-o", "x"), "--dtype"),
+        (("erase", "cat", "--offload", "yes", "-o", "x"), "--offload"),
+        (("info", "./missing"), "missing"),
+        (("generate", "a cat", "-e", "x=high", "-o", "y"), "NAME=STRENGTH"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["diffusers-erasure", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capfd.readouterr()
+    assert stopped.value.code == 1
+    assert message in captured.err.replace("\n", " ") and "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usage_errors_version_and_debug(tmp_path: Path) -> None:
+    assert invoke("--version").stdout.strip() == __version__
+    assert invoke("erase").exit_code == 2
+    assert invoke("nonsense").exit_code == 2
+    debug = run("--debug", "info", "./missing", cwd=tmp_path)
+    assert debug.returncode == 1 and "Traceback" in debug.stderr
+
+
+def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusers_erasure.methods.method_names", interrupted)
+    assert invoke("methods").exit_code == 130
