@@ -1,0 +1,139 @@
+"""`pipe.load_erasure(folder)` against stock `pipe.load_lora_weights(folder, weight_name=...)` of the very same file.
+
+    python benchmarks/load_erasure.py [--ranks 4 16] [--repeats 15]
+
+In Stable Diffusion 1.5's shapes; unloading in between is not timed. `load_erasure` also checks the file's hash and
+every value, and compares the pipeline's weights and vocabulary with the fingerprint of the base model; the parts are
+timed one by one. The hash of a tokenizer's vocabulary is kept while the tokenizer lives, so the first erasure of a
+pipeline takes longer than a further one; both are timed.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    arguments,
+    finish,
+    interleave,
+    make_erasure,
+    make_pipeline,
+    print_table,
+    ratios,
+    seconds,
+    spread,
+    start,
+    summary,
+)
+from diffusers.utils import logging
+
+from diffusers_erasure import Erasure, attachment, base_model
+from diffusers_erasure.attachment import Loaded
+from diffusers_erasure.base_model import compare_component, describe_base
+from diffusers_erasure.schema import LORA_FILE
+
+
+def parts(pipe: Any, folder: str) -> dict[str, Callable[[], float]]:
+    """What `load_erasure` does, one after the other."""
+    erasure = Erasure.from_pretrained(folder)
+    stored = erasure.config.base_model.components
+
+    def attach() -> float:
+        item = Loaded("part", erasure, 1.0, {}, erasure.content_hash)
+        taken = seconds(lambda: attachment.attach({"unet": pipe.unet}, ["unet"], item))
+        attachment.detach([pipe.unet], "part")
+        return taken
+
+    def compare(*names: str) -> float:
+        return seconds(lambda: [compare_component(name, stored[name], getattr(pipe, name)) for name in names])
+
+    def compare_first(*names: str) -> float:
+        if "tokenizer" in names:
+            base_model._vocabularies.clear()
+        return compare(*names)
+
+    functions: dict[str, Callable[[], float]] = {
+        "read and validate": lambda: seconds(lambda: Erasure.from_pretrained(folder)),
+        "hash of the content": lambda: seconds(lambda: erasure.content_hash),
+        "attach": attach,
+        "fingerprint, first time": lambda: compare_first(*stored),
+        "fingerprint, again": lambda: compare(*stored),
+    }
+    for name in stored:
+        functions[f"  {name}"] = lambda name=name: compare_first(name)
+    return functions
+
+
+def main() -> None:
+    """The command line."""
+    parser = arguments(__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", help="ranks of the LoRA; 4 16 by default")
+    options = parser.parse_args()
+    start(options)
+    logging.set_verbosity_error()  # the stock loader reports that the file has nothing for the text encoder
+    ranks = options.ranks or ([4] if options.smoke else [4, 16])
+    repeats = options.repeats or (3 if options.smoke else 15)
+    pipe = make_pipeline(options.smoke)
+    base = describe_base(pipe)
+    rows: list[dict[str, Any]] = []
+    for rank in ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            make_erasure(pipe.unet, "lora", rank, base_model=base).save_pretrained(folder)
+
+            def first(folder: str = folder) -> float:
+                base_model._vocabularies.clear()
+                return again(folder)
+
+            def again(folder: str = folder) -> float:
+                taken = seconds(lambda: pipe.load_erasure(folder, "it", strict_base="error"))
+                pipe.unload_erasure("it")
+                return taken
+
+            def stock(folder: str = folder) -> float:
+                taken = seconds(lambda: pipe.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name="it"))
+                pipe.unload_lora_weights()
+                return taken
+
+            with torch.no_grad():
+                times = interleave({"first": first, "again": again, "stock": stock}, repeats)
+                inner = interleave(parts(pipe, folder), repeats)
+            rows.append(
+                {
+                    "rank": rank,
+                    "bytes": (Path(folder) / LORA_FILE).stat().st_size,
+                    "first_s": summary(times["first"]),
+                    "again_s": summary(times["again"]),
+                    "stock_s": summary(times["stock"]),
+                    "ratio_first": ratios(times["first"], times["stock"]),
+                    "ratio_again": ratios(times["again"], times["stock"]),
+                    "parts_s": {name: summary(values) for name, values in inner.items()},
+                }
+            )
+    print_table(
+        "Milliseconds to load: median [quartiles]",
+        ("rank", "file, MB", "first erasure", "further one", "load_lora_weights", "ratio, first", "ratio, further"),
+        (
+            (
+                row["rank"],
+                f"{row['bytes'] / 1e6:.2f}",
+                spread(row["first_s"], 1, 1e3),
+                spread(row["again_s"], 1, 1e3),
+                spread(row["stock_s"], 1, 1e3),
+                spread(row["ratio_first"], 2),
+                spread(row["ratio_again"], 2),
+            )
+            for row in rows
+        ),
+    )
+    print_table(
+        "Parts of load_erasure, ms: median [quartiles]",
+        ("part", *(f"rank {row['rank']}" for row in rows)),
+        ((name, *(spread(row["parts_s"][name], 1, 1e3) for row in rows)) for name in rows[0]["parts_s"]),
+    )
+    finish(options, "load_erasure", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()

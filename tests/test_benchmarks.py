@@ -1,0 +1,78 @@
+"""Each benchmark runs on small shapes and reports what it promises. Nothing is asserted about times."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+SUMMARY = {"median", "q1", "q3", "min", "max", "n"}
+
+
+def run(name: str, tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    path = tmp_path / "numbers.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke", "--json", str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Measured on a CPU." in done.stdout and "--smoke" in done.stdout
+    numbers = json.loads(path.read_text(encoding="utf-8"))
+    assert (numbers["benchmark"], numbers["smoke"]) == (name, True)
+    assert {"device", "threads", "clock", "torch", "diffusers", "peft"} <= set(numbers["machine"])
+    return numbers
+
+
+@pytest.mark.slow
+def test_import_time(tmp_path: Path) -> None:
+    numbers = run("import_time", tmp_path)
+    assert all(set(numbers[key]) == SUMMARY for key in ("diffusers_s", "library_s", "over_s", "within_s"))
+    assert "diffusers_erasure.pipeline" in numbers["modules"]
+    assert numbers["imported_but_should_be_lazy"] == []
+
+
+@pytest.mark.slow
+def test_unet_step(tmp_path: Path) -> None:
+    numbers = run("unet_step", tmp_path)
+    rows = numbers["rows"]
+    assert {(row["variant"], row["erasures"]) for row in rows} == {
+        (variant, count) for variant in ("lora", "text_map", "stock") for count in (1, 2)
+    }
+    # 32 projections of 2 x 77 text rows: 64 wide in, 2 x (5 x 32 + 5 x 64 + 6 x 128) wide out.
+    widths = {"lora": 32 * 64 + 2 * (5 * 32 + 5 * 64 + 6 * 128), "text_map": 64 + 64}
+    # two products and a sum at each site, whatever the number of erasures; stock LoRAs also scale, each on its own
+    kernels = {"lora": lambda count: 3 * 32, "text_map": lambda count: 3, "stock": lambda count: 4 * 32 * count}
+    for row in rows:
+        flops = 2 * 2 * 77 * row["rank"] * row["erasures"] * widths.get(row["variant"], widths["lora"])
+        assert row["added_flops"] == row["formula_flops"] == flops, row["name"]
+        assert row["added_kernels"] == kernels[row["variant"]](row["erasures"]), row["name"]
+        assert set(row["alone_s"]) == set(row["step"]["ratio"]) == set(row["step"]["over_stock"]) == SUMMARY
+
+
+@pytest.mark.slow
+def test_load_erasure(tmp_path: Path) -> None:
+    (row,) = run("load_erasure", tmp_path)["rows"]
+    assert all(set(row[key]) == SUMMARY for key in ("first_s", "again_s", "stock_s", "ratio_first", "ratio_again"))
+    assert {
+        "read and validate",
+        "attach",
+        "fingerprint, first time",
+        "  unet",
+        "  text_encoder",
+        "  tokenizer",
+    } <= set(row["parts_s"])
+    values = 4 * row["rank"] * (32 * 64 + 2 * (5 * 32 + 5 * 64 + 6 * 128))
+    assert values < row["bytes"] < values + 16_384  # float32 factors and a header
+
+
+@pytest.mark.slow
+def test_uce(tmp_path: Path) -> None:
+    rows = run("uce", tmp_path)["rows"]
+    assert [row["targets"] for row in rows] == [1, 4]
+    for row in rows:
+        assert row["rank"] == row["targets"]
+        assert all(set(row[key]) == SUMMARY for key in ("ours_s", "solve_s", "baseline_s", "speedup"))
+        assert row["error"]["ours_before_cast"] < 1e-9
+        assert row["error"]["ours"] < 1e-6
