@@ -1,0 +1,188 @@
+"""Rules of the repository that a reader of a diff would miss. Only files are read, nothing is imported."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "diffusers_erasure"
+LONGEST = 500
+
+# Put together from pieces, so that this file does not contain what it looks for.
+FORBIDDEN_TEXT = {
+    "a package registry's host name": [
+        "pypi" + ".org",
+        "files.python" + "hosted.org",
+        "registry.npm" + "js.org",
+        "registry.yarn" + "pkg.com",
+        "deb.deb" + "ian.org",
+        "download.py" + "torch.org",
+        "crates" + ".io",
+        "anaconda" + ".org",
+        "proxy.go" + "lang.org",
+        "--extra-" + "index-url",
+        "--index" + "-url",
+    ],
+    "a path of one machine": ["../" + "shared", "/work" + "/", "/opt" + "/dev", "/opt" + "/wheels", "/opt" + "/pypi"],
+}
+LIBRARIES = {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers"}
+PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+
+
+@cache
+def repository_files() -> tuple[Path, ...]:
+    """What is tracked, and what would be with `git add .`; in an unpacked sdist every file."""
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout.split("\0")
+        paths = [ROOT / name for name in listed if name]
+    except (OSError, subprocess.CalledProcessError):
+        paths = [path for path in ROOT.rglob("*") if not {".venv", "build", "__pycache__"} & set(path.parts)]
+    return tuple(sorted(path for path in paths if path.is_file()))
+
+
+def text_of(path: Path) -> str | None:
+    data = path.read_bytes()
+    if b"\0" in data[:8192]:
+        return None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def python_files(folder: Path) -> list[Path]:
+    return [path for path in repository_files() if path.suffix == ".py" and path.is_relative_to(folder)]
+
+
+def place(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+def dotted(node: ast.expr) -> list[str]:
+    """`a.b.c` as ["a", "b", "c"]; anything else as []."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(names)] if isinstance(node, ast.Name) else []
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            paths = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            paths = [[*node.module.split("."), alias.name] for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            paths = [dotted(node)]
+        else:
+            continue
+        for path in paths:
+            if path and path[0] in LIBRARIES and any(is_private(part) for part in path[1:]):
+                yield node.lineno, ".".join(path)
+
+
+def unsafe_loads(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] in PICKLES:
+                    yield node.lineno, f"import {alias.name}"
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            module = (node.module or "").split(".")
+            if module[0] in PICKLES or (module[0] == "torch" and any(alias.name == "load" for alias in node.names)):
+                yield node.lineno, f"from {node.module} import ..."
+        elif isinstance(node, ast.Call):
+            name = dotted(node.func)
+            if name == ["torch", "load"]:
+                yield node.lineno, "torch.load(...)"
+            for keyword in node.keywords:
+                literal_false = isinstance(keyword.value, ast.Constant) and not keyword.value.value
+                if keyword.arg in ("allow_pickle", "trust_remote_code") and not literal_false:
+                    yield node.lineno, f"{keyword.arg}=True"
+
+
+@pytest.mark.parametrize("what", FORBIDDEN_TEXT)
+def test_no_file_names(what: str) -> None:
+    pattern = re.compile("|".join(map(re.escape, FORBIDDEN_TEXT[what])), re.IGNORECASE)
+    found = [
+        f"{place(path, number)}: {match.group()}"
+        for path in repository_files()
+        if (text := text_of(path)) is not None and pattern.search(text)
+        for number, line in enumerate(text.splitlines(), 1)
+        for match in pattern.finditer(line)
+    ]
+    assert not found, f"{what} in:\n" + "\n".join(found)
+
+
+def test_private_names_of_other_libraries_are_imported_in_compat_only() -> None:
+    found = [
+        f"{place(path, line)}: {name}"
+        for path in python_files(ROOT)
+        if path != PACKAGE / "compat.py"
+        for line, name in private_names(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, "move to diffusers_erasure/compat.py:\n" + "\n".join(found)
+
+
+def test_no_module_is_longer_than_a_sitting() -> None:
+    lengths = {place(path, 1): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(PACKAGE)}
+    assert lengths, "no module found"
+    too_long = {path: length for path, length in lengths.items() if length > LONGEST}
+    assert not too_long, f"more than {LONGEST} lines: {too_long}"
+
+
+def test_nothing_that_runs_code_from_a_file_is_loaded() -> None:
+    found = [
+        f"{place(path, line)}: {what}"
+        for path in python_files(PACKAGE)
+        for line, what in unsafe_loads(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, "safetensors and JSON only:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("from diffusers.loaders import _x", "diffusers.loaders._x"),
+        ("from peft.tuners._y import z", "peft.tuners._y.z"),
+        ("import transformers._z", "transformers._z"),
+        ("import diffusers\ndiffusers.loaders._x(1)", "diffusers.loaders._x"),
+        ("from diffusers import __version__, loaders\nimport torch._dynamo\nself._x", None),
+    ],
+)
+def test_the_search_for_private_names(code: str, expected: str | None) -> None:
+    assert [name for _, name in private_names(ast.parse(code))] == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("code", "caught"),
+    [
+        ("torch.load(path)", True),
+        ("from torch import load", True),
+        ("import pickle", True),
+        ("from joblib import load", True),
+        ("Model.from_pretrained(x, trust_remote_code=True)", True),
+        ("np.load(x, allow_pickle=flag)", True),
+        ("np.load(x, allow_pickle=False)", False),
+        ("'never torch.load(x) nor trust_remote_code=True'", False),
+    ],
+)
+def test_the_search_for_unsafe_loads(code: str, caught: bool) -> None:
+    assert bool(list(unsafe_loads(ast.parse(code)))) is caught
