@@ -70,7 +70,9 @@ def test_erase_info_generate(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     for text in ("cat → animal", "uce", "22 sites", "stable-diffusion"):
         assert text in shown.stdout
-    assert json.loads(invoke("info", str(folder), "--json").stdout)["concepts"] == [{"anchor": "animal", "target": "cat"}]
+    assert json.loads(invoke("info", str(folder), "--json").stdout)["concepts"] == [
+        {"anchor": "animal", "target": "cat"}
+    ]
 
     drawn = invoke(
         "generate", "a cat", "a dog", "-e", f"{folder}=0.5", "--steps", "2", "--json", "-o", str(tmp_path / "images")
@@ -78,7 +80,11 @@ def test_erase_info_generate(tmp_path: Path) -> None:
     assert drawn.exit_code == 0, drawn.output
     answer = json.loads(drawn.stdout)
     assert answer["erasures"] == [
-        {"base_match": {"text_encoder": "same", "tokenizer": "same", "unet": "same"}, "name": "no-cat", "strength": 0.5}
+        {
+            "base_match": {"text_encoder": "same", "tokenizer": "same", "unet": "same"},
+            "name": "no-cat",
+            "strength": 0.5,
+        }
     ]
     for item in answer["images"]:
         with Image.open(item["file"]) as image:

@@ -144,8 +144,9 @@ def test_scales_are_relative_by_default(pipe: Any) -> None:
     """A relative lambda times the rows' mean squared norm is the absolute one."""
     rows, last = encode_rows(pipe, ["cat"])
     norm = float(rows[0, last[0]].square().sum())
-    relative = erase(pipe, "cat", anchors="animal", rows="last", templates="none", lamb=0.1)
-    absolute = erase(pipe, "cat", anchors="animal", rows="last", templates="none", lamb=0.1 * norm, absolute=True)
+    plain: dict[str, Any] = {"anchors": "animal", "rows": "last", "retain_rows": "last", "templates": "none"}
+    relative = erase(pipe, "cat", lamb=0.1, **plain)
+    absolute = erase(pipe, "cat", lamb=0.1 * norm, absolute=True, **plain)
     assert relative.content_hash == absolute.content_hash
     # One target, nothing retained: it moves by |t|^2 / (lambda + |t|^2) of the way.
     assert relative.config.diagnostics["completeness"]["cat"] == pytest.approx(1 / 1.1, abs=1e-4)
