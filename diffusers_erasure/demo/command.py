@@ -71,8 +71,10 @@ def prompts_for(concept: str) -> tuple[list[tuple[str, str]], list[tuple[str, st
     pairs = [(word, style) for word in OBJECTS for style in STYLES]
     erased = [pair for pair in pairs if concept in pair]
     kept = [pair for pair in pairs if concept not in pair]
+    # An object has one pair for each style, repeated with other noise; of a style's many pairs an even sample.
+    repeats = -(-ERASED_IMAGES // len(erased))
     erased = (
-        [erased[i * len(erased) // ERASED_IMAGES] for i in range(ERASED_IMAGES)] if len(erased) > 40 else erased * 8
+        erased * repeats if repeats > 1 else [erased[i * len(erased) // ERASED_IMAGES] for i in range(ERASED_IMAGES)]
     )
     # 7 is coprime to the 5 styles, so that the sample meets every object in changing styles.
     kept = [kept[(7 * i) % len(kept)] for i in range(KEPT_IMAGES)]
