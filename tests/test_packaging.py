@@ -132,6 +132,7 @@ def test_wheel_contents(built: tuple[Path, Path]) -> None:
     shipped = {name for name in names if not name.startswith(metadata_folder)}
     assert shipped == expected_files()
     assert f"{metadata_folder}/licenses/LICENSE" in names
+    assert f"{metadata_folder}/licenses/NOTICE" in names  # the attribution that CC-BY asks for
 
 
 def test_wheel_metadata(built: tuple[Path, Path]) -> None:
