@@ -35,3 +35,7 @@ class ErasureInactiveError(ErasureError, RuntimeError):
 
 class ErasureTrainingError(ErasureError, RuntimeError):
     """Weights would be trained while an erasure is on: the way in which a concept is known to come back."""
+
+
+class ErasureHubError(ErasureError, OSError):
+    """The Hub refused a request, could not be reached, or holds something that must not be overwritten."""

@@ -1,0 +1,108 @@
+"""The commands that speak to the Hub: `push`, `pull` and `card`. Registered by [`diffusers_erasure.cli`]."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+
+out = Console(highlight=False)
+
+Source = Annotated[str, typer.Argument(help="Folder or repository of an erasure.")]
+Subfolder = Annotated[str | None, typer.Option(help="A folder within it.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
+Token = Annotated[str | None, typer.Option(help="Hub token; the stored one by default.", envvar="HF_TOKEN")]
+Redact = Annotated[bool, typer.Option("--redact", help="Leave the concepts' names out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def push(
+    source: Source,
+    repo_id: Annotated[str, typer.Argument(help="The repository on the Hub, such as user/no-cat.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="For a repository that is created.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; main by default.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="The commit's message.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Push the tensors in float16.")] = False,
+    redact: Redact = False,
+    subfolder: Subfolder = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Push an erasure to the Hub, in one commit."""
+    import torch
+
+    from .artifact import Erasure
+
+    erasure = Erasure.from_pretrained(source, subfolder=subfolder, token=token)
+    info = erasure.push_to_hub(
+        repo_id,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        dtype=torch.float16 if half else None,
+        redact_concepts=redact,
+    )
+    if as_json:
+        print(json.dumps({"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}, indent=2))
+        return
+    out.print(Text(f"pushed {info.pr_url or info.commit_url}"))
+
+
+def pull(
+    repo_id: Annotated[str, typer.Argument(help="The repository on the Hub, such as user/no-cat.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erasure.")],
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    token: Token = None,
+    force: Annotated[bool, typer.Option("--force", help="Download again what is cached.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Download an erasure from the Hub into a folder, checked."""
+    from .artifact import Erasure
+    from .errors import ErasureInputError
+
+    if os.path.isdir(repo_id):
+        raise ErasureInputError(f"{repo_id!r} is a folder here; name a repository on the Hub.")
+    erasure = Erasure.from_pretrained(
+        repo_id, subfolder=subfolder, revision=revision, token=token, force_download=force
+    )
+    files = erasure.save_pretrained(output)
+    if as_json:
+        sizes = {path.name: path.stat().st_size for path in files}
+        print(json.dumps({"commit": erasure.revision, "output": str(output), "files": sizes}, indent=2))
+        return
+    out.print(Text(f"commit {erasure.revision}"))
+    for path in files:
+        out.print(Text(str(path)))
+
+
+def card(
+    source: Source,
+    repo_id: Annotated[str | None, typer.Option(help="Repository for the examples of use in the card.")] = None,
+    redact: Redact = False,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    token: Token = None,
+) -> None:
+    """Print the card (README.md) that a push would write for an erasure."""
+    from .artifact import Erasure
+    from .cards import render_card
+
+    erasure = Erasure.from_pretrained(source, subfolder=subfolder, revision=revision, token=token)
+    erasure = erasure.redacted() if redact else erasure
+    print(render_card(erasure.config, repo_id), end="")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (push, pull, card):
+        app.command()(command)
