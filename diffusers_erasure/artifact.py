@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,9 @@ from .schema import (
     LayerSpec,
 )
 
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 logger = get_logger(__name__)
 
@@ -183,6 +187,55 @@ class Erasure:
         files = self.to_files(dtype=dtype, redact_concepts=redact_concepts)
         return write_folder(Path(save_directory), files)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        dtype: torch.dtype | None = None,
+        redact_concepts: bool = False,
+    ) -> "CommitInfo":
+        """Push the erasure to the Hub in one commit: all of it becomes visible, or nothing.
+
+        A tensor file of an earlier erasure that this one does not have is deleted in the same commit. A card whose text
+        was edited by hand is kept; then only its metadata is updated.
+
+        Args:
+            repo_id (`str`): the repository, such as `"user/no-cat"`; it is created where it does not exist.
+            private (`bool`, *optional*): whether a repository that is created is private; the account's default
+                otherwise. `True` with a repository that exists and is public is refused.
+            token (`str` or `bool`, *optional*): the token; the stored one by default.
+            revision (`str`, *optional*): the branch, created from the main one where it does not exist; main by default.
+            create_pr (`bool`, *optional*, defaults to `False`): propose the commit as a pull request.
+            commit_message (`str`, *optional*): the commit's message.
+            dtype (`torch.dtype`, *optional*): dtype of the tensors; as they are by default (float32).
+            redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.
+
+        Raises:
+            ErasureHubError: the Hub refused it or gave no answer, or somebody else pushed meanwhile.
+            ErasureInputError: the repository's name, or what it holds, does not allow it.
+        """
+        from .hub import push
+
+        return push(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            dtype=dtype,
+            redact_concepts=redact_concepts,
+        )
+
     # ------------------------------------------------------------------------------------------------- reading
 
     @classmethod
@@ -193,12 +246,16 @@ class Erasure:
             ErasureConfigError: the configuration is not valid.
             ErasureFileError: a tensor file is missing, has another size or hash, or holds other tensors than stated.
         """
+        if CONFIG_FILE not in files:
+            raise ErasureNotFoundError(f"There is no {CONFIG_FILE}.")
         config = ErasureConfig.from_json(files[CONFIG_FILE])
         needed = {layer.file for layer in config.layers}
         if set(config.files) != needed:
             raise ErasureConfigError(f"`files` names {sorted(config.files)}, but the layers lie in {sorted(needed)}.")
         tensors = {}
         for name in sorted(needed):
+            if name not in files:
+                raise ErasureFileError(f"{name} is missing; {CONFIG_FILE} names it.")
             data, record = files[name], config.files[name]
             if len(data) != record.size or tensor_io.sha256(data) != record.sha256:
                 raise ErasureFileError(
@@ -233,6 +290,7 @@ class Erasure:
 
         Raises:
             ErasureNotFoundError: the folder or repository holds no erasure.
+            ErasureHubError: the Hub refused access or gave no answer.
             ErasureConfigError, ErasureFileError: what it holds is not valid.
         """
         folder, commit = Path(pretrained_model_name_or_path), None
@@ -305,13 +363,26 @@ def read_folder(folder: Path, subfolder: str | None = None) -> dict[str, bytes]:
 
 def _read_inside(folder: Path, name: str, limit: int) -> bytes:
     path = folder / name
-    # The Hub's cache links files into its blob store, so a link is followed there and nowhere else.
-    inside = path.resolve().is_relative_to(folder) or "blobs" in path.resolve().parts
-    if not path.is_file() or not inside:
-        raise ErasureFileError(f"{path} is missing, or a link that leads out of its folder.")
-    if path.stat().st_size > limit:
-        raise ErasureFileError(f"{path} has {path.stat().st_size} bytes; at most {limit} were expected.")
-    return path.read_bytes()
+    try:
+        real = path.resolve(strict=True)
+        if not real.is_file() or not (real.is_relative_to(folder) or real.parent == _blobs(folder)):
+            raise ErasureFileError(f"{path} is no plain file, or a link that leads out of its folder.")
+        size = real.stat().st_size
+        if size > limit:
+            raise ErasureFileError(f"{path} has {size} bytes; at most {limit} were expected.")
+        with open(real, "rb") as handle:
+            return handle.read(limit + 1)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ErasureFileError(f"{path} is missing or cannot be read: {error}") from error
+
+
+def _blobs(folder: Path) -> Path | None:
+    """Where the Hub's cache keeps the content of a snapshot's files: `models--x--y/snapshots/<commit>` links there."""
+    for place in (folder, *folder.parents):
+        repo = place.parent.parent
+        if place.parent.name == "snapshots" and repo.name.startswith("models--"):
+            return repo / "blobs"
+    return None
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:

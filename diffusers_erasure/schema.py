@@ -4,6 +4,8 @@ The reader takes nothing on trust: size, nesting, duplicate and unknown keys, ty
 no string of the file is ever used as an import path, a file name outside the schema, or a regular expression.
 """
 
+import base64
+import binascii
 import dataclasses
 import json
 import math
@@ -25,7 +27,7 @@ TENSOR_FILES = (LORA_FILE, TENSOR_FILE)
 
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_DEPTH = 12
-MAX_FILE_BYTES = 16 * 2**30
+MAX_FILE_BYTES = 4 * 2**30
 MAX_LAYERS = 64
 MAX_SITES = 8192
 MAX_CONCEPTS = 10_000
@@ -35,11 +37,28 @@ _COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?|tokenizer(_[23]
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # A site under one of these names would be an adapter's or this library's own module, not the base model's.
 _FOREIGN = ("erasure_modules", "base_layer", "lora_A", "lora_B", "_orig_mod", "processor")
+_FLOATS = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+)
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ErasureConfigError(message)
+
+
+def _require_names(**names: str | None) -> None:
+    """Names go into messages and logs: short, and without what would steer a terminal."""
+    for key, name in names.items():
+        plain = name is None or (len(name) <= 200 and name.isprintable())
+        _require(plain, f"`{key}` must be at most 200 printable characters, not {str(name)[:80]!r}.")
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,9 @@ class Library:
 
     name: str
     version: str
+
+    def __post_init__(self) -> None:
+        _require_names(library=self.name, version=self.version)
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,7 @@ class Method:
 
     def __post_init__(self) -> None:
         _require(0 < len(self.name) <= 64, "`method.name` must have 1 to 64 characters.")
+        _require_names(method=self.name)
 
 
 @dataclass(frozen=True)
@@ -82,8 +105,15 @@ class Component:
 
     def __post_init__(self) -> None:
         _require(bool(_SHA256.fullmatch(self.architecture)), "`architecture` must be a SHA-256 in hexadecimal.")
+        _require_names(class_name=self.class_name)
         _require((self.dtype is None) == (self.values is None), "`dtype` and `values` go together.")
+        _require(self.dtype is None or self.dtype in _FLOATS, f"`dtype` must be one of {_FLOATS}.")
         _require(self.values is None or len(self.values) <= 96 * 1024, "`values` holds too many samples.")
+        try:
+            size = len(base64.b64decode(self.values or "", validate=True))
+        except (binascii.Error, ValueError):
+            size = -1
+        _require(size >= 0 and size % 4 == 0, "`values` must be float32 numbers in base64.")
 
 
 @dataclass(frozen=True)
@@ -96,8 +126,10 @@ class BaseModel:
     components: dict[str, Component] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _require_names(family=self.family, repo=self.repo, revision=self.revision)
         for name in self.components:
-            _require(bool(_COMPONENT.fullmatch(name)), f"`base_model.components` has an unknown component {name!r}.")
+            known = bool(_COMPONENT.fullmatch(name))
+            _require(known, f"`base_model.components` has an unknown component {name[:80]!r}.")
 
 
 @dataclass(frozen=True)
@@ -133,20 +165,21 @@ class LayerSpec:
     gate: None = None
 
     def __post_init__(self) -> None:
-        _require(bool(_COMPONENT.fullmatch(self.component)), f"A layer acts on unknown component {self.component!r}.")
-        _require(self.file in TENSOR_FILES, f"A layer's `file` must be one of {TENSOR_FILES}, not {self.file!r}.")
+        known = bool(_COMPONENT.fullmatch(self.component))
+        _require(known, f"A layer acts on unknown component {self.component[:80]!r}.")
+        _require(self.file in TENSOR_FILES, f"A layer's `file` must be one of {TENSOR_FILES}, not {self.file[:80]!r}.")
         _require(0 < len(self.sites) <= MAX_SITES, f"A layer must have 1 to {MAX_SITES} `sites`.")
         _require(len(set(self.sites)) == len(self.sites), "A layer names one of its `sites` twice.")
         for site in self.sites:
-            _require(len(site) <= 256 and bool(_SITE.fullmatch(site)), f"{site!r} cannot be the name of a site.")
+            _require(len(site) <= 256 and bool(_SITE.fullmatch(site)), f"{site[:80]!r} cannot be the name of a site.")
             parts = site.split(".")
             dunder = any(part.startswith("__") for part in parts)
-            _require(not dunder and not set(parts) & set(_FOREIGN), f"{site!r} is not a site of a base model.")
+            _require(not dunder and not set(parts) & set(_FOREIGN), f"{site[:80]!r} is not a site of a base model.")
         _require(
             len(self.prefix) <= 128 and bool(_SITE.fullmatch(self.prefix + "x")), "A layer's `prefix` is invalid."
         )
         for name in self.derived_from:
-            _require(bool(_COMPONENT.fullmatch(name)), f"`derived_from` names unknown component {name!r}.")
+            _require(bool(_COMPONENT.fullmatch(name)), f"`derived_from` names unknown component {name[:80]!r}.")
 
 
 @dataclass(frozen=True)
@@ -225,9 +258,14 @@ class ErasureConfig:
         """
         raw = _load_json(data)
         _require(isinstance(raw, dict), "The configuration must be a JSON object.")
+        _require(
+            raw.get("kind") != "erased-model",
+            "This is the provenance of a whole erased model, which holds no erasure: load it with "
+            "`DiffusionPipeline.from_pretrained`.",
+        )
         schema = raw.get("schema")
         match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", schema, re.ASCII) if isinstance(schema, str) else None
-        _require(match is not None, f"`schema` must look like {SCHEMA!r}, not {schema!r}.")
+        _require(match is not None, f"`schema` must look like {SCHEMA!r}, not {str(schema)[:80]!r}.")
         assert match is not None
         _require(
             int(match[1]) == int(SCHEMA.split(".")[0]),
@@ -261,8 +299,11 @@ def _load_json(data: bytes) -> Any:
 def _check_json(value: Any, depth: int) -> None:
     _require(depth <= MAX_DEPTH, f"{CONFIG_FILE} is nested more than {MAX_DEPTH} deep.")
     if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
             _check_json(item, depth + 1)
+    elif isinstance(value, str):
+        # Half of a surrogate pair, written as an escape: such a string can be neither saved nor printed.
+        _require(not re.search("[\ud800-\udfff]", value), f"{CONFIG_FILE} has text that is not valid Unicode.")
     elif isinstance(value, float):
         _require(math.isfinite(value), f"{CONFIG_FILE} has a number that is not finite.")
     elif isinstance(value, int):

@@ -129,6 +129,10 @@ class TextMapLayer(Layer):
                     f"{type(component).__name__} reads text rows of width {width}; the erasure maps rows of width "
                     f"{tensors['A'].shape[1]}: it was made for another architecture."
                 )
+        if spec.sites[0] == "text_embeds" and config.get("addition_embed_type") != "text_time":
+            raise ErasureCompatibilityError(
+                f"{type(component).__name__} reads no 'text_embeds' here: the erasure was made for another architecture."
+            )
 
     def attach(self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors) -> None:
         component = compat.unwrap_compiled(component)
