@@ -8,22 +8,28 @@ from .errors import (
     ErasureConfigError,
     ErasureError,
     ErasureFileError,
+    ErasureHubError,
     ErasureInactiveError,
     ErasureInputError,
     ErasureNotFoundError,
     ErasureTrainingError,
 )
+from .exporting import export_erased
 from .fitting import erase
+from .kohya import save_kohya, to_kohya
 from .pipeline import (
     ErasablePipeline,
     ErasureInfo,
     as_erasable,
     erasures_disabled,
+    fuse_erasures,
     list_erasures,
     load_erasure,
+    push_erasure_to_hub,
     save_erasure,
     set_erasures,
     training_through_erasures,
+    unfuse_erasures,
     unload_erasure,
 )
 from .prompt_guard import prompt_embeds_are_erased
@@ -36,6 +42,7 @@ __all__ = [
     "ErasureConfigError",
     "ErasureError",
     "ErasureFileError",
+    "ErasureHubError",
     "ErasureInactiveError",
     "ErasureInfo",
     "ErasureInputError",
@@ -45,13 +52,19 @@ __all__ = [
     "as_erasable",
     "erase",
     "erasures_disabled",
+    "export_erased",
+    "fuse_erasures",
     "install",
     "list_erasures",
     "load_erasure",
     "prompt_embeds_are_erased",
+    "push_erasure_to_hub",
     "save_erasure",
+    "save_kohya",
     "set_erasures",
+    "to_kohya",
     "training_through_erasures",
+    "unfuse_erasures",
     "uninstall",
     "unload_erasure",
 ]

@@ -11,7 +11,18 @@ from .logging import get_logger
 
 logger = get_logger(__name__)
 
-NAMES = ("load_erasure", "list_erasures", "set_erasures", "unload_erasure", "erasures_disabled", "save_erasure")
+NAMES = (
+    "load_erasure",
+    "list_erasures",
+    "set_erasures",
+    "unload_erasure",
+    "erasures_disabled",
+    "fuse_erasures",
+    "unfuse_erasures",
+    "export_erased",
+    "save_erasure",
+    "push_erasure_to_hub",
+)
 
 
 def _forwarder(function: Callable[..., Any]) -> Callable[..., Any]:

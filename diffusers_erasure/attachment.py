@@ -11,6 +11,7 @@ from torch import nn
 from . import compat
 from .artifact import Erasure
 from .errors import ErasureInactiveError, ErasureTrainingError
+from .kept import Kept
 from .layers import Layer, layer_kind
 
 
@@ -26,6 +27,7 @@ class Loaded:
     strength: float
     base_match: dict[str, str]
     content_hash: str
+    backend: str = "hook"  # or "peft"; which are fused is the components' own matter (`ErasureModules.merged`)
 
 
 class ErasureModules(nn.Module):
@@ -38,6 +40,8 @@ class ErasureModules(nn.Module):
         self.disabled = 0
         self.training_allowed = 0
         self.guard: torch.utils.hooks.RemovableHandle | None = None
+        self.fused: dict[str, Kept] = {}
+        self.merged: list[str] = []  # names of the erasures that are fused, and so have no layers here
 
     def kinds(self) -> Iterator[Layer]:
         for layer in self.layers.values():
@@ -50,9 +54,13 @@ class ErasureModules(nn.Module):
         for layer in self.kinds():
             layer.fold(strengths)
 
+    def has_layers(self) -> bool:
+        """Whether any erasure has layers on this component, as hooks or fused."""
+        return len(self.layers) > 0 or len(self.fused) > 0
+
     def acts(self) -> bool:
         """Whether any erasure with layers on this component has a strength above 0 and is not disabled."""
-        return not self.disabled and len(self.layers) > 0 and any(item.strength > 0 for item in self.loaded.values())
+        return not self.disabled and self.has_layers() and any(item.strength > 0 for item in self.loaded.values())
 
 
 class Guard:
@@ -66,7 +74,7 @@ class Guard:
         if state.disabled:
             return
         for layer in state.kinds():
-            reason = layer.inactive_reason()
+            reason = layer.inactive_reason() or layer.scaled_away(kwargs)
             if reason is not None:
                 raise ErasureInactiveError(reason)
         if torch.is_grad_enabled() and not state.training_allowed:
@@ -112,21 +120,37 @@ def attach(components: Mapping[str, nn.Module], guarded: Iterable[str], item: Lo
     beside = next((state for state in map(state_of, components.values()) if state is not None), None)
     try:
         for name in sorted(names):
-            state = _state(components[name], beside)
+            state = ensure_state(components[name], beside)
             state.loaded[item.name] = item
-        for index, layer in layers:
-            state = _state(components[layer.component])
-            if layer.kind not in state.layers:
-                state.layers[layer.kind] = layer_kind(layer.kind)()
-            runtime = state.layers[layer.kind]
-            assert isinstance(runtime, Layer)
-            runtime.attach(components[layer.component], (item.name, index), layer, tensors[index])
+        attach_layers(components, item)
         for name in sorted(names):
-            _state(components[name]).fold()
+            ensure_state(components[name]).fold()
     except BaseException:
         detach([components[name] for name in names], item.name)
         raise
-    _reset_compiled(components[name] for name in names)
+    reset_compiled(components[name] for name in names)
+
+
+def attach_layers(components: Mapping[str, nn.Module], item: Loaded) -> None:
+    """Attach the layers of an erasure on those of `components` that it acts on, at strength 0 until `fold`."""
+    for index, layer in enumerate(item.erasure.config.layers):
+        if layer.component not in components:
+            continue
+        state = ensure_state(components[layer.component])
+        if layer.kind not in state.layers:
+            state.layers[layer.kind] = layer_kind(layer.kind)()
+        runtime = state.layers[layer.kind]
+        assert isinstance(runtime, Layer)
+        tensors = item.erasure.layer_tensors(layer)
+        runtime.attach(components[layer.component], (item.name, index), layer, tensors)
+
+
+def detach_layers(state: ErasureModules, name: str) -> None:
+    """Detach the layers of one erasure from a component, on which it stays listed."""
+    for layer in state.kinds():
+        layer.detach(name)
+    for kind in [kind for kind, layer in state.layers.items() if isinstance(layer, Layer) and layer.is_empty()]:
+        del state.layers[kind]
 
 
 def detach(components: Iterable[nn.Module], name: str) -> None:
@@ -136,21 +160,18 @@ def detach(components: Iterable[nn.Module], name: str) -> None:
         state = state_of(component)
         if state is None or name not in state.loaded:
             continue
-        for layer in state.kinds():
-            layer.detach(name)
+        detach_layers(state, name)
         del state.loaded[name]
-        for kind in [kind for kind, layer in state.layers.items() if isinstance(layer, Layer) and layer.is_empty()]:
-            del state.layers[kind]
         if state.loaded:
             state.fold()
             continue
         if state.guard is not None:
             state.guard.remove()
         del compat.unwrap_compiled(component)._modules[CHILD]
-    _reset_compiled(components)
+    reset_compiled(components)
 
 
-def _state(component: nn.Module, beside: ErasureModules | None = None) -> ErasureModules:
+def ensure_state(component: nn.Module, beside: ErasureModules | None = None) -> ErasureModules:
     """The state of a component, made where it has none: disabled as that of the other components is."""
     state = state_of(component)
     if state is None:
@@ -163,7 +184,8 @@ def _state(component: nn.Module, beside: ErasureModules | None = None) -> Erasur
     return state
 
 
-def _reset_compiled(components: Iterable[nn.Module]) -> None:
+def reset_compiled(components: Iterable[nn.Module]) -> None:
+    """Forget compiled graphs where any of the components is compiled."""
     if any(compat.is_compiled(component) for component in components):
         compat.reset_compiled()
 

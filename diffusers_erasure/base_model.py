@@ -15,6 +15,7 @@ from torch import nn
 
 from . import compat
 from .errors import ErasureCompatibilityError, ErasureInputError
+from .kept import originals
 from .logging import get_logger
 from .schema import BaseModel, Component
 
@@ -107,35 +108,60 @@ def _shape(owner: nn.Module, name: str, parameter: torch.Tensor) -> list[int | s
     return list(parameter.shape)
 
 
-def _samples(owner: nn.Module, name: str, parameter: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.dtype]:
-    """`count` values spread evenly over a parameter, and their dtype; NaN where they cannot be read."""
+@dataclass(frozen=True)
+class Sample:
+    """Values spread evenly over one parameter; NaN where they cannot be read."""
+
+    owner: nn.Module
+    name: str
+    positions: list[int]
+    values: torch.Tensor
+    dtype: torch.dtype
+
+
+def _sample(owner: nn.Module, name: str, parameter: torch.Tensor, count: int) -> Sample:
     tensor: torch.Tensor | None = parameter.detach()
     if parameter.device.type == "meta":
         tensor = compat.offloaded_tensor(owner, name)
     packed = type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point
     if tensor is None or (packed and parameter.device.type != "meta"):
-        return torch.full((count,), torch.nan), torch.float32
+        return Sample(owner, name, [], torch.full((count,), torch.nan), torch.float32)
     flat = _sampled_rows(owner, tensor).reshape(-1)
     # Plain numbers: for a handful of samples they are faster than four tensor operations.
     positions = [(2 * i + 1) * flat.numel() // (2 * count) for i in range(count)]
     dtype = flat.dtype
     flat = flat.float() if dtype.itemsize < 2 else flat  # float8 has no indexing
-    return flat.index_select(0, torch.tensor(positions, device=flat.device)).to(torch.float32), dtype
+    values = flat.index_select(0, torch.tensor(positions, device=flat.device)).to(torch.float32)
+    return Sample(owner, name, positions, values.cpu(), dtype)
 
 
-def _read(model: nn.Module) -> tuple[str, np.ndarray, list[torch.dtype]]:
-    """Architecture hash, sampled values [n] and their dtypes."""
+def sampled_values(model: nn.Module, *, as_fused: bool = False) -> list[Sample]:
+    """The values that identify a model, in the order of its parameters' names.
+
+    Args:
+        model (`nn.Module`): the model.
+        as_fused (`bool`, *optional*, defaults to `False`): read the weights into which this library has fused erasures as
+            they are; otherwise their originals are read.
+    """
     parameters = sorted(compat.base_parameters(model), key=lambda item: item[0])
     count = max(1, SAMPLES // max(1, len(parameters)))
+    before = {} if as_fused else originals(compat.unwrap_compiled(model))
+    samples = []
+    for _, owner, local, tensor in parameters[:: max(1, len(parameters) // SAMPLES)]:
+        if local == "weight" and owner in before:
+            tensor = nn.Parameter(before[owner], requires_grad=False)
+        samples.append(_sample(owner, local, tensor, count))
+    return samples
+
+
+def _read(model: nn.Module, *, as_fused: bool = False) -> tuple[str, np.ndarray, list[torch.dtype]]:
+    """Architecture hash, sampled values [n] and their dtypes."""
+    parameters = sorted(compat.base_parameters(model), key=lambda item: item[0])
     shapes = [f"{name} {_shape(owner, local, tensor)}" for name, owner, local, tensor in parameters]
     architecture = hashlib.sha256("\n".join([type(model).__name__, *shapes]).encode()).hexdigest()
-    chosen = parameters[:: max(1, len(parameters) // SAMPLES)]
-    values, dtypes = [], []
-    for _, owner, local, tensor in chosen:
-        sample, dtype = _samples(owner, local, tensor, count)
-        values.append(sample)
-        dtypes.extend([dtype] * count)
-    joined = torch.cat([value.cpu() for value in values]) if values else torch.zeros(0)
+    samples = sampled_values(model, as_fused=as_fused)
+    dtypes = [sample.dtype for sample in samples for _ in sample.values]
+    joined = torch.cat([sample.values for sample in samples]) if samples else torch.zeros(0)
     return architecture, joined.numpy(), dtypes
 
 
@@ -143,9 +169,9 @@ def _coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
     return max(set(dtypes), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def describe_model(model: nn.Module) -> Component:
+def describe_model(model: nn.Module, *, as_fused: bool = False) -> Component:
     """Fingerprint a model: about 4,096 values, evenly over its parameters, and a hash of their names and shapes."""
-    architecture, values, dtypes = _read(model)
+    architecture, values, dtypes = _read(model, as_fused=as_fused)
     return Component(
         class_name=type(model).__name__,
         architecture=architecture,
@@ -211,15 +237,18 @@ def _effective(values: np.ndarray, dtypes: list[torch.dtype]) -> list[torch.dtyp
     return dtypes
 
 
+def stored_values(stored: Component) -> np.ndarray:
+    """The values of a recorded fingerprint [n]; none for a tokenizer."""
+    return np.frombuffer(base64.b64decode(stored.values or "", validate=True), "<f4")
+
+
 def _match_values(stored: Component, values: np.ndarray, dtypes: list[torch.dtype]) -> Match:
     """Compare sampled values within the rounding of the coarser dtype."""
-    assert stored.values is not None and stored.dtype is not None
-    dtype = getattr(torch, stored.dtype, None)
-    try:
-        reference = np.frombuffer(base64.b64decode(stored.values, validate=True), "<f4")
-    except ValueError:
-        reference = np.zeros(0, "<f4")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or reference.shape != values.shape:
+    if stored.values is None or stored.dtype is None:
+        return "unverified"
+    dtype = getattr(torch, stored.dtype)  # the schema knows only names of floating point dtypes
+    reference = stored_values(stored)
+    if reference.shape != values.shape or np.isinf(reference).any():  # infinity would be close to everything
         return "unverified"
     readable = ~np.isnan(values) & ~np.isnan(reference)
     if not readable.any():

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from . import cli_hub
+from .cli_export import export
 from .errors import ErasureError, ErasureInputError
 
 
@@ -291,6 +293,9 @@ def info(
     _print_diagnostics(config.diagnostics)
 
 
+cli_hub.register(app)
+
+
 def _print_diagnostics(diagnostics: dict[str, Any]) -> None:
     moved = diagnostics.get("completeness")
     if isinstance(moved, dict) and moved:
@@ -338,6 +343,9 @@ def _with_strength(text: str) -> tuple[str, float]:
         return source, float(value)
     except ValueError as error:
         raise ErasureInputError(f"`--erasure` takes a folder, a repository or NAME=STRENGTH, not {text!r}.") from error
+
+
+app.command()(export)
 
 
 def main() -> None:

@@ -47,6 +47,13 @@ def has_fused_projections(attention: nn.Module) -> bool:
     return flag_is_reset or type(getattr(attention, "processor", None)).__name__.startswith("Fused")
 
 
+def is_group_offloaded(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading moves a module's weights, of which it holds copies of its own."""
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+    return bool(_is_group_offload_enabled(module))
+
+
 def offloaded_tensor(owner: nn.Module, name: str) -> torch.Tensor | None:
     """Return a parameter that accelerate keeps away from its module (sequential offload leaves a meta tensor there)."""
     hook: Any = getattr(owner, "_hf_hook", None)
@@ -55,6 +62,82 @@ def offloaded_tensor(owner: nn.Module, name: str) -> torch.Tensor | None:
         if weights is not None and name in weights:
             return weights[name]
     return None
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether peft has put adapters into a module, active or not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
+
+
+def layers_with_adapter(module: nn.Module, name: str) -> list[Any]:
+    """peft's layers in a module that have the LoRA adapter `name`."""
+    from peft.tuners.lora import LoraLayer
+
+    return [part for part in module.modules() if isinstance(part, LoraLayer) and name in part.lora_A]
+
+
+def is_merged(layer: Any, name: str) -> bool:
+    """Whether an adapter is merged into its layer's weight, and acts there."""
+    return name in layer.merged_adapters
+
+
+def adapter_acts(layer: Any, name: str) -> bool:
+    """Whether an adapter takes part in its layer's forward pass, or is merged into its weight."""
+    if layer.disable_adapters:  # a forward pass would unmerge as well
+        return False
+    if layer.merged:
+        return is_merged(layer, name)
+    return name in layer.active_adapters and layer.scaling[name] != 0
+
+
+def switch_adapter_on(layer: Any, name: str, strength: float, wanted: list[str], *, rescale: bool = False) -> None:
+    """Make an adapter act beside the active ones; where all are disabled, of those only the `wanted` come back.
+
+    `requires_grad` of other adapters stays as it is, which `set_adapter` would change.
+    """
+    active = list(layer.active_adapters)
+    if layer.disable_adapters:
+        active = [each for each in active if each in wanted]
+    layer._active_adapter = active if name in active else [*active, name]
+    layer._disable_adapters = False
+    for half in (layer.lora_A[name], layer.lora_B[name]):
+        half.requires_grad_(False)
+    if rescale or layer.scaling[name] == 0:
+        layer.set_scale(name, strength)
+
+
+def adapter_states(module: nn.Module) -> dict[Any, tuple[list[str], bool]]:
+    """For each of peft's layers in a module the active adapters, and whether all are disabled."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+    return {layer: (list(layer.active_adapters), layer.disable_adapters) for layer in layers}
+
+
+def restore_adapter_states(states: dict[Any, tuple[list[str], bool]]) -> None:
+    """Undo what loading another adapter does to those that are there."""
+    for layer, (active, disabled) in states.items():
+        layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def delete_adapter(module: nn.Module, name: str) -> None:
+    """Delete an adapter; with the last one peft's wrappers go too."""
+    from diffusers.loaders.lora_base import _remove_text_encoder_monkey_patch
+    from diffusers.utils.peft_utils import delete_adapter_layers
+
+    module = unwrap_compiled(module)
+    if name in getattr(module, "peft_config", {}):
+        if hasattr(module, "delete_adapters"):
+            module.delete_adapters([name])  # type: ignore[operator]
+        else:
+            delete_adapter_layers(module, name)
+    if has_adapters(module) and not getattr(module, "peft_config", None):
+        if hasattr(module, "unload_lora"):
+            module.unload_lora()  # type: ignore[operator]
+        else:
+            _remove_text_encoder_monkey_patch(module)
 
 
 def active_adapters(module: nn.Module) -> list[str]:
@@ -89,3 +172,10 @@ def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn
                 yield from walk(child, f"{prefix}{name}.")
 
     yield from walk(unwrap_compiled(module), "")
+
+
+def hub_transport_error() -> type[Exception]:
+    """The class of "no answer from the Hub": refused, cut or timed out. huggingface_hub does not wrap it in its own."""
+    from huggingface_hub.utils import httpx  # whichever client huggingface_hub was built with
+
+    return httpx.TransportError

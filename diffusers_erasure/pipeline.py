@@ -11,23 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from torch import nn
-
-from . import attachment, prompt_guard
+from . import attachment, fusing, peft_backend, prompt_guard
 from .artifact import Erasure
-from .attachment import ErasureModules, Loaded
+from .attachment import Loaded
 from .base_model import compare_base, denoiser_name
-from .errors import ErasureCompatibilityError, ErasureInputError, ErasureNotFoundError
+from .errors import ErasureCompatibilityError, ErasureInputError
+from .exporting import export_erased
+from .fusing import fuse_erasures, unfuse_erasures
 from .logging import get_logger
+from .peft_backend import PeftGuard
+from .provenance import check_not_contained
 from .schema import Concept
+from .state import components as _components
+from .state import known as _known
+from .state import loaded as _loaded
+from .state import states as _states
 
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from huggingface_hub import CommitInfo
+
 logger = get_logger(__name__)
 
 StrictBase = Literal["warn", "error", "ignore"]
+Backend = Literal["hook", "merge", "peft"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,8 @@ class ErasureInfo:
         base_match: for each component of its base model `"same"`, `"different weights"` or `"unverified"`.
         source: the folder or repository that it came from, `None` for one made in this process.
         revision: the commit that it came from, where it came from the Hub.
+        backend: how it acts: `"hook"`, `"merge"` where it is fused into the weights, or `"peft"`.
+        kept_bytes: memory of the original weights that are kept while it is fused.
     """
 
     name: str
@@ -53,6 +64,8 @@ class ErasureInfo:
     base_match: Mapping[str, str]
     source: str | None
     revision: str | None
+    backend: str = "hook"
+    kept_bytes: int = 0
 
 
 class ErasablePipeline(Protocol):
@@ -73,6 +86,8 @@ class ErasablePipeline(Protocol):
         force_download: bool = False,
         local_files_only: bool = False,
         weight_name: str | None = None,
+        backend: Backend = "hook",
+        peft_guard: PeftGuard = "reactivate",
     ) -> ErasureInfo: ...
 
     def list_erasures(self) -> list[ErasureInfo]: ...
@@ -85,9 +100,30 @@ class ErasablePipeline(Protocol):
 
     def erasures_disabled(self) -> "AbstractContextManager[None]": ...
 
+    def fuse_erasures(self, names: str | Sequence[str] | None = None) -> int: ...
+
+    def unfuse_erasures(self) -> None: ...
+
+    def export_erased(
+        self, save_directory: str | os.PathLike[str], names: str | Sequence[str] | None = None
+    ) -> list[Path]: ...
+
     def save_erasure(
         self, save_directory: str | os.PathLike[str], adapter_name: str | None = None, **kwargs: Any
     ) -> list[Path]: ...
+
+    def push_erasure_to_hub(
+        self,
+        repo_id: str,
+        adapter_name: str | None = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        **kwargs: Any,
+    ) -> "CommitInfo": ...
 
 
 def as_erasable(pipe: Any) -> ErasablePipeline:
@@ -106,33 +142,6 @@ def as_erasable(pipe: Any) -> ErasablePipeline:
 # ----------------------------------------------------------------------------------------------------- the state
 
 
-_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-def _components(pipe: Any) -> dict[str, nn.Module]:
-    found = {name: getattr(pipe, name, None) for name in _COMPONENTS}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-
-
-def _states(pipe: Any) -> dict[str, ErasureModules]:
-    states = {name: attachment.state_of(module) for name, module in _components(pipe).items()}
-    return {name: state for name, state in states.items() if state is not None}
-
-
-def _loaded(pipe: Any) -> dict[str, Loaded]:
-    items: dict[str, Loaded] = {}
-    for state in _states(pipe).values():
-        items.update({name: item for name, item in state.loaded.items() if name not in items})
-    return items
-
-
-def _known(pipe: Any, name: str) -> Loaded:
-    items = _loaded(pipe)
-    if name not in items:
-        raise ErasureNotFoundError(f"No erasure {name!r} is loaded; loaded are {list(items)}.")
-    return items[name]
-
-
 def _valid_strength(value: Any) -> float:
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     if not plain or not 0 <= value < float("inf"):
@@ -140,9 +149,10 @@ def _valid_strength(value: Any) -> float:
     return float(value)
 
 
-def _info(item: Loaded) -> ErasureInfo:
+def _info(pipe: Any, item: Loaded) -> ErasureInfo:
     config = item.erasure.config
     layers = tuple(f"{layer.kind} on {layer.component} ({_sites(layer.sites)})" for layer in config.layers)
+    kept = fusing.kept_bytes(pipe, item.name)
     return ErasureInfo(
         name=item.name,
         method=config.method.name,
@@ -152,6 +162,8 @@ def _info(item: Loaded) -> ErasureInfo:
         base_match=dict(item.base_match),
         source=item.erasure.source,
         revision=item.erasure.revision,
+        backend="merge" if item.name in fusing.fused_names(pipe) else item.backend,
+        kept_bytes=kept,
     )
 
 
@@ -188,6 +200,8 @@ def load_erasure(
     force_download: bool = False,
     local_files_only: bool = False,
     weight_name: str | None = None,
+    backend: Backend = "hook",
+    peft_guard: PeftGuard = "reactivate",
 ) -> ErasureInfo:
     """Load an erasure into a pipeline. It stays on until it is unloaded, whatever is done with LoRAs.
 
@@ -203,6 +217,11 @@ def load_erasure(
         method (`str`, *optional*): `"lora"` loads a plain LoRA file as an erasure; otherwise leave it out.
         subfolder, revision, token, cache_dir, force_download, local_files_only: see [`Erasure.from_pretrained`].
         weight_name (`str`, *optional*): the LoRA's file, with `method="lora"` alone.
+        backend (`"hook"`, `"merge"` or `"peft"`, *optional*, defaults to `"hook"`): how it acts. `"merge"` is loading and
+            then [`fuse_erasures`]; `"peft"` makes a stock LoRA an adapter of the pipeline, which `set_adapters` governs.
+        peft_guard (`"reactivate"` or `"error"`, *optional*, defaults to `"reactivate"`): with `backend="peft"`, what a
+            forward pass does where other calls have switched the adapter off: switch it on again, with one warning, or
+            raise [`ErasureInactiveError`].
 
     Returns:
         [`ErasureInfo`]: what was loaded and how its base model matched.
@@ -219,6 +238,11 @@ def load_erasure(
         raise ErasureInputError(f'`method` must be left out, or be "lora" for a plain LoRA file, not {method!r}.')
     if weight_name is not None and method is None:
         raise ErasureInputError('`weight_name` goes with `method="lora"`; an erasure names its files itself.')
+    if backend not in ("hook", "merge", "peft") or peft_guard not in ("reactivate", "error"):
+        raise ErasureInputError(
+            '`backend` must be "hook", "merge" or "peft", and `peft_guard` "reactivate" or "error", not '
+            f"{backend!r} and {peft_guard!r}."
+        )
     taken = _loaded(pipe)
     name = _default_name(src, taken) if adapter_name is None else adapter_name
     if not isinstance(name, str) or not name or "." in name:
@@ -255,16 +279,23 @@ def load_erasure(
             f"Use `pipe.set_erasures({twin!r}, strength)`."
         )
     match = _check_base(pipe, erasure, strict_base)
+    fusing.check_beside_fused(pipe, erasure)
     components = _components(pipe)
     on_text = any(layer.component.startswith("text_encoder") for layer in erasure.config.layers)
     if on_text:
         prompt_guard.check(pipe)
-    item = Loaded(name, erasure, strength, match, content)
-    attachment.attach(components, [denoiser_name(pipe)], item)
+    item = Loaded(name, erasure, strength, match, content, "peft" if backend == "peft" else "hook")
+    if backend == "peft":
+        peft_backend.check(pipe, erasure, name, components)
+        peft_backend.load(pipe, item, components, denoiser_name(pipe), peft_guard)
+    else:
+        attachment.attach(components, [denoiser_name(pipe)], item)
+    if backend == "merge":
+        fusing.attach_fused(pipe, name)
     if on_text:
         prompt_guard.install(pipe)
     logger.info("Loaded the erasure %r (%s) at strength %g.", name, erasure.config.method.name, strength)
-    return _info(item)
+    return _info(pipe, item)
 
 
 def _check_base(pipe: Any, erasure: Erasure, strict_base: StrictBase) -> dict[str, str]:
@@ -273,6 +304,7 @@ def _check_base(pipe: Any, erasure: Erasure, strict_base: StrictBase) -> dict[st
     derived = {name for layer in layers for name in layer.derived_from}
     base = erasure.config.base_model
     match = compare_base(base, pipe, needed=needed, derived_from=derived)
+    check_not_contained(pipe, erasure, match)
     changed = [name for name, value in match.items() if value == "different weights" and name not in derived]
     if changed and strict_base != "ignore":
         message = (
@@ -298,7 +330,7 @@ def list_erasures(pipe: Any) -> list[ErasureInfo]:
     Returns:
         `list` of [`ErasureInfo`]: empty where there are none.
     """
-    return [_info(item) for item in _loaded(pipe).values()]
+    return [_info(pipe, item) for item in _loaded(pipe).values()]
 
 
 def set_erasures(
@@ -328,11 +360,12 @@ def set_erasures(
     if len(values) != len(listed) or len(set(listed)) != len(listed):
         raise ErasureInputError(f"{len(listed)} names and {len(values)} strengths: give one for each name, each once.")
     changes = [(_known(pipe, name), _valid_strength(value)) for name, value in zip(listed, values, strict=True)]
-    for state in _states(pipe).values():  # each by itself: a component that was copied alone has its own items
-        for item, value in changes:
-            if item.name in state.loaded:
-                state.loaded[item.name].strength = value
-        state.fold()
+    with fusing.changing(pipe, listed):
+        for state in _states(pipe).values():  # each by itself: a component that was copied alone has its own items
+            for item, value in changes:
+                if item.name in state.loaded:
+                    state.loaded[item.name].strength = value
+            state.fold()
 
 
 def unload_erasure(pipe: Any, name: str | None = None) -> None:
@@ -346,10 +379,13 @@ def unload_erasure(pipe: Any, name: str | None = None) -> None:
         ErasureNotFoundError: no erasure has that name.
     """
     names = list(_loaded(pipe)) if name is None else [_known(pipe, name).name]
-    for each in names:
-        attachment.detach(_components(pipe).values(), each)
+    with fusing.changing(pipe, names):
+        for each in names:
+            attachment.detach(_components(pipe).values(), each)
     # Not `text_encoders_with_layers`: what is at strength 0 or disabled now may act later, and is guarded then too.
-    if not any(state.layers for component, state in _states(pipe).items() if component.startswith("text_encoder")):
+    if not any(
+        state.has_layers() for component, state in _states(pipe).items() if component.startswith("text_encoder")
+    ):
         prompt_guard.remove(pipe)
 
 
@@ -357,9 +393,13 @@ def unload_erasure(pipe: Any, name: str | None = None) -> None:
 def erasures_disabled(pipe: Any) -> Iterator[None]:
     """Within the block the pipeline is the base model, bit for bit. The only way to switch erasures off unlisted.
 
-    The strengths come back at the end, after an exception too. Blocks may be nested.
+    The strengths come back at the end, after an exception too. Blocks may be nested. Fused erasures are unfused at the
+    start, and fused again at the end.
+
+    Raises:
+        ErasureError: an erasure is fused, and its weights were changed since; see [`unfuse_erasures`].
     """
-    with attachment.counted(lambda: _states(pipe).values(), "disabled"):
+    with fusing.changing(pipe), attachment.counted(lambda: _states(pipe).values(), "disabled"):
         yield
 
 
@@ -390,6 +430,39 @@ def save_erasure(
     return _one(pipe, adapter_name).save_pretrained(save_directory, **kwargs)
 
 
+def push_erasure_to_hub(
+    pipe: Any,
+    repo_id: str,
+    adapter_name: str | None = None,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    **kwargs: Any,
+) -> "CommitInfo":
+    """Push a loaded erasure to the Hub, at its present strength: other than 1 rescales the tensors and is recorded.
+
+    Args:
+        pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
+        repo_id (`str`): the repository, such as `"user/no-cat"`; it is created where it does not exist.
+        adapter_name (`str`, *optional*): the erasure; may be left out where only one is loaded.
+        private, token, revision, create_pr, commit_message: see [`Erasure.push_to_hub`].
+        kwargs: `dtype` and `redact_concepts` of [`Erasure.push_to_hub`].
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.
+
+    Raises:
+        ErasureHubError: the Hub refused it or gave no answer, or somebody else pushed meanwhile.
+        ErasureInputError: the erasure's or the repository's name, or what it holds, does not allow it.
+    """
+    erasure = _one(pipe, adapter_name)
+    hub: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+    return erasure.push_to_hub(repo_id, commit_message=commit_message, **hub, **kwargs)
+
+
 def _one(pipe: Any, adapter_name: str | None) -> Erasure:
     """The named erasure (or the only one), at its present strength."""
     items = _loaded(pipe)
@@ -406,10 +479,14 @@ __all__ = [
     "ErasureInfo",
     "as_erasable",
     "erasures_disabled",
+    "export_erased",
+    "fuse_erasures",
     "list_erasures",
     "load_erasure",
+    "push_erasure_to_hub",
     "save_erasure",
     "set_erasures",
     "training_through_erasures",
+    "unfuse_erasures",
     "unload_erasure",
 ]

@@ -565,7 +565,15 @@ def test_what_cannot_be_compared(pipe: Any, caplog: pytest.LogCaptureFixture) ->
 # ------------------------------------------------------------------------------------------------ bound methods
 
 
-NAMES = ("load_erasure", "list_erasures", "set_erasures", "unload_erasure", "erasures_disabled", "save_erasure")
+NAMES = (
+    "load_erasure",
+    "list_erasures",
+    "set_erasures",
+    "unload_erasure",
+    "erasures_disabled",
+    "save_erasure",
+    "push_erasure_to_hub",
+)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -66,6 +66,10 @@ class Layer(nn.Module):
 
     def inactive_reason(self) -> str | None:
         """Why the layer would not act in the coming forward pass, or `None` where it will."""
+        return None
+
+    def scaled_away(self, kwargs: Mapping[str, Any]) -> str | None:
+        """Why these arguments of the component's forward pass would weaken the layer, or `None`."""
         return None
 
 

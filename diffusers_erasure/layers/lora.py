@@ -150,7 +150,7 @@ class LoraLayer(Layer):
                     f"{site!r} maps {expected[0]} to {expected[1]} in this pipeline, but the erasure's factors have "
                     f"shapes {tuple(down.shape)} and {tuple(up.shape)}: it was made for another architecture."
                 )
-            attention = _attention_of(component, site)
+            attention = attention_of(component, site)
             if compat.has_fused_projections(attention):
                 raise ErasureCompatibilityError(_FUSED.format(site=site))
 
@@ -165,7 +165,7 @@ class LoraLayer(Layer):
                 # A tuple, because a module assigned to a module would become its child.
                 self.modules_hooked[site] = (component, module)
                 self.count += 1
-                attention = _attention_of(component, site)
+                attention = attention_of(component, site)
                 if hasattr(attention, "fused_projections"):
                     self.attentions[site] = attention
             delta = self._delta(site)
@@ -212,7 +212,8 @@ _FUSED = (
 )
 
 
-def _attention_of(component: nn.Module, site: str) -> nn.Module:
+def attention_of(component: nn.Module, site: str) -> nn.Module:
+    """Return the module around a site: an attention for its projections, the component where there is none."""
     parent = site.rpartition(".")[0]
     component = compat.unwrap_compiled(component)
     for name in (parent, parent.removeprefix("text_model."), f"text_model.{parent}"):

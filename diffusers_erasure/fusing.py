@@ -1,0 +1,393 @@
+"""Fusing erasures into the base model's weights, and undoing it exactly.
+
+The change of each weight is computed in float64 from all erasures that are fused and added once, so that the order of
+loading does not matter; the original is kept and put back bit for bit. Nothing acts twice: the hooks of a fused erasure
+are taken off. A `text_map` T is fused in its LoRA form W (T - I), together with any `lora` on the same weight:
+(W + B A) T, which is what the hooks give.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attachment, compat
+from .artifact import Erasure
+from .attachment import Loaded
+from .base_model import component as component_of
+from .base_model import denoiser_name, text_readers
+from .errors import ErasureCompatibilityError, ErasureError, ErasureInputError
+from .kept import Kept, digest
+from .layers import layer_kind
+from .layers.lora import DOWN, UP, attention_of, find_site
+from .logging import get_logger
+from .peft_backend import PeftAdapters
+from .schema import LayerSpec
+from .state import components, known, loaded, states
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class _Weight:
+    """One weight to be changed: by low-rank deltas, then by maps of what it reads. Factors come with their strengths."""
+
+    component: str
+    site: str
+    module: nn.Module
+    deltas: list[tuple[float, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    maps: list[tuple[float, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def merged(self, original: torch.Tensor) -> torch.Tensor:
+        """(W + sum s B A) (I + sum s D^T A), in float64 and rounded once."""
+        device = original.device if original.device.type in ("cpu", "cuda") else torch.device("cpu")
+        weight = original.to(device, torch.float64)
+        for strength, down, up in self.deltas:
+            delta = _double(up, device).flatten(1) @ _double(down, device).flatten(1)
+            weight = weight + strength * delta.reshape(weight.shape)
+        changes = [strength * (weight @ _double(d, device).T) @ _double(a, device) for strength, a, d in self.maps]
+        result = sum(changes, weight).to(original.dtype)
+        if not bool(torch.isfinite(result).all()):
+            raise ErasureInputError(
+                f"The fused weight of {self.site!r} has values that {original.dtype} cannot hold; nothing was changed. "
+                "Use the pipeline in another dtype, or leave the erasure unfused."
+            )
+        return result
+
+
+def _double(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.to(device, torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------- the functions
+
+
+def fuse_erasures(pipe: Any, names: str | Sequence[str] | None = None) -> int:
+    """Fuse loaded erasures into the base model's weights, at their present strengths. They cost no time then.
+
+    They stay listed (`backend="merge"`), and `set_erasures`, `unload_erasure` and `erasures_disabled` work on them as on
+    others, though not as fast: the weights are restored and fused again. The original of each changed weight is kept in
+    the CPU's memory, in its own dtype: `ErasureInfo.kept_bytes` says how much that is. A copy or a pickle of the
+    pipeline holds it too; `save_pretrained` saves the fused weights without it (see [`export_erased`]).
+
+    Fuse and unfuse in the order of a stack: what changes the same weights after this (`fuse_lora`, a cast to another
+    dtype) must be undone before `unfuse_erasures`, which otherwise raises.
+
+    Args:
+        pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
+        names (`str` or sequence of `str`, *optional*): the erasures; all of them by default.
+
+    Returns:
+        `int`: bytes of all the originals that are kept.
+
+    Raises:
+        ErasureNotFoundError: a name is not loaded.
+        ErasureCompatibilityError: a weight is quantised or offloaded, attention projections are fused, or a layer has no
+            form as a change of weights. Nothing is changed then.
+        ErasureInputError: the erasures are disabled, none is loaded, one was loaded with `backend="peft"`, or one would
+            have to be fused with another.
+        ErasureError: erasures were fused before and the weights were changed since.
+    """
+    wanted = list(loaded(pipe)) if names is None else [names] if isinstance(names, str) else list(names)
+    if not wanted:
+        raise ErasureInputError("No erasure is loaded that could be fused.")
+    for name in wanted:
+        known(pipe, name)
+    already = fused_names(pipe)
+    together = [name for name in loaded(pipe) if name in wanted or name in already]
+    if together != already:
+        if any(state.disabled for state in states(pipe).values()):
+            raise ErasureInputError("Erasures cannot be fused within `erasures_disabled()`; they would act there.")
+        plan(pipe, together)
+        unfuse_erasures(pipe)
+        try:
+            merge(pipe, together)
+        except BaseException:
+            if already:
+                merge(pipe, already)
+            raise
+    count = sum(kept.bytes for state in states(pipe).values() for kept in state.fused.values())
+    logger.info("Fused the erasures %s; the original weights that are kept take %.1f MB.", together, count / 1e6)
+    return count
+
+
+def unfuse_erasures(pipe: Any) -> None:
+    """Put the original weights back, bit for bit. The erasures stay on, as they were loaded: by hooks.
+
+    Args:
+        pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline; nothing happens where none is fused.
+
+    Raises:
+        ErasureError: a weight is no longer what fusing left. Nothing is changed; the message says what to undo first.
+    """
+    live = components(pipe)
+    held = {name: state for name, state in states(pipe).items() if state.merged}
+    for name, state in held.items():
+        for kept in state.fused.values():
+            _check_restorable(live[name], name, kept)
+    for name, state in held.items():
+        for item in state.loaded.values():  # all of them, for the order of loading is that of the sums
+            if item.backend == "hook":
+                attachment.detach_layers(state, item.name)
+                attachment.attach_layers({name: live[name]}, item)
+        for kept in state.fused.values():
+            _write(kept.module, kept.original)
+        state.fused, state.merged = {}, []
+        state.fold()
+    attachment.reset_compiled(live[name] for name in held)
+
+
+def fused_names(pipe: Any) -> list[str]:
+    """Names of the erasures that are fused, in the order of loading."""
+    merged = {name for state in states(pipe).values() for name in state.merged}
+    return [name for name in loaded(pipe) if name in merged]
+
+
+def kept_bytes(pipe: Any, name: str) -> int:
+    """Memory of the originals at the weights that a fused erasure changed; others may have changed them too."""
+    if name not in fused_names(pipe):
+        return 0
+    held = states(pipe)
+    weights = _weights(pipe, [loaded(pipe)[name]])
+    kept = {each.module: each.bytes for state in held.values() for each in state.fused.values()}
+    return sum(kept.get(weight.module, 0) for weight in weights)
+
+
+@contextmanager
+def unfused(pipe: Any) -> Iterator[None]:
+    """Within the block nothing is fused; what was and is still loaded is fused again at its end.
+
+    Where that cannot be done, the erasures stay on by hooks, with a warning.
+
+    Raises:
+        ErasureError: see [`unfuse_erasures`].
+    """
+    names = fused_names(pipe)
+    unfuse_erasures(pipe)
+    try:
+        yield
+    finally:
+        names = [name for name in loaded(pipe) if name in names]
+        if names:
+            try:
+                if any(state.disabled for state in states(pipe).values()):
+                    raise ErasureInputError("they are disabled elsewhere")
+                merge(pipe, names)
+            except Exception as error:
+                logger.warning("The erasures %s are on, but by hooks: they could not be fused again: %s", names, error)
+
+
+@contextmanager
+def changing(pipe: Any, names: Sequence[str] | None = None) -> Iterator[None]:
+    """Within the block strengths of the named erasures (by default all) may be changed, and they may be unloaded.
+
+    Raises:
+        ErasureError: the weights of fused ones were changed since, or `fuse_lora` has merged their adapters.
+    """
+    for state in states(pipe).values():
+        for layer in state.kinds():
+            merged = layer.merged() if isinstance(layer, PeftAdapters) else []
+            if merged:
+                raise ErasureError(
+                    f"`fuse_lora` has merged the adapters {merged} of erasures into the weights. Call `pipe.unfuse_lora()` "
+                    "first; nothing was changed."
+                )
+    if names is None or set(names) & set(fused_names(pipe)):
+        with unfused(pipe):
+            yield
+    else:
+        yield
+
+
+def attach_fused(pipe: Any, name: str) -> None:
+    """Fuse an erasure that has just been attached, or take it off again."""
+    try:
+        fuse_erasures(pipe, name)
+    except BaseException:
+        attachment.detach(components(pipe).values(), name)
+        raise
+
+
+def check_beside_fused(pipe: Any, erasure: Erasure) -> None:
+    """Refuse to load an erasure that would not add to the fused ones as it adds to unfused ones.
+
+    Raises:
+        ErasureInputError: a text map is fused, and the erasure maps the same rows or changes what reads them.
+    """
+    items = [loaded(pipe)[name] for name in fused_names(pipe)]
+    if any(_has_map(item.erasure) for item in items) and _touches_rows(pipe, erasure):
+        raise ErasureInputError(
+            f"The fused erasures {[item.name for item in items]} map the text rows; this one works on the same rows, and "
+            "the two add exactly only where both are fused or neither is. Call `pipe.unfuse_erasures()`, load it, and "
+            "then `pipe.fuse_erasures()`."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ planning
+
+
+def plan(pipe: Any, names: Sequence[str], *, alone: bool = False) -> list[_Weight]:
+    """Every weight that the named erasures change; refuses before anything is changed.
+
+    With `alone=True` the other erasures will not act beside them.
+    """
+    items = [known(pipe, name) for name in names]
+    for item in items:
+        if item.backend != "hook":
+            raise ErasureInputError(
+                f"The erasure {item.name!r} was loaded with `backend={item.backend!r}`, where peft fuses "
+                '(`pipe.fuse_lora()`). Unload it, and load it with `backend="merge"`.'
+            )
+    beside = [item for name, item in loaded(pipe).items() if name not in names]
+    if not alone and any(_has_map(item.erasure) for item in items):
+        both = [item.name for item in beside if _touches_rows(pipe, item.erasure)]
+        if both:
+            raise ErasureInputError(
+                f"{list(names)} map the text rows on which {both} work too; they add exactly only where all are fused or "
+                f"none is. Fuse them together: `pipe.fuse_erasures({[*names, *both]})`."
+            )
+    weights = _weights(pipe, items)
+    parameters: dict[int, str] = {}
+    for weight in weights:
+        parameter = _plain_parameter(components(pipe)[weight.component], weight)
+        if id(parameter) in parameters:
+            raise ErasureCompatibilityError(
+                f"{weight.site!r} and {parameters[id(parameter)]!r} share one weight, which cannot be fused."
+            )
+        parameters[id(parameter)] = weight.site
+    return weights
+
+
+def _weights(pipe: Any, items: Sequence[Loaded]) -> list[_Weight]:
+    live = components(pipe)
+    weights: dict[nn.Module, _Weight] = {}
+    for item in items:
+        for layer in item.erasure.config.layers:
+            tensors = item.erasure.layer_tensors(layer)
+            component = live[layer.component]
+            layer_kind(layer.kind).check(component, layer, tensors)
+            for site, module in _sites(pipe, layer).items():
+                weight = weights.setdefault(module, _Weight(layer.component, site, module))
+                if layer.kind == "lora":
+                    weight.deltas.append((item.strength, tensors[site + DOWN], tensors[site + UP]))
+                else:
+                    weight.maps.append((item.strength, tensors["A"], tensors["D"]))
+    return list(weights.values())
+
+
+def _sites(pipe: Any, layer: LayerSpec) -> Mapping[str, nn.Module]:
+    """The modules whose weights a layer changes when it is fused."""
+    if layer.kind == "lora":
+        component = components(pipe)[layer.component]
+        return {site: find_site(component, site) for site in layer.sites}
+    if layer.kind == "text_map" and layer.sites == ("encoder_hidden_states",):
+        config = getattr(component_of(pipe, layer.component), "config", {})
+        if config.get("addition_embed_type") in (None, "text_time") and config.get("encoder_hid_dim_type") is None:
+            return text_readers(pipe)
+    raise ErasureCompatibilityError(
+        f"A layer {layer.kind!r} on {layer.sites[0]!r} of {layer.component!r} cannot be fused: not everything that reads "
+        "this input is known to be linear. Leave the erasure unfused."
+    )
+
+
+def _has_map(erasure: Erasure) -> bool:
+    return any(layer.kind == "text_map" for layer in erasure.config.layers)
+
+
+def _touches_rows(pipe: Any, erasure: Erasure) -> bool:
+    """Whether an erasure maps the text rows, or changes a weight that reads them."""
+    readers = set(text_readers(pipe).values())
+    for layer in erasure.config.layers:
+        if layer.kind != "lora":
+            return True
+        if layer.component == denoiser_name(pipe) and readers & set(_sites(pipe, layer).values()):
+            return True
+    return False
+
+
+def _plain_parameter(component: nn.Module, weight: _Weight) -> nn.Parameter:
+    parameter = weight.module._parameters.get("weight")
+    if parameter is not None and parameter.device.type == "meta" or compat.is_group_offloaded(component):
+        raise ErasureCompatibilityError(
+            f"The weight of {weight.site!r} is offloaded, so an erasure cannot be fused into it; nothing was changed. "
+            "Call `pipe.remove_all_hooks()`, or use `enable_model_cpu_offload()`, which keeps whole weights."
+        )
+    plain = type(parameter) is nn.Parameter and parameter.dtype.is_floating_point and parameter.dtype.itemsize > 1
+    if parameter is None or not plain:
+        raise ErasureCompatibilityError(
+            f"The weight of {weight.site!r} is quantised or of a class of its own, so an erasure cannot be fused into it; "
+            "nothing was changed. Leave the erasure unfused: hooks act on quantised weights too."
+        )
+    return parameter
+
+
+# ------------------------------------------------------------------------------------------------------- merging
+
+
+def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
+    """Fuse erasures, none of which is fused. After an error nothing is changed."""
+    live, held = components(pipe), states(pipe)
+    done: list[tuple[str, Kept]] = []
+    try:
+        for weight in plan(pipe, names, alone=alone):
+            parameter = _plain_parameter(live[weight.component], weight)
+            merged = weight.merged(parameter.detach())
+            original = parameter.detach().to("cpu", copy=True)
+            kept = Kept(weight.site, weight.module, original, merged.dtype, digest(merged))
+            done.append((weight.component, kept))
+            _write(weight.module, merged)
+    except BaseException:
+        for _, kept in done:
+            _write(kept.module, kept.original)
+        raise
+    for component, kept in done:
+        held[component].fused[kept.site.removeprefix("text_model.")] = kept
+    for state in held.values():
+        merged_here = [name for name in names if name in state.loaded]
+        state.merged.extend(merged_here)
+        for name in merged_here:
+            attachment.detach_layers(state, name)
+        state.fold()
+    attachment.reset_compiled(live.values())
+
+
+def _write(module: nn.Module, value: torch.Tensor) -> None:
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        parameter.data.copy_(value)
+
+
+def _check_restorable(component: nn.Module, name: str, kept: Kept) -> None:
+    place = f"{name}.{kept.site}"
+    if compat.has_fused_projections(attention_of(component, kept.site)):
+        raise ErasureError(
+            f"The attention projections around {place!r} were fused after the erasures. Call "
+            "`pipe.unfuse_qkv_projections()` first; nothing was changed."
+        )
+    try:
+        found: nn.Module | None = find_site(component, kept.site)
+    except ErasureCompatibilityError:
+        found = None
+    parameter = None if found is None else found._parameters.get("weight")
+    if found is not kept.module or parameter is None or parameter.device.type == "meta":
+        raise ErasureError(
+            f"The weight of {place!r} was offloaded, or its module replaced, after erasures were fused into it. Undo that "
+            "(`pipe.remove_all_hooks()`), or load the pipeline again; nothing was changed."
+        )
+    if parameter.dtype != kept.dtype:
+        raise ErasureError(
+            f"The weight of {place!r} was cast from {kept.dtype} to {parameter.dtype} after erasures were fused into it, "
+            "so the original cannot be put back exactly; nothing was changed. Load the pipeline again, and unfuse before "
+            "you cast."
+        )
+    if digest(parameter) != kept.digest:
+        raise ErasureError(
+            f"The weight of {place!r} is no longer what fusing the erasures left: something changed it since, such as a "
+            "LoRA that was fused after them. Undo that first (`pipe.unfuse_lora()`); where that does not bring the very "
+            "same bits back, load the pipeline again. Nothing was changed."
+        )

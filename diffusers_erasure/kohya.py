@@ -1,0 +1,143 @@
+"""kohya-style LoRA files, for other user interfaces: the factors of an erasure under the names that they read."""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .artifact import Erasure
+from .errors import ErasureError, ErasureInputError
+from .layers.lora import DOWN, UP, pad_rank
+from .tensors import dump
+
+
+_PREFIXES = {
+    "stable-diffusion": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
+    "stable-diffusion-xl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+}
+
+
+def to_kohya(erasure: Erasure, *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Return an erasure as the tensors of a kohya-style LoRA file.
+
+    All modules have one rank (padded with zeros) and one alpha, equal to it: readers disagree about anything else.
+
+    Args:
+        erasure ([`Erasure`]): of `lora` layers alone, for Stable Diffusion 1.x, 2.x or XL.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the factors.
+
+    Returns:
+        `dict`: for each module `lora_unet_….lora_down.weight`, `….lora_up.weight` and `….alpha`.
+
+    Raises:
+        ErasureInputError: the erasure is of another family, has layers that are no LoRA or modules whose names diffusers
+            would not read back, or its values do not fit the dtype.
+    """
+    family = erasure.config.base_model.family
+    prefixes = _PREFIXES.get(family)
+    others = sorted({layer.kind for layer in erasure.config.layers if layer.kind != "lora"})
+    if prefixes is None or others:
+        why = f"it is for {family}" if prefixes is None else f"it has layers of the kinds {others}"
+        raise ErasureInputError(
+            f"This erasure has no kohya form: {why}. Only LoRA layers for {sorted(_PREFIXES)} have one; others are loaded "
+            "with `load_erasure`."
+        )
+    tensors, expected = {}, {}
+    rank = max(erasure.layer_tensors(layer)[layer.sites[0] + DOWN].shape[0] for layer in erasure.config.layers)
+    for layer in erasure.config.layers:
+        own = erasure.layer_tensors(layer)
+        for site in layer.sites:
+            down, up = pad_rank(own[site + DOWN], rank, 0).to(dtype), pad_rank(own[site + UP], rank, 1).to(dtype)
+            if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
+                raise ErasureInputError(f"Some values of {site!r} are too large for {dtype}; use float32.")
+            text = layer.component != "unet"
+            name = f"text_model.{site.removeprefix('text_model.')}" if text else site
+            key = prefixes[layer.component] + name.replace(".", "_")
+            if f"{key}.alpha" in tensors:
+                raise ErasureInputError(f"Two modules would have the name {key!r} in a kohya file.")
+            tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
+            tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+            expected[f"{layer.component}.{name}"] = down
+        if layer.component != "unet":
+            tensors.update(_marker(layer.sites, own, prefixes[layer.component], rank, dtype))
+    _check_names(tensors, expected, family)
+    return tensors
+
+
+def _marker(
+    sites: Sequence[str], own: Mapping[str, torch.Tensor], prefix: str, rank: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """A LoRA of zeros on one `out_proj`, without which diffusers 0.42 drops the text encoder's `q`, `k` and `v` in silence.
+
+    It tells by the name `to_out_lora` in which of two spellings the text encoder's keys are, and takes the other
+    spelling where none is there.
+    """
+    attention = [site for site in sites if site.endswith((".q_proj", ".k_proj", ".v_proj"))]
+    if not attention or any(site.endswith(".out_proj") for site in sites):
+        return {}
+    width = own[attention[0] + UP].shape[0]
+    name = f"text_model.{attention[0].removeprefix('text_model.').rpartition('.')[0]}.out_proj"
+    key = prefix + name.replace(".", "_")
+    return {
+        f"{key}.lora_down.weight": torch.zeros(rank, width, dtype=dtype),
+        f"{key}.lora_up.weight": torch.zeros(width, rank, dtype=dtype),
+        f"{key}.alpha": torch.tensor(float(rank)),
+    }
+
+
+def save_kohya(erasure: Erasure, file: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> Path:
+    """Save an erasure as a kohya-style LoRA file.
+
+    Args:
+        erasure ([`Erasure`]): see [`to_kohya`].
+        file (`str` or `os.PathLike`): a new file, ending in `.safetensors`.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the factors.
+
+    Returns:
+        `Path`: the file.
+    """
+    path = Path(file).expanduser()
+    if path.suffix != ".safetensors" or path.exists():
+        raise ErasureInputError(f"{path} must be a new file whose name ends in .safetensors.")
+    data = dump(to_kohya(erasure, dtype=dtype))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+            handle.write(data)
+        os.replace(handle.name, path)
+    except OSError as error:
+        raise ErasureError(f"Saving {path} failed: {error}") from error
+    return path
+
+
+def _check_names(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], family: str) -> None:
+    """Underscores for dots lose what a dot was: see that diffusers' own reader finds the modules again."""
+    import diffusers
+
+    kind: Any = getattr(
+        diffusers, "StableDiffusionXLPipeline" if family.endswith("-xl") else "StableDiffusionPipeline"
+    )
+    read, _ = kind.lora_state_dict(dict(tensors))
+    found = {_plain(key): value for key, value in read.items() if _DOWN.search(key)}
+    wrong = sorted(name for name, down in expected.items() if name not in found or not torch.equal(found[name], down))
+    if wrong:
+        raise ErasureInputError(
+            f"diffusers does not read these modules back from a kohya file: {wrong[:3]}. Use the diffusers format."
+        )
+
+
+_DOWN = re.compile(r"(\.lora\.down|\.lora_linear_layer\.down|_lora\.down|\.lora_A)\.weight$")
+_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def _plain(key: str) -> str:
+    """The module of a down factor in any of diffusers' own spellings."""
+    name = _DOWN.sub("", key).replace(".processor.", ".")
+    parent, _, last = name.rpartition(".")
+    if key.startswith("text_encoder"):
+        return f"{parent}.{_TEXT.get(last, last)}"
+    return f"{name}.0" if last == "to_out" else name
