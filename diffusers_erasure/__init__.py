@@ -14,7 +14,7 @@ from .errors import (
     ErasureNotFoundError,
     ErasureTrainingError,
 )
-from .exporting import export_erased
+from .exporting import export_erased, push_erased_model
 from .fitting import erase
 from .kohya import save_kohya, to_kohya
 from .pipeline import (
@@ -58,6 +58,7 @@ __all__ = [
     "list_erasures",
     "load_erasure",
     "prompt_embeds_are_erased",
+    "push_erased_model",
     "push_erasure_to_hub",
     "save_erasure",
     "save_kohya",

@@ -20,6 +20,7 @@ NAMES = (
     "fuse_erasures",
     "unfuse_erasures",
     "export_erased",
+    "push_erased_model",
     "save_erasure",
     "push_erasure_to_hub",
 )

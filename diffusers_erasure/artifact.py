@@ -31,6 +31,7 @@ from .schema import (
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+    from PIL import Image
 
 logger = get_logger(__name__)
 
@@ -198,6 +199,8 @@ class Erasure:
         commit_message: str | None = None,
         dtype: torch.dtype | None = None,
         redact_concepts: bool = False,
+        grid: "Image.Image | None" = None,
+        license: str | None = None,
     ) -> "CommitInfo":
         """Push the erasure to the Hub in one commit: all of it becomes visible, or nothing.
 
@@ -214,6 +217,8 @@ class Erasure:
             commit_message (`str`, *optional*): the commit's message.
             dtype (`torch.dtype`, *optional*): dtype of the tensors; as they are by default (float32).
             redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names.
+            grid (`PIL.Image.Image`, *optional*): a picture for the card, of images before and after.
+            license (`str`, *optional*): identifier of the licence, for the card's metadata.
 
         Returns:
             [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.
@@ -234,6 +239,8 @@ class Erasure:
             commit_message=commit_message,
             dtype=dtype,
             redact_concepts=redact_concepts,
+            grid=grid,
+            license=license,
         )
 
     # ------------------------------------------------------------------------------------------------- reading

@@ -8,7 +8,8 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from .schema import ErasureConfig
+from .errors import ErasureInputError
+from .schema import GRID_FILE, ErasureConfig
 
 
 if TYPE_CHECKING:
@@ -84,18 +85,27 @@ def _rows(values: Any) -> list[tuple[str, Any]]:
     return rows if left <= 0 else [*rows[:MAX_ROWS], ("…", f"{left} more in erasure_config.json")]
 
 
-def render_card(config: ErasureConfig, repo_id: str | None = None) -> str:
+def render_card(
+    config: ErasureConfig, repo_id: str | None = None, *, grid: bool = False, license: str | None = None
+) -> str:
     """Render an erasure's `README.md`.
 
     Args:
         config ([`ErasureConfig`]): the erasure's configuration.
         repo_id (`str`, *optional*): the repository that it will lie in, for the examples of use.
+        grid (`bool`, *optional*, defaults to `False`): show the picture `before_after.png` that lies beside the card.
+        license (`str`, *optional*): identifier of the licence, as the Hub lists them.
+
+    Raises:
+        ErasureInputError: `license` is no identifier.
 
     Returns:
         `str`: front matter for the Hub, and text for people. Concept strings are escaped for YAML and Markdown.
     """
     from .methods.citations import CITATIONS
 
+    if license is not None and not re.fullmatch(r"[A-Za-z0-9.+-]{1,64}", license, re.ASCII):
+        raise ErasureInputError(f"`license` must be an identifier such as 'apache-2.0', not {license!r}.")
     source = resources.files("diffusers_erasure.hub_cards").joinpath("erasure.md.j2").read_text(encoding="utf-8")
     named = [escape_markdown(concept.target) for concept in config.concepts[:MAX_NAMED]]
     if len(config.concepts) > MAX_NAMED:
@@ -115,6 +125,8 @@ def render_card(config: ErasureConfig, repo_id: str | None = None) -> str:
             diagnostics=_rows(config.diagnostics),
             results=_rows(config.results),
             citation=CITATIONS.get(config.method.name),
+            grid=GRID_FILE if grid else None,
+            license=license,
         )
     )
     return _sealed(text)

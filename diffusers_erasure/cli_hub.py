@@ -31,15 +31,19 @@ def push(
     message: Annotated[str | None, typer.Option("--message", "-m", help="The commit's message.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Push the tensors in float16.")] = False,
     redact: Redact = False,
+    grid: Annotated[Path | None, typer.Option(help="A picture for the card, of images before and after.")] = None,
+    license: Annotated[str | None, typer.Option(help="Identifier of the licence, such as apache-2.0.")] = None,
     subfolder: Subfolder = None,
     token: Token = None,
     as_json: Json = False,
 ) -> None:
     """Push an erasure to the Hub, in one commit."""
     import torch
+    from PIL import Image
 
     from .artifact import Erasure
 
+    picture = None if grid is None else Image.open(grid)
     erasure = Erasure.from_pretrained(source, subfolder=subfolder, token=token)
     info = erasure.push_to_hub(
         repo_id,
@@ -50,6 +54,8 @@ def push(
         commit_message=message,
         dtype=torch.float16 if half else None,
         redact_concepts=redact,
+        grid=picture,
+        license=license,
     )
     if as_json:
         print(json.dumps({"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}, indent=2))

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,6 +21,9 @@ from .provenance import KIND, PLACES, Contained, Provenance, contained_config
 from .schema import CARD_FILE, SCHEMA, Library
 from .state import components, known, loaded, states
 
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 logger = get_logger(__name__)
 
@@ -100,6 +103,44 @@ def export_erased(
             fusing.unfuse_erasures(pipe)
     logger.info("Exported the model with the erasures %s to %s.", wanted, folder)
     return files
+
+
+def push_erased_model(
+    pipe: Any,
+    repo_id: str,
+    names: str | Sequence[str] | None = None,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> "CommitInfo":
+    """Push the pipeline with erasures fused into its weights to the Hub, in one commit. See [`export_erased`].
+
+    Args:
+        pipe ([`DiffusionPipeline`]): the pipeline, which is afterwards as it was.
+        repo_id (`str`): the repository, such as `"user/model-without-cats"`; created where it does not exist.
+        names (`str` or sequence of `str`, *optional*): the erasures; all by default.
+        private (`bool`, *optional*): whether a repository that is created is private.
+        token (`str` or `bool`, *optional*): the token; the stored one by default.
+        create_pr (`bool`, *optional*, defaults to `False`): propose the commit as a pull request.
+        commit_message (`str`, *optional*): the commit's message.
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`]: the commit.
+
+    Raises:
+        ErasureHubError: the Hub refused it or gave no answer, or somebody else pushed meanwhile.
+        ErasureInputError: the repository holds something else; or see [`export_erased`].
+    """
+    from .hub import push_model
+
+    with tempfile.TemporaryDirectory(prefix="erased-model-") as work:
+        folder = Path(work) / "model"
+        export_erased(pipe, folder, names)
+        return push_model(
+            folder, repo_id, private=private, token=token, create_pr=create_pr, commit_message=commit_message
+        )
 
 
 def _write(pipe: Any, folder: Path, provenance: Provenance) -> list[Path]:

@@ -4,6 +4,7 @@ What the Hub or the connection refuses is raised as an [`ErasureHubError`] or [`
 to do, chained to the Hub's own error.
 """
 
+import io
 import os
 import re
 import time
@@ -24,13 +25,14 @@ from .errors import (
     ErasureNotFoundError,
 )
 from .logging import get_logger
-from .schema import CARD_FILE, CONFIG_FILE, LORA_FILE, MAX_CONFIG_BYTES, TENSOR_FILES, ErasureConfig
+from .schema import CARD_FILE, CONFIG_FILE, GRID_FILE, LORA_FILE, MAX_CONFIG_BYTES, TENSOR_FILES, ErasureConfig
 from .tensors import sha256
 
 
 if TYPE_CHECKING:
     import torch
     from huggingface_hub import CommitInfo, HfApi
+    from PIL import Image
 
     from .artifact import Erasure
 
@@ -294,6 +296,8 @@ def push(
     commit_message: str | None = None,
     dtype: "torch.dtype | None" = None,
     redact_concepts: bool = False,
+    grid: "Image.Image | None" = None,
+    license: str | None = None,
 ) -> "CommitInfo":
     """Push an erasure to the Hub in one commit: all of it becomes visible, or nothing.
 
@@ -311,6 +315,8 @@ def push(
         commit_message (`str`, *optional*): the commit's message.
         dtype (`torch.dtype`, *optional*): dtype of the tensors; as they are by default (float32).
         redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names.
+        grid (`PIL.Image.Image`, *optional*): a picture for the card, of images before and after.
+        license (`str`, *optional*): identifier of the licence, for the card's metadata.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.
@@ -329,6 +335,11 @@ def push(
     files = erasure.to_files(dtype=dtype, redact_concepts=redact_concepts)
     config = ErasureConfig.from_json(files[CONFIG_FILE])
     message = commit_message or f"Upload an erasure ({config.method.name})"
+    render_card(config, license=license)  # a wrong licence is told before the Hub is asked
+    if grid is not None:
+        buffer = io.BytesIO()
+        grid.save(buffer, "PNG")
+        files[GRID_FILE] = buffer.getvalue()
     with _explained(repo_id, revision, write=True):
         api = _make_api(token)
         repo_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
@@ -344,7 +355,7 @@ def push(
             )
         present = {item.rfilename for item in head.siblings or ()}
         stale = _stale_files(api, repo_id, head.sha, present, set(files))
-        card = render_card(config, repo_id)
+        card = render_card(config, repo_id, grid=grid is not None, license=license)
         if CARD_FILE in present:
             card = _merged(api, repo_id, head.sha, card, config.redacted)
         files[CARD_FILE] = card.encode()
@@ -357,6 +368,48 @@ def push(
             revision=revision,
             create_pr=create_pr,
             parent_commit=head.sha,  # somebody else's push meanwhile is an error, not overwritten
+        )
+
+
+def push_model(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> "CommitInfo":
+    """Push the folder of a whole erased model in one commit; files of an erased model that was there before go.
+
+    Raises:
+        ErasureHubError: the Hub refused it or gave no answer, or somebody else pushed meanwhile.
+        ErasureInputError: the repository holds something else than an erased model.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    with _explained(repo_id, None, write=True):
+        api = _make_api(token)
+        repo_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+        head = _patiently(lambda: api.model_info(repo_id, timeout=TIMEOUT))
+        present = {item.rfilename for item in head.siblings or ()} - {".gitattributes"}
+        if private and head.private is False:
+            raise ErasureInputError(
+                f"{repo_id!r} exists and is public; leave out `private`, or make it private first."
+            )
+        if present - {CARD_FILE} and not {CONFIG_FILE, "model_index.json"} <= present:
+            raise ErasureInputError(
+                f"{repo_id!r} holds something else than a whole erased model; push to another repository."
+            )
+        operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
+        operations += [CommitOperationDelete(name) for name in sorted(present - set(files))]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload an erased model",
+            create_pr=create_pr,
+            parent_commit=head.sha,
         )
 
 
@@ -384,7 +437,7 @@ def _stale_files(api: "HfApi", repo_id: str, commit: str | None, present: set[st
     except (ErasureConfigError, ErasureFileError):
         logger.warning("%s holds an erasure that this version cannot read; it is replaced.", repo_id)
         old = set(TENSOR_FILES)
-    return sorted((old & present) - new)
+    return sorted(({*old, GRID_FILE} & present) - new)
 
 
 def _merged(api: "HfApi", repo_id: str, commit: str | None, card: str, redacted: bool) -> str:

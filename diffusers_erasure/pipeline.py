@@ -16,7 +16,7 @@ from .artifact import Erasure
 from .attachment import Loaded
 from .base_model import compare_base, denoiser_name
 from .errors import ErasureCompatibilityError, ErasureInputError
-from .exporting import export_erased
+from .exporting import export_erased, push_erased_model
 from .fusing import fuse_erasures, unfuse_erasures
 from .logging import get_logger
 from .peft_backend import PeftGuard
@@ -107,6 +107,10 @@ class ErasablePipeline(Protocol):
     def export_erased(
         self, save_directory: str | os.PathLike[str], names: str | Sequence[str] | None = None
     ) -> list[Path]: ...
+
+    def push_erased_model(
+        self, repo_id: str, names: str | Sequence[str] | None = None, **kwargs: Any
+    ) -> "CommitInfo": ...
 
     def save_erasure(
         self, save_directory: str | os.PathLike[str], adapter_name: str | None = None, **kwargs: Any
@@ -449,7 +453,7 @@ def push_erasure_to_hub(
         repo_id (`str`): the repository, such as `"user/no-cat"`; it is created where it does not exist.
         adapter_name (`str`, *optional*): the erasure; may be left out where only one is loaded.
         private, token, revision, create_pr, commit_message: see [`Erasure.push_to_hub`].
-        kwargs: `dtype` and `redact_concepts` of [`Erasure.push_to_hub`].
+        kwargs: `dtype`, `redact_concepts`, `grid` and `license` of [`Erasure.push_to_hub`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.
@@ -483,6 +487,7 @@ __all__ = [
     "fuse_erasures",
     "list_erasures",
     "load_erasure",
+    "push_erased_model",
     "push_erasure_to_hub",
     "save_erasure",
     "set_erasures",

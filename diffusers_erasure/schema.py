@@ -23,6 +23,7 @@ CONFIG_FILE = "erasure_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TENSOR_FILE = "erasure.safetensors"
 CARD_FILE = "README.md"
+GRID_FILE = "before_after.png"
 TENSOR_FILES = (LORA_FILE, TENSOR_FILE)
 
 MAX_CONFIG_BYTES = 256 * 1024

@@ -235,6 +235,15 @@ class Handler(BaseHTTPRequestHandler):
             repo = self.repo(name)
             return self.reply(value=self.server.model_info(name, repo, self.sha(repo, "/".join(rest[1:]) or "main")))
         kind = rest[0]
+        if kind == "tree":  # what a download of a whole repository asks for
+            repo = self.repo(name, content=True)
+            listed = []
+            for path, (data, lfs) in sorted(repo.commits[self.sha(repo, rest[1])].items()):
+                entry = {"type": "file", "path": path, "size": len(data), "oid": blob_sha1(data)}
+                if lfs:
+                    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+                listed.append(entry)
+            return self.reply(value=listed)
         if kind == "refs":
             repo = self.repo(name)
             table = {"branches": ("heads", repo.refs), "tags": ("tags", repo.tags)}

@@ -231,6 +231,52 @@ def test_an_erasure_replaces_another_and_pushing_again_changes_nothing(hub: Hub,
     assert set(json.loads(ok(client.pull(repo, revision=first))[2])["files"]) == {LORA}
 
 
+def test_a_card_with_a_picture_and_a_licence(hub: Hub, client: Client) -> None:
+    code = """
+        from PIL import Image
+        picture = Image.new("RGB", (8, 4), "red") if grid else None
+        result = lora.push_to_hub("alice/shown", token="hf_alice", grid=picture, license=licence).oid
+    """
+    failed(client(code, grid=True, licence="my: own"), "ErasureInputError", "license")
+    ok(client(code, grid=True, licence="apache-2.0"))
+    files = hub.files("alice/shown")
+    assert files["before_after.png"].startswith(b"\x89PNG")
+    card = files[CARD].decode()
+    assert "](before_after.png)" in card and "license: " in card and "apache-2.0" in card
+    ok(client(code, grid=False, licence=None))  # another push, without a picture: the old one goes
+    assert set(hub.files("alice/shown")) == {CARD, CONFIG, LORA}
+    assert "before_after.png" not in hub.files("alice/shown")[CARD].decode()
+
+
+def test_a_whole_erased_model(hub: Hub, client: Client) -> None:
+    code = """
+        pipe.load_erasure(lora, "cat")
+        before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+        oid = pipe.push_erased_model(repo, token="hf_alice").oid
+        assert all(torch.equal(before[name], value) for name, value in pipe.unet.state_dict().items())
+        from diffusers import DiffusionPipeline
+        from diffusers_erasure import ErasureError
+        fresh = DiffusionPipeline.from_pretrained(repo, token="hf_alice", cache_dir=cache)
+        changed = [n for n, v in fresh.unet.state_dict().items() if not torch.equal(v, before[n])]
+        try:
+            fresh.load_erasure(lora, "cat")
+            twice = None
+        except ErasureError as error:
+            twice = str(error)
+        result = [oid, changed, twice]
+    """
+    oid, changed, twice = ok(client(code, repo="alice/no-cats-at-all", cache=client.cache()))
+    (newest, _), _ = hub.commits("alice/no-cats-at-all")
+    assert newest == oid
+    files = hub.files("alice/no-cats-at-all")
+    assert {"model_index.json", CONFIG, CARD, "unet/diffusion_pytorch_model.safetensors"} <= set(files)
+    assert changed and all(".attn2.to_" in name for name in changed)
+    assert twice is not None and "already" in twice
+    ok(client.push("alice/an-erasure"))
+    code = 'pipe.load_erasure(lora, "cat"); pipe.push_erased_model("alice/an-erasure", token="hf_alice")'
+    failed(client(code), "ErasureInputError", "something else")
+
+
 def test_a_pull_fetches_the_schemas_files_of_one_commit(hub: Hub, client: Client) -> None:
     repo, cache = "alice/crowded", client.cache()
     ok(client.push(repo))
