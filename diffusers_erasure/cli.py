@@ -164,7 +164,7 @@ def erase(
         variant=variant,
         revision=revision,
         token=token,
-        offload=offload,  # type: ignore[arg-type]
+        offload=offload,  # type: ignore[arg-type]  # `load_base` checks it
     )
     kept: Any = retain[0] if retain and len(retain) == 1 else retain
     with err.status(f"making an erasure of {len(targets)} concepts by {method}"):
@@ -226,7 +226,7 @@ def generate(
         variant=variant,
         revision=revision,
         token=token,
-        offload=offload,  # type: ignore[arg-type]
+        offload=offload,  # type: ignore[arg-type]  # `load_base` checks it
     )
     loaded = []
     for source, strength in wanted:
