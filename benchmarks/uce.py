@@ -30,13 +30,15 @@ from common import (
 
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.layers.lora import DOWN, UP
-from diffusers_erasure.methods.uce import Config, Rows, publish, solve
+from diffusers_erasure.methods.rows import ROWS, KeptRows, TargetRows
+from diffusers_erasure.methods.uce import Config, publish, solve
+from diffusers_erasure.schema import LORA_FILE
 
 
 LAMB, SQUARED_NORM = 0.5, 750.0
 
 
-def random_rows(targets: int, retain: int, width: int) -> Rows:
+def random_rows(targets: int, retain: int, width: int) -> tuple[TargetRows, KeptRows]:
     """Rows of the length that CLIP's have in Stable Diffusion 1.x."""
     generator = torch.Generator().manual_seed(targets)
 
@@ -44,12 +46,15 @@ def random_rows(targets: int, retain: int, width: int) -> Rows:
         # float32 values, as encoders give them: both sides start from the same numbers
         return (torch.randn(count, width, generator=generator) * (SQUARED_NORM / width) ** 0.5).double()
 
-    return Rows(rows(targets), rows(targets), torch.arange(targets), rows(retain))
+    e, g = rows(targets), rows(targets)
+    return TargetRows(e, g, (e, g), SQUARED_NORM, targets, targets), KeptRows(rows(retain), e[:0], prompts=retain)
 
 
-def dense(weights: dict[str, torch.Tensor], rows: Rows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def dense(
+    weights: dict[str, torch.Tensor], rows: tuple[TargetRows, KeptRows], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """The new weights by the published formula."""
-    e, g, r = rows.targets.to(dtype), rows.anchors.to(dtype), rows.retain.to(dtype)
+    e, g, r = (part.to(dtype) for part in (rows[0].targets, rows[0].anchors, rows[1].retain))
     kept = LAMB * torch.eye(e.shape[1], dtype=dtype) + r.T @ r
     numerator, denominator = kept + g.T @ e, kept + e.T @ e
     return {
@@ -76,13 +81,13 @@ def main() -> None:
     for count in counts:
         rows = random_rows(count, retain, pipe.unet.config.cross_attention_dim)
 
-        def solved(rows: Rows = rows) -> tuple[torch.Tensor, torch.Tensor]:
-            return solve(rows, erase_scale=1.0, retain_scale=1.0, lamb=LAMB)
+        def solved(rows: tuple[TargetRows, KeptRows] = rows) -> tuple[torch.Tensor, torch.Tensor]:
+            return solve(*rows, erase_scale=1.0, retain_scale=1.0, lamb=LAMB)
 
-        def ours(rows: Rows = rows) -> dict[str, torch.Tensor]:
-            return publish(pipe, *solved(rows), config)[1]
+        def ours(rows: tuple[TargetRows, KeptRows] = rows) -> dict[str, torch.Tensor]:
+            return publish(pipe, {ROWS: solved(rows)}, config).tensors[LORA_FILE]
 
-        def baseline(rows: Rows = rows) -> dict[str, torch.Tensor]:
+        def baseline(rows: tuple[TargetRows, KeptRows] = rows) -> dict[str, torch.Tensor]:
             return dense(weights, rows, torch.float32)
 
         functions: dict[str, Callable[[], Any]] = {"ours": ours, "baseline": baseline, "solve": solved}

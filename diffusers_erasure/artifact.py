@@ -26,6 +26,7 @@ from .schema import (
     ErasureConfig,
     FileRecord,
     LayerSpec,
+    SolveSpec,
 )
 
 
@@ -53,9 +54,9 @@ class Erasure:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        expected = {layer.file for layer in self.config.layers}
+        expected = self.config.tensor_files
         if set(self.tensors) != expected:
-            raise ErasureFileError(f"The layers lie in {sorted(expected)}, but there is {sorted(self.tensors)}.")
+            raise ErasureFileError(f"The tensors lie in {sorted(expected)}, but there is {sorted(self.tensors)}.")
         used: dict[str, set[str]] = {name: set() for name in expected}
         for layer in self.config.layers:
             own = self.layer_tensors(layer)
@@ -64,6 +65,10 @@ class Erasure:
             odd = [layer.prefix + name for name, value in own.items() if not bool(torch.isfinite(value).all())]
             if odd:
                 raise ErasureFileError(f"{layer.file}: {odd[0][:200]!r} has values that are not finite.")
+        if self.config.solve is not None:
+            rows = self.solve_tensors()
+            check_solve(self.config.solve, rows)
+            used[self.config.solve.file] |= {self.config.solve.prefix + name for name in rows}
         for name, names in used.items():
             strangers = sorted(set(self.tensors[name]) - names)
             if strangers:
@@ -84,6 +89,13 @@ class Erasure:
         """Return the tensors of one layer, their names without the layer's prefix."""
         items = self.tensors[layer.file].items()
         return {key.removeprefix(layer.prefix): value for key, value in items if key.startswith(layer.prefix)}
+
+    def solve_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the text rows that were kept for a joint solve, their names without the prefix; empty where none were."""
+        spec = self.config.solve
+        items = {} if spec is None else self.tensors[spec.file]
+        prefix = "" if spec is None else spec.prefix
+        return {key.removeprefix(prefix): value for key, value in items.items() if key.startswith(prefix)}
 
     def rescaled(self, factor: float) -> "Erasure":
         """Return the erasure whose strength 1 is this one's strength `factor`.
@@ -256,9 +268,9 @@ class Erasure:
         if CONFIG_FILE not in files:
             raise ErasureNotFoundError(f"There is no {CONFIG_FILE}.")
         config = ErasureConfig.from_json(files[CONFIG_FILE])
-        needed = {layer.file for layer in config.layers}
+        needed = config.tensor_files
         if set(config.files) != needed:
-            raise ErasureConfigError(f"`files` names {sorted(config.files)}, but the layers lie in {sorted(needed)}.")
+            raise ErasureConfigError(f"`files` names {sorted(config.files)}, but the tensors lie in {sorted(needed)}.")
         tensors = {}
         for name in sorted(needed):
             if name not in files:
@@ -321,6 +333,38 @@ class Erasure:
         return erasure
 
 
+def check_solve(spec: SolveSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check names and shapes of the rows that are kept for a joint solve.
+
+    Raises:
+        ErasureFileError: a tensor is missing, unexpected, not finite, or of a shape that cannot be right.
+    """
+    known = {
+        f"{name}.{part}" for name in spec.rows for part in ("targets", "anchors", "probe_targets", "probe_anchors")
+    }
+    strangers = sorted(set(tensors) - known)
+    if strangers:
+        raise ErasureFileError(f"{spec.file} holds unknown rows for a joint solve: {strangers[0][:120]!r}.")
+    for name in spec.rows:
+        parts = {
+            part: tensors.get(f"{name}.{part}") for part in ("targets", "anchors", "probe_targets", "probe_anchors")
+        }
+        shapes = {part: () if value is None else tuple(value.shape) for part, value in parts.items()}
+        rows, width = shapes["targets"] if len(shapes["targets"]) == 2 else (0, 0)
+        fit = rows > 0 and shapes["anchors"] in ((1, width), (rows, width))
+        probes = [shapes["probe_targets"], shapes["probe_anchors"]]
+        fit = fit and (
+            probes == [(), ()] or (len(probes[0]) == 2 and probes[0] == probes[1] and probes[0][1] == width)
+        )
+        if not fit:
+            raise ErasureFileError(
+                f"{spec.file}: the rows {name!r} for a joint solve are missing or do not fit together."
+            )
+    odd = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    if odd:
+        raise ErasureFileError(f"{spec.file}: {odd[0]!r} has values that are not finite.")
+
+
 def low_rank_error(exact: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
     """Largest |B'A' - BA| / |BA| over the sites of a LoRA file (Frobenius norms, float64, no product formed).
 
@@ -362,9 +406,9 @@ def read_folder(folder: Path, subfolder: str | None = None) -> dict[str, bytes]:
     files = {CONFIG_FILE: _read_inside(place, CONFIG_FILE, MAX_CONFIG_BYTES)}
     for name, record in ErasureConfig.from_json(files[CONFIG_FILE]).files.items():
         files[name] = _read_inside(place, name, record.size)
-    missing = {layer.file for layer in ErasureConfig.from_json(files[CONFIG_FILE]).layers} - set(files)
+    missing = ErasureConfig.from_json(files[CONFIG_FILE]).tensor_files - set(files)
     if missing:
-        raise ErasureConfigError(f"`files` does not name {sorted(missing)}, where layers lie.")
+        raise ErasureConfigError(f"`files` does not name {sorted(missing)}, where tensors lie.")
     return files
 
 

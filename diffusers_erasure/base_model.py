@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -286,6 +286,16 @@ def compare_component(name: str, stored: Component, live: Any) -> Match:
     return _match_values(stored, values, dtypes)
 
 
+def same_component(one: Component, other: Component) -> Match | Literal["different architecture"]:
+    """Compare what two erasures recorded of a component."""
+    if one.architecture != other.architecture:
+        return "different architecture"
+    if one.values is None or other.values is None or other.dtype is None:
+        return "same" if one.values is other.values else "unverified"
+    values = stored_values(other)
+    return _match_values(one, values, [getattr(torch, other.dtype)] * len(values))
+
+
 def compare_base(base: BaseModel, pipe: Any, *, needed: set[str], derived_from: set[str]) -> dict[str, Match]:
     """Compare a pipeline with the base model of an erasure.
 
@@ -337,22 +347,22 @@ def compare_base(base: BaseModel, pipe: Any, *, needed: set[str], derived_from: 
     return result
 
 
-def plain_weight(module: nn.Module, name: str) -> torch.Tensor:
+def plain_weight(module: nn.Linear, name: str) -> torch.Tensor:
     """Return a layer's weight for fitting, in float64 on the CPU.
 
     Raises:
-        ErasureInputError: the weight is quantised, cannot be read, or is not finite.
+        ErasureInputError: the weight cannot be read or dequantised, or is not finite.
     """
-    return _exact(_readable_weight(module, name), name)
+    return _exact(readable_weight(module, name), name)
 
 
-def weight_times(module: nn.Module, name: str, right: torch.Tensor) -> torch.Tensor:
+def weight_times(module: nn.Linear, name: str, right: torch.Tensor) -> torch.Tensor:
     """Return `plain_weight(module, name) @ right`, block by block so that the float64 copies stay in the CPU's cache.
 
     Raises:
-        ErasureInputError: the weight is quantised, cannot be read, or is not finite.
+        ErasureInputError: the weight cannot be read or dequantised, or is not finite.
     """
-    blocks = _readable_weight(module, name).cpu().split(128)
+    blocks = readable_weight(module, name).cpu().split(128)
     return torch.cat([_exact(block, name) @ right for block in blocks])
 
 
@@ -364,14 +374,21 @@ def _exact(weight: torch.Tensor, name: str) -> torch.Tensor:
     return result
 
 
-def _readable_weight(module: nn.Module, name: str) -> torch.Tensor:
-    weight = module._parameters.get("weight")
+def readable_weight(module: nn.Linear, name: str) -> torch.Tensor:
+    """Return a layer's weight as it is stored, dequantised where it is packed.
+
+    Raises:
+        ErasureInputError: the weight cannot be read or dequantised.
+    """
+    weight: torch.Tensor | None = module._parameters.get("weight")
     if weight is not None and weight.device.type == "meta":
         stored = compat.offloaded_tensor(module, "weight")
         weight = None if stored is None else nn.Parameter(stored, requires_grad=False)
-    if weight is None or type(weight) is not nn.Parameter or not weight.dtype.is_floating_point:
+    if weight is not None and (type(weight) is not nn.Parameter or not weight.dtype.is_floating_point):
+        weight = compat.dequantized_weight(module)
+    if weight is None or tuple(weight.shape) != (module.out_features, module.in_features):
         raise ErasureInputError(
-            f"The weight of {name!r} is quantised or cannot be read; fit on a base model in float32, float16 or bfloat16."
+            f"The weight of {name!r} cannot be read or dequantised; fit on a base model in float32, float16 or bfloat16."
         )
     return weight.detach()
 
@@ -400,56 +417,23 @@ def text_readers(pipe: Any) -> dict[str, nn.Linear]:
     return readers
 
 
-def token_ids(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
-    """Tokenise prompts with their special tokens, unpadded.
-
-    Raises:
-        ErasureInputError: a prompt is longer than the encoder.
-    """
-    ids = [tokenizer(prompt).input_ids for prompt in prompts]
-    for prompt, row in zip(prompts, ids, strict=True):
-        if len(row) > tokenizer.model_max_length:
-            raise ErasureInputError(
-                f"The prompt {prompt[:80]!r} has {len(row)} tokens; the text encoder takes "
-                f"{tokenizer.model_max_length}. Shorten it."
-            )
-    return ids
+def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield names and values of all parameters of a model; `None` for one that is quantised or offloaded to a disk."""
+    for name, owner, local, parameter in sorted(compat.base_parameters(model), key=lambda item: item[0]):
+        tensor = compat.offloaded_tensor(owner, local) if parameter.device.type == "meta" else parameter.detach()
+        packed = type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point
+        yield name, None if packed else tensor
 
 
-@torch.no_grad()
-def encode_rows(pipe: Any, prompts: list[str], batch_size: int = 64) -> tuple[torch.Tensor, list[int]]:
-    """Encode prompts as a Stable Diffusion 1.x or 2.x pipeline does.
-
-    Args:
-        pipe: the pipeline; its `text_encoder` and `tokenizer` are used.
-        prompts (`list` of `str`): the prompts.
-        batch_size (`int`, *optional*, defaults to 64): prompts in one pass.
-
-    Returns:
-        `tuple`: rows, float64 [N, L, C] on the CPU, padded to the encoder's length L; and for each prompt the index of
-        its last word piece (0, the start token, for the empty prompt).
-
-    Raises:
-        ErasureCompatibilityError: no text encoder is loaded.
-        ErasureInputError: a prompt is too long, the text encoder carries an active LoRA, or its rows are not finite.
-    """
-    encoder, tokenizer = component(pipe, "text_encoder"), component(pipe, "tokenizer")
-    if encoder is None or tokenizer is None:
-        raise ErasureCompatibilityError("Fitting needs the pipeline's `text_encoder` and `tokenizer`; load them.")
-    adapters = compat.active_adapters(encoder)
-    if adapters:
-        raise ErasureInputError(
-            f"The text encoder carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. "
-            "Call `pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
-        )
-    ids = token_ids(tokenizer, prompts)
-    device = next((p.device for p in encoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    rows = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = tokenizer(prompts[start : start + batch_size], padding="max_length", return_tensors="pt").to(device)
-        mask = chunk.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-        rows.append(encoder(chunk.input_ids, attention_mask=mask)[0].to("cpu", torch.float64))
-    result = torch.cat(rows)
-    if not bool(torch.isfinite(result).all()):
-        raise ErasureInputError("The text encoder gives values that are not finite; the base model is damaged.")
-    return result, [len(row) - 2 for row in ids]
+def checksum(weights: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
+    """A checksum over the bits of some tensors; `None` where one of them is."""
+    digest = hashlib.sha256()
+    for name, tensor in weights:
+        if tensor is None:
+            return None
+        flat = tensor.contiguous().flatten().view(torch.uint8)
+        bits = flat if flat.numel() % 8 or flat.data_ptr() % 8 else flat.view(torch.int64)  # eight bytes at once
+        # Two sums, so that values that changed places show too.
+        sums = [int(bits.sum(dtype=torch.int64)), int(bits[: len(bits) // 2].sum(dtype=torch.int64))]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {sums}\n".encode())
+    return digest.hexdigest()

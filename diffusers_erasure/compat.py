@@ -64,6 +64,21 @@ def offloaded_tensor(owner: nn.Module, name: str) -> torch.Tensor | None:
     return None
 
 
+def dequantized_weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight of a Linear that bitsandbytes, torchao, HQQ or GGUF has packed, unpacked; `None` for other packings."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Any = module._parameters.get("weight")
+    if type(weight).__name__ == "GGUFParameter":
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+        weight = dequantize_gguf_tensor(weight)
+    else:
+        weight = dequantize_module_weight(module)
+    packed = type(weight) not in (torch.Tensor, nn.Parameter) or not weight.dtype.is_floating_point
+    return None if packed else weight
+
+
 def has_adapters(module: nn.Module) -> bool:
     """Whether peft has put adapters into a module, active or not."""
     from peft.tuners.tuners_utils import BaseTunerLayer

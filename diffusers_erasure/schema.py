@@ -25,6 +25,7 @@ TENSOR_FILE = "erasure.safetensors"
 CARD_FILE = "README.md"
 GRID_FILE = "before_after.png"
 TENSOR_FILES = (LORA_FILE, TENSOR_FILE)
+SOLVE_PREFIX = "solve."
 
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_DEPTH = 12
@@ -199,6 +200,42 @@ class Stock:
 
 
 @dataclass(frozen=True)
+class SolveRows:
+    """Of one set of text rows: the mean of |x|^2, how many rows were encoded, and from how many prompts."""
+
+    squares: float
+    count: int
+    prompts: int
+
+    def __post_init__(self) -> None:
+        _require(self.squares >= 0, "`squares` must be at least 0.")
+        _require(0 < self.prompts <= self.count < 2**40, "`prompts` and `count` must be above 0.")
+
+
+@dataclass(frozen=True)
+class SolveSpec:
+    """The text rows from which the erasure was solved, kept so that others can join it. They are never attached.
+
+    Attributes:
+        file: the tensor file that holds them.
+        prefix: what their names start with; then come the set's name and `.targets`, `.anchors`, `.probe_targets` or
+            `.probe_anchors`.
+        rows: the sets, by name.
+    """
+
+    file: str
+    prefix: str
+    rows: dict[str, SolveRows]
+
+    def __post_init__(self) -> None:
+        _require(self.file == TENSOR_FILE, f"`solve.file` must be {TENSOR_FILE!r}.")
+        _require(self.prefix == SOLVE_PREFIX, f"`solve.prefix` must be {SOLVE_PREFIX!r}.")
+        _require(0 < len(self.rows) <= 8, "`solve.rows` must name 1 to 8 sets.")
+        for name in self.rows:
+            _require(len(name) <= 64 and bool(_SITE.fullmatch(name)), f"`solve.rows` has a set {name[:80]!r}.")
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """SHA-256 and size in bytes of a tensor file."""
 
@@ -222,7 +259,7 @@ class ErasureConfig:
     layers: tuple[LayerSpec, ...]
     files: dict[str, FileRecord] = field(default_factory=dict)
     stock: Stock | None = None
-    solve: None = None
+    solve: SolveSpec | None = None
     redacted: bool = False
     published_strength: float = 1.0
     diagnostics: dict[str, Any] = field(default_factory=dict)
@@ -240,7 +277,13 @@ class ErasureConfig:
         whole = all(layer.kind == "lora" and layer.file == LORA_FILE for layer in self.layers)
         _require(self.stock is None or whole, "`stock` is set, but a layer lies outside the LoRA file.")
         prefixes = [(layer.file, layer.prefix) for layer in self.layers]
+        prefixes += [(self.solve.file, self.solve.prefix)] if self.solve else []
         _require(len(set(prefixes)) == len(prefixes), "Two layers have the same `file` and `prefix`.")
+
+    @property
+    def tensor_files(self) -> set[str]:
+        """Names of the files in which the layers, and the rows of `solve`, lie."""
+        return {layer.file for layer in self.layers} | ({self.solve.file} if self.solve else set())
 
     def to_json(self) -> str:
         """Write the configuration as JSON: sorted keys, two spaces, one newline at the end."""

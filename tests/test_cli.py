@@ -63,7 +63,12 @@ def test_erase_info_generate(tmp_path: Path) -> None:
     )
     assert made.exit_code == 0, made.output
     result = json.loads(made.stdout)
-    assert set(result["files"]) == {"README.md", "erasure_config.json", "pytorch_lora_weights.safetensors"}
+    assert set(result["files"]) == {
+        "README.md",
+        "erasure.safetensors",
+        "erasure_config.json",
+        "pytorch_lora_weights.safetensors",
+    }
     assert 0 < result["diagnostics"]["completeness"]["cat"] <= 1
 
     shown = invoke("info", str(folder))

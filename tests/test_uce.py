@@ -1,5 +1,6 @@
 """UCE against a plain dense float64 implementation of the published equation, and its unhappy paths."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, demo, erase
-from diffusers_erasure.base_model import encode_rows, text_readers
-from diffusers_erasure.fitting import read_prompts
+from diffusers_erasure.base_model import text_readers
+from diffusers_erasure.encoding import last_rows
+from diffusers_erasure.lists import read_prompts
 from diffusers_erasure.methods import method_names
-from diffusers_erasure.methods.uce import TEMPLATES, Config, Rows, compress, solve
+from diffusers_erasure.methods.publishing import compress
+from diffusers_erasure.methods.rows import TEMPLATES, KeptRows, TargetRows
+from diffusers_erasure.methods.uce import Config, solve
 from diffusers_erasure.schema import LORA_FILE
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Targets E, anchors G [n, C] and retained rows R [N, C]."""
+
+    targets: torch.Tensor
+    anchors: torch.Tensor
+    retain: torch.Tensor
+
+    def solve(self, **numbers: float) -> tuple[torch.Tensor, torch.Tensor]:
+        e, g = self.targets, self.anchors
+        kept = KeptRows(self.retain, e[:0], prompts=len(self.retain))
+        return solve(TargetRows(e, g, (e, g), float(e.square().sum(1).mean()), len(e), len(e)), kept, **numbers)
 
 
 def dense(w: torch.Tensor, rows: Rows, erase_scale: float, retain_scale: float, lamb: float) -> torch.Tensor:
@@ -33,7 +51,7 @@ def random_rows(n: int, retained: int, width: int, seed: int) -> Rows:
     generator = torch.Generator().manual_seed(seed)
     shape = (2 * n + retained, width)
     e, g, r = torch.randn(shape, generator=generator, dtype=torch.float64).split([n, n, retained])
-    return Rows(e, g, torch.arange(n), r)
+    return Rows(e, g, r)
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,7 +70,7 @@ def test_factors_equal_the_dense_formula(
     rows = random_rows(n, retained, width, seed)
     w = torch.randn(7, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     expected = dense(w, rows, erase_scale, retain_scale, lamb)
-    a, d = solve(rows, erase_scale=erase_scale, retain_scale=retain_scale, lamb=lamb)
+    a, d = rows.solve(erase_scale=erase_scale, retain_scale=retain_scale, lamb=lamb)
     assert (w @ d.T @ a - expected).abs().max() <= 1e-9 * expected.abs().max()
     small_a, small_d = compress(a, d)
     assert len(small_a) <= min(n, width)
@@ -61,7 +79,7 @@ def test_factors_equal_the_dense_formula(
 
 def test_retained_rows_stay_when_lambda_vanishes() -> None:
     rows = random_rows(2, 3, 16, seed=1)
-    a, d = solve(rows, erase_scale=1.0, retain_scale=1e6, lamb=1e-6)
+    a, d = rows.solve(erase_scale=1.0, retain_scale=1e6, lamb=1e-6)
     moved = (rows.retain @ a.T) @ d
     assert moved.norm() < 1e-3 * rows.retain.norm()
     # and with few enough retained rows the targets still reach their anchors
@@ -102,7 +120,7 @@ def test_the_published_variants_on_the_embedded_model(pipe: Any, rows: str, laye
         e.append(target[f : f + count])
         g.append(anchor[f_anchor : f_anchor + count])
     retained = [empty, dog, pizza] if rows == "window" else [dog[last[4]][None], pizza[last[5]][None]]
-    picked = Rows(torch.cat(e), torch.cat(g), torch.zeros(0), torch.cat(retained))
+    picked = Rows(torch.cat(e), torch.cat(g), torch.cat(retained))
 
     if layer == "text_map":
         assert erasure.config.stock is None
@@ -142,8 +160,7 @@ def test_truncation_states_its_error(pipe: Any) -> None:
 
 def test_scales_are_relative_by_default(pipe: Any) -> None:
     """A relative lambda times the rows' mean squared norm is the absolute one."""
-    rows, last = encode_rows(pipe, ["cat"])
-    norm = float(rows[0, last[0]].square().sum())
+    norm = float(last_rows(pipe, ["cat"]).square().sum())
     plain: dict[str, Any] = {"anchors": "animal", "rows": "last", "retain_rows": "last", "templates": "none"}
     relative = erase(pipe, "cat", lamb=0.1, **plain)
     absolute = erase(pipe, "cat", lamb=0.1 * norm, absolute=True, **plain)
@@ -210,7 +227,7 @@ def test_lists_from_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         ({"targets": "cat", "lamb": float("nan")}, "finite"),
         ({"targets": "cat", "retain_scale": -1}, "at least 0"),
         ({"targets": "cat", "rank": 0}, "rank"),
-        ({"targets": "cat", "rows": "all"}, "rows"),
+        ({"targets": "cat", "rows": "middle"}, "rows"),
         ({"targets": "cat", "layer": "hook"}, "layer"),
         ({"targets": "cat", "templates": ["no place"]}, "template"),
         ({"targets": "cat", "templates": "photo"}, "templates"),

@@ -1,0 +1,310 @@
+"""Which text rows the closed-form methods (UCE, RECE, SPEED) map, and which they keep."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..base_model import family_of
+from ..encoding import all_rows, gram, last_rows, pooled_rows
+from ..errors import ErasureInputError
+from ..lists import Retained
+from ..schema import Concept, SolveRows
+
+
+TEMPLATES = {
+    "none": ("{}",),
+    "object": ("{}", "a {}", "a picture of a {}", "an image of {}", "a photo of {}", "a drawing of a {}"),
+    "style": ("{}", "{} style", "in the style of {}", "a painting by {}", "art by {}", "a picture by {}"),
+    "person": ("{}", "a portrait of {}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}"),
+}
+Which = Literal["last", "window", "all", "whole"]
+WHICH = ("last", "window", "all", "whole", None)
+ROWS, POOLED = "encoder_hidden_states", "text_embeds"  # inputs of the denoiser
+SAME = 1e-7  # singular values below this share of the largest are float32's rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Settings that say which text rows are mapped; the closed-form methods' own settings come on top.
+
+    Args:
+        rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target's encoding are mapped.
+            `"last"` is the row of its last word piece; `"window"` that row and all after it, padding included; `"all"` all
+            rows but the start token's; `"whole"` that one too.
+        templates (`"object"`, `"style"`, `"person"`, `"none"` or a tuple of `str`, *optional*): prompts, with `{}` for
+            the concept, in which each target and its anchor are encoded.
+        retain (tuple of `str`, *optional*): prompts that must not change.
+        retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
+        pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
+        rank (`int`, *optional*): truncate the published LoRA or map to this rank; the error is recorded.
+        max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger.
+    """
+
+    rows: Which | None = "last"
+    templates: str | Sequence[str] | None = "object"
+    retain: Retained | Sequence[str] = ()
+    retain_templates: bool = False
+    pooled: bool = True
+    rank: int | None = None
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.retain, Retained):
+            prompts = tuple(self.retain)
+            object.__setattr__(self, "retain", Retained(prompts, prompts, ()))
+        if isinstance(self.templates, Sequence) and not isinstance(self.templates, str):
+            object.__setattr__(self, "templates", tuple(self.templates))
+        one_of("rows", self.rows, WHICH)
+        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
+            raise ErasureInputError(f"`rank` must be a whole number above 0, not {self.rank!r}.")
+        number("max_error", self.max_error, below=1.0, optional=True)
+        for template in self.template_list():
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise ErasureInputError(f"The template {template!r} must hold {{}} once, for the concept.")
+
+    def template_list(self) -> tuple[str, ...]:
+        """The templates themselves."""
+        if self.templates is None or isinstance(self.templates, str):
+            if (self.templates or "none") not in TEMPLATES:
+                raise ErasureInputError(
+                    f"`templates` must be one of {sorted(TEMPLATES)} or a list of prompts with {{}}."
+                )
+            return TEMPLATES[self.templates or "none"]
+        return tuple(self.templates) or ("{}",)
+
+    def kept(self) -> Retained:
+        """What is retained."""
+        assert isinstance(self.retain, Retained)
+        return self.retain
+
+    def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The settings for the artefact, and the names of those that would reveal a concept."""
+        settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        kept: Retained = settings.pop("retain")
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+        settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
+        settings["retain_prompts"] = len(kept.prompts)
+        secret = ["templates", "retain_excluded"]
+        if not all(source.startswith("list:") for source in kept.source):
+            secret.append("retain")
+        return settings, tuple(sorted(secret))
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Check a setting that has a few values."""
+    if not any(value is each or (isinstance(value, str) and value == each) for each in allowed):
+        raise ErasureInputError(f"`{name}` must be one of {[each for each in allowed if each]}, not {value!r}.")
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    least: float = 0.0,
+    below: float = float("inf"),
+    above: bool = False,
+    optional: bool = False,
+) -> None:
+    """Check a finite number with a least value (itself excluded where `above`)."""
+    if value is None and optional:
+        return
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain or not least <= value < below or (above and value == least):
+        bound = f"above {least:g}" if above else f"of at least {least:g}"
+        bound += "" if below == float("inf") else f" and below {below:g}"
+        raise ErasureInputError(f"`{name}` must be a finite number {bound}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """Rows in float64 that are mapped, on one input of the denoiser.
+
+    Attributes:
+        targets: E [n, C].
+        anchors: G [n, C], what each row is mapped to.
+        probes: one row of each concept by itself [c, C], and of its anchor: how far these move is reported.
+        squares: mean of |x|^2 over the rows as they were encoded; `targets` may be a rotation of them.
+        count: how many rows were encoded.
+        prompts: how many prompts they come from.
+    """
+
+    targets: torch.Tensor
+    anchors: torch.Tensor
+    probes: tuple[torch.Tensor, torch.Tensor]
+    squares: float
+    count: int
+    prompts: int
+
+    @property
+    def way(self) -> torch.Tensor:
+        """D = G - E [n, C]."""
+        return self.anchors - self.targets
+
+    @property
+    def concepts(self) -> int:
+        """How many concepts the rows belong to."""
+        return len(self.probes[0])
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Rows in float64 that must not change, on one input of the denoiser.
+
+    Attributes:
+        retain: R [N, C], one row of each retained prompt.
+        null: rows of the empty prompt [L, C], the start token's first.
+        gram: `sum x x^T` over all rows of the retained prompts, where the method wants that.
+        prompts: how many prompts are retained.
+        gram_count: how many rows `gram` sums up.
+    """
+
+    retain: torch.Tensor
+    null: torch.Tensor
+    gram: torch.Tensor | None = None
+    prompts: int = 0
+    gram_count: int = 0
+
+
+def reduced(targets: torch.Tensor, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate paired rows into as few as they have rank: E^T E, G^T E and G^T G stay as they are.
+
+    The methods see the rows through these sums alone. What is dropped lies below float32's rounding.
+    """
+    width = targets.shape[1]
+    pairs = torch.cat([targets, anchors], dim=1)
+    if len(pairs) > 2 * width:
+        pairs = torch.linalg.qr(pairs, mode="r").R
+    _, s, vh = torch.linalg.svd(pairs, full_matrices=False)
+    pairs = s[:, None] * vh
+    pairs = pairs[s > SAME * s[0]]
+    return pairs[:, :width].contiguous(), pairs[:, width:].contiguous()
+
+
+def join(parts: Sequence[TargetRows]) -> TargetRows:
+    """The rows of several erasures as those of one."""
+    prompts, count = sum(part.prompts for part in parts), sum(part.count for part in parts)
+    targets, anchors = (torch.cat([getattr(part, name) for part in parts]) for name in ("targets", "anchors"))
+    if len(targets) > targets.shape[1]:
+        targets, anchors = reduced(targets, anchors)
+    probes = torch.cat([part.probes[0] for part in parts]), torch.cat([part.probes[1] for part in parts])
+    squares = sum(part.squares * part.count for part in parts) / count
+    return TargetRows(targets, anchors, probes, squares, count, prompts)
+
+
+def target_rows(pipe: Any, concepts: Sequence[Concept], templates: Sequence[str], rows: str) -> dict[str, TargetRows]:
+    """Encode targets and anchors, and pick their rows: those of `encoder_hidden_states`, and SDXL's pooled vectors."""
+    pairs = [(template.format(c.target), filled(template, c.anchor)) for c in concepts for template in templates]
+    prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    left, right = ([place[pair[side]] for pair in pairs] for side in (0, 1))
+    own = [i * len(templates) for i in range(len(concepts))]  # each concept's first template
+
+    def picked(encoded: torch.Tensor) -> TargetRows:
+        e, g = encoded[left], encoded[right]
+        return TargetRows(e, g, (e[own], g[own]), float(e.square().sum(1).mean()), len(pairs), len(pairs))
+
+    plain = picked(last_rows(pipe, prompts))
+    found = {ROWS: plain if rows == "last" else _blocks(pipe, pairs, rows, plain)}
+    if family_of(pipe).name == "stable-diffusion-xl":
+        found[POOLED] = picked(pooled_rows(pipe, prompts))
+    return found
+
+
+def _blocks(pipe: Any, pairs: Sequence[tuple[str, str]], rows: str, plain: TargetRows) -> TargetRows:
+    """Many rows of each pair of prompts, rotated into few as they come, so that they never lie in memory together."""
+    width = plain.targets.shape[1]
+    e, g = plain.targets[:0], plain.anchors[:0]
+    squares, count = 0.0, 0
+    for start in range(0, len(pairs), 32):
+        chunk = pairs[start : start + 32]
+        prompts = list(dict.fromkeys(prompt for pair in chunk for prompt in pair))
+        encoded, last = all_rows(pipe, prompts)
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        for target, anchor in chunk:
+            t, a = place[target], place[anchor]
+            # Rows are paired from the last piece on; the longer prompt decides how many there are.
+            start_token = 0 if rows == "whole" else 1
+            first, first_anchor = (last[t], last[a]) if rows == "window" else (start_token, start_token)
+            n = encoded.shape[1] - max(first, first_anchor)
+            e = torch.cat([e, encoded[t, first : first + n]])
+            g = torch.cat([g, encoded[a, first_anchor : first_anchor + n]])
+            squares, count = squares + float(encoded[t, first : first + n].square().sum()), count + n
+        if len(e) > 2 * width:
+            e, g = reduced(e, g)
+    e, g = reduced(e, g)
+    return TargetRows(e, g, plain.probes, squares / count, count, len(pairs))
+
+
+def filled(template: str, concept: str | None) -> str:
+    """A template with a concept in it; the empty concept is the empty prompt."""
+    return template.format(concept) if (concept or "").strip() else ""
+
+
+def kept_rows(
+    pipe: Any, retained: Retained, templates: Sequence[str], *, with_gram: bool = False
+) -> dict[str, KeptRows]:
+    """Encode what is retained; with `with_gram`, sums over all rows of the retained prompts and the empty one."""
+    # Lists are encoded whole, so that what is cached of them serves any targets; the excluded ones then go.
+    whole = [*retained.prompts, *retained.excluded]
+    whole = sorted(filled(template, prompt) for prompt in whole for template in templates)
+    gone = {filled(template, prompt) for prompt in retained.excluded for template in templates}
+    kept = torch.tensor([prompt not in gone for prompt in whole], dtype=torch.bool)
+    null = all_rows(pipe, [""])[0][0]
+    number_kept = int(kept.sum())
+    found = {}
+    rows = last_rows(pipe, whole)[kept] if whole else null[:0]
+    total = None
+    if with_gram:
+        total = null.T @ null
+        if whole:
+            total = total + gram(pipe, whole)
+            total = total - gram(pipe, sorted(gone)) if gone else total
+    prompts = number_kept + int(with_gram)  # the empty prompt is one of those that the sums are over
+    found[ROWS] = KeptRows(rows, null, total, prompts, prompts * len(null))
+    if family_of(pipe).name == "stable-diffusion-xl":
+        empty = pooled_rows(pipe, [""])
+        rows = pooled_rows(pipe, whole)[kept] if whole else empty[:0]
+        both = torch.cat([rows, empty])
+        found[POOLED] = KeptRows(rows, empty, both.T @ both if with_gram else None, prompts, len(both))
+    return found
+
+
+def to_tensors(
+    found: Mapping[str, TargetRows], prefix: str = ""
+) -> tuple[dict[str, torch.Tensor], dict[str, SolveRows]]:
+    """What a later joint solve needs of the rows: tensors in float32, and numbers for the configuration."""
+    tensors, numbers = {}, {}
+    for name, rows in found.items():
+        base = f"{prefix}{name}."
+        tensors[base + "targets"] = rows.targets.float()
+        # One anchor for all rows is kept once.
+        same = bool((rows.anchors == rows.anchors[:1]).all())
+        tensors[base + "anchors"] = (rows.anchors[:1] if same else rows.anchors).float()
+        if rows.probes[0].shape != rows.targets.shape or not torch.equal(rows.probes[0], rows.targets):
+            tensors[base + "probe_targets"], tensors[base + "probe_anchors"] = (p.float() for p in rows.probes)
+        numbers[prefix + name] = SolveRows(rows.squares, rows.count, rows.prompts)
+    return {name: value.contiguous() for name, value in tensors.items()}, numbers
+
+
+def from_tensors(
+    tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, SolveRows], prefix: str = ""
+) -> dict[str, TargetRows]:
+    """The inverse of [`to_tensors`]."""
+    found = {}
+    for key, item in numbers.items():
+        name = key.removeprefix(prefix)
+        if not key.startswith(prefix) or name not in (ROWS, POOLED):
+            continue
+        part = {
+            entry: tensors[f"{key}.{entry}"].double()
+            for entry in ("targets", "anchors", "probe_targets", "probe_anchors")
+            if f"{key}.{entry}" in tensors
+        }
+        e = part["targets"]
+        g = part["anchors"].expand(len(e), -1) if len(part["anchors"]) == 1 else part["anchors"]
+        probes = (part.get("probe_targets", e), part.get("probe_anchors", g))
+        found[name] = TargetRows(e, g, probes, item.squares, item.count, item.prompts)
+    return found
