@@ -9,8 +9,14 @@ from typing import Any
 from ..errors import ErasureInputError
 
 
-# Name -> (module, one line for people). A module has `Config`, a dataclass of settings, and `fit(pipe, concepts, config)`.
+# Name -> (module, one line for people). A module has `Config`, a dataclass of settings, `fit(pipe, concepts, config)`
+# and, where erasures can be solved again, `refit(pipe, concepts, config, rows)`.
 _REGISTRY: dict[str, tuple[str, str]] = {
+    "rece": ("rece", "RECE (ECCV 2024): UCE, then further closed-form edits against rows that still reach the target"),
+    "speed": (
+        "speed",
+        "SPEED (ICLR 2026): closed-form edit of the values in the null space of what is retained; seconds",
+    ),
     "uce": ("uce", "UCE (WACV 2024): closed-form edit of the cross-attention keys and values; seconds, no training"),
 }
 
@@ -24,12 +30,15 @@ class MethodEntry:
         summary: one line for people.
         config: the dataclass of its settings.
         fit: `(pipe, concepts, config) -> Erasure`.
+        refit: `(pipe, concepts, config, rows) -> Erasure` from the rows that erasures keep, for `combine`; `None` where the
+            method keeps none.
     """
 
     name: str
     summary: str
     config: type[Any]
     fit: Callable[..., Any]
+    refit: Callable[..., Any] | None = None
 
 
 def method_names() -> dict[str, str]:
@@ -47,7 +56,7 @@ def get_method(name: str) -> MethodEntry:
         raise ErasureInputError(f"There is no method {name!r}; methods are {sorted(_REGISTRY)}.")
     module_name, summary = _REGISTRY[name]
     module = importlib.import_module(f".{module_name}", __name__)
-    return MethodEntry(name, summary, module.Config, module.fit)
+    return MethodEntry(name, summary, module.Config, module.fit, getattr(module, "refit", None))
 
 
 def make_config(entry: MethodEntry, settings: Mapping[str, Any]) -> Any:

@@ -26,4 +26,28 @@ CITATIONS: dict[str, Citation] = {
   year={2024}
 }""",
     ),
+    "rece": Citation(
+        title="Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models",
+        year=2024,
+        url="https://arxiv.org/abs/2407.12383",
+        bibtex="""\
+@inproceedings{gong2024reliable,
+  title={Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models},
+  author={Gong, Chao and Chen, Kai and Wei, Zhipeng and Chen, Jingjing and Jiang, Yu-Gang},
+  booktitle={European Conference on Computer Vision},
+  year={2024}
+}""",
+    ),
+    "speed": Citation(
+        title="SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models",
+        year=2026,
+        url="https://arxiv.org/abs/2503.07392",
+        bibtex="""\
+@inproceedings{li2026speed,
+  title={{SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models}},
+  author={Li, Ouxiang and others},
+  booktitle={International Conference on Learning Representations},
+  year={2026}
+}""",
+    ),
 }

@@ -1,0 +1,229 @@
+"""RECE: reliable and efficient concept erasure (Gong et al., ECCV 2024, arXiv 2407.12383).
+
+UCE leaves rows that the edited weights still map to the target. RECE looks for them in closed form and erases them too,
+a few times over. All key and value projections carry the same map, W = W_old T, so that with S = sum W_old^T W_old an
+epoch is a few C x C solves and needs neither the UNet nor its layers one by one:
+
+    P = (reg I + T^T S T)^-1 T^T S                  # X P^T: rows that W maps nearest to what W_old made of X
+    T <- T (I + a (G P' - P X^T X P^T) M^-1),       # UCE's step from X P^T to the anchors' rows
+    M = lamb I + a P X^T X P^T + b R^T R,           # with G P' = G^T X P^T
+
+X are the rows of the concepts, G those of their anchors, R what is retained. The result is a text map, exactly.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..artifact import Erasure
+from ..base_model import text_readers
+from ..errors import ErasureInputError
+from ..schema import Concept
+from . import base_sums
+from .publishing import kept_names, make_erasure, pooled_linear, report
+from .rows import (
+    POOLED,
+    ROWS,
+    WHICH,
+    KeptRows,
+    TargetRows,
+    TextConfig,
+    Which,
+    kept_rows,
+    number,
+    one_of,
+    target_rows,
+)
+from .speed import with_anchors
+from .uce import publish, relative_units
+from .uce import solve as solve_uce
+
+
+# What the authors run. `uce_*` are the settings of the edit before the first epoch (the UCE code of 2023).
+PUBLISHED: dict[str, dict[str, Any]] = {
+    task: {
+        "anchor": "art" if task == "artist" else "",
+        "rows": "window",
+        "templates": "none",
+        "adversarial_rows": "whole",
+        "units": "absolute",
+        "epochs": {"nudity": 3, "unsafe": 2}.get(task, 1),
+        "reg": 1e-3 if task in ("artist", "hard_object") else 1e-1,
+        "lamb": 0.1,
+        "retain_scale": 0.1,
+        "uce_lamb": 0.5,
+        "uce_retain_scale": 0.1 if task == "artist" else 1.0,
+    }
+    for task in ("nudity", "unsafe", "artist", "object", "hard_object")
+}
+# Ours: UCE's defaults of this library, then the authors' epochs, in units of the rows' and the weights' own scale.
+PRESETS: dict[str, dict[str, Any]] = {
+    task: {
+        **values,
+        "rows": "last",
+        "templates": "style" if task == "artist" else "object",
+        "adversarial_rows": "last",
+        "units": "relative",
+        "reg": 1e-3 if task in ("artist", "hard_object") else 1e-2,
+        "lamb": 1e-3,
+        "retain_scale": 1.0,
+        "uce_lamb": 1e-3,
+        "uce_retain_scale": 1.0,
+    }
+    for task, values in PUBLISHED.items()
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TextConfig):
+    """Settings of RECE. Those that are `None` come from the preset.
+
+    Args:
+        preset (`"object"`, `"hard_object"`, `"artist"`, `"nudity"` or `"unsafe"`, *optional*, defaults to `"object"`): the
+            task. The authors call objects hard that one epoch with a large `reg` does not remove.
+        published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (window rows, no
+            templates, absolute units) instead of this library's.
+        rows, templates (*optional*): which rows of a target UCE maps first, see [`TextConfig`].
+        adversarial_rows (as `rows`, *optional*): for which rows of a target the epochs look for others
+            that still reach it.
+        retain (tuple of `str`, *optional*): prompts that must not change; the empty prompt is always among them.
+        retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt.
+        retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
+        epochs (`int`, *optional*): how often rows are looked for and erased; 0 leaves UCE.
+        reg (`float`, *optional*): weight of a small adversarial row; the smaller, the farther it may lie.
+        lamb, retain_scale (`float`, *optional*): of an epoch's edit, as in UCE.
+        uce_lamb, uce_retain_scale (`float`, *optional*): of the first edit.
+        units (`"absolute"` or `"relative"`, *optional*): whether these are the published numbers, or shares: `lamb` of the
+            targets' mean |x|^2, `retain_scale` of the number of prompts as in UCE, `reg` of the mean square of the
+            projections' columns.
+        layer (`"text_map"` or `"lora"`, *optional*, defaults to `"text_map"`): how the erasure is published. The map is exact
+            and small; a LoRA has the map's rank in every layer, or is truncated (`rank`, `max_error`).
+        pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
+        rank (`int`, *optional*), max_error (`float`, *optional*): truncate what is published; the error is recorded.
+    """
+
+    preset: Literal["object", "hard_object", "artist", "nudity", "unsafe"] = "object"
+    published: bool = False
+    rows: Which | None = None
+    templates: str | Sequence[str] | None = None
+    adversarial_rows: Which | None = None
+    retain_rows: Literal["all", "last"] = "all"
+    epochs: int | None = None
+    reg: float | None = None
+    lamb: float | None = None
+    retain_scale: float | None = None
+    uce_lamb: float | None = None
+    uce_retain_scale: float | None = None
+    units: Literal["absolute", "relative"] | None = None
+    layer: Literal["text_map", "lora"] = "text_map"
+
+    def __post_init__(self) -> None:
+        one_of("preset", self.preset, tuple(PRESETS))
+        one_of("units", self.units, ("absolute", "relative", None))
+        one_of("adversarial_rows", self.adversarial_rows, WHICH)
+        one_of("retain_rows", self.retain_rows, ("all", "last"))
+        one_of("layer", self.layer, ("lora", "text_map"))
+        for name, value in (PUBLISHED if self.published else PRESETS)[self.preset].items():
+            if name != "anchor" and getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        for name in ("retain_scale", "uce_retain_scale"):
+            number(name, getattr(self, name))
+        for name in ("reg", "lamb", "uce_lamb"):
+            number(name, getattr(self, name), above=True)
+        if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 0:
+            raise ErasureInputError(f"`epochs` must be a whole number of at least 0, not {self.epochs!r}.")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The settings in the units of the algebra, for one input of the denoiser."""
+
+    uce_lamb: float
+    uce_retain: float
+    lamb: float
+    retain: float
+    reg: float
+
+    @classmethod
+    def of(
+        cls, config: Config, rows: TargetRows, concept: TargetRows, kept: KeptRows, weights: torch.Tensor
+    ) -> "Scales":
+        numbers = [config.uce_lamb, config.uce_retain_scale, config.lamb, config.retain_scale, config.reg]
+        uce_lamb, uce_retain, lamb, retain, reg = (float(value or 0.0) for value in numbers)
+        if config.units == "absolute":
+            return cls(uce_lamb, uce_retain, lamb, retain, reg)
+        norm, share = relative_units(rows, kept)
+        own_norm, own_share = relative_units(concept, kept)
+        scale = float(weights.diagonal().mean())
+        return cls(uce_lamb * norm, uce_retain * share, lamb * own_norm, retain * own_share, reg * scale)
+
+
+def solve(
+    rows: TargetRows, concept: TargetRows, kept: KeptRows, weights: torch.Tensor, scales: Scales, epochs: int
+) -> torch.Tensor:
+    """The algorithm: T [C, C] in float64, with W' = W T for every projection.
+
+    Args:
+        rows, kept: what UCE maps first, and what is retained throughout.
+        concept: the rows X of the concepts, and G of their anchors, of the epochs.
+        weights: S = sum W^T W [C, C].
+    """
+    a, d = solve_uce(rows, kept, erase_scale=1.0, retain_scale=scales.uce_retain, lamb=scales.uce_lamb)
+    eye = torch.eye(weights.shape[0], dtype=torch.float64)
+    t = eye + d.T @ a
+    x = concept.targets
+    xx, gx = x.T @ x, concept.anchors.T @ x
+    kept_gram = kept.retain.T @ kept.retain if kept.gram is None else kept.gram
+    for _ in range(epochs):
+        ts = t.T @ weights
+        p = torch.cholesky_solve(ts, torch.linalg.cholesky(scales.reg * eye + _symmetric(ts @ t)))
+        adversarial = _symmetric(p @ xx @ p.T)
+        m = scales.lamb * eye + adversarial + scales.retain * kept_gram
+        step = torch.cholesky_solve((gx @ p.T - adversarial).T, torch.linalg.cholesky(m)).T
+        t = t @ (eye + step)
+    return t
+
+
+def _symmetric(matrix: torch.Tensor) -> torch.Tensor:
+    return (matrix + matrix.T) / 2
+
+
+def readers_of(pipe: Any, name: str) -> dict[str, nn.Linear]:
+    """The projections that read one input of the denoiser."""
+    return {"add_embedding.linear_1": pooled_linear(pipe)} if name == POOLED else text_readers(pipe)
+
+
+def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
+    """Make the erasure. Called by [`erase`], which has checked the concepts."""
+    text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
+    concepts = with_anchors(concepts, str(PUBLISHED[config.preset]["anchor"]))
+    assert config.rows is not None and config.adversarial_rows is not None
+    templates = config.template_list()
+    first = target_rows(pipe, concepts, templates, config.rows)
+    same = config.rows == config.adversarial_rows
+    later = first if same else target_rows(pipe, concepts, templates, config.adversarial_rows)
+    return refit(pipe, concepts, config, {"": first} if same else {"": first, "epochs": later})
+
+
+def refit(
+    pipe: Any, concepts: Sequence[Concept], config: Config, targets: Mapping[str, Mapping[str, TargetRows]]
+) -> Erasure:
+    """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
+    templates = config.template_list() if config.retain_templates else ("{}",)
+    kept = kept_rows(pipe, config.kept(), templates, with_gram=config.retain_rows == "all")
+    first, later = targets[""], targets.get("epochs", targets[""])
+    names = [name for name in first if name == ROWS or config.pooled]
+    maps, found = {}, {}
+    for name in names:
+        width = first[name].targets.shape[1]
+        weights = base_sums.weight_gram(readers_of(pipe, name), width)
+        scales = Scales.of(config, first[name], later[name], kept[name], weights)
+        t = solve(first[name], later[name], kept[name], weights, scales, config.epochs or 0)
+        eye = torch.eye(width, dtype=torch.float64)
+        maps[name], found[name] = (t - eye, eye), (first[name], kept[name])
+    diagnostics = report(found, {name: [factors] for name, factors in maps.items()}, concepts, kept_names(config))
+    return make_erasure(pipe, "rece", concepts, config, publish(pipe, maps, config), diagnostics, targets)

@@ -1,0 +1,374 @@
+"""SPEED: scalable, precise and efficient concept erasure (Li et al., ICLR 2026, arXiv 2503.07392).
+
+Each value projection W gets the edit that maps the targets' rows E to what W gave for the anchors' rows G, among those
+edits that leave (nearly) alone whatever a refined retain set spans, and exactly alone the rows K of the empty prompt:
+
+    min |(W + dW P) E^T - W G^T|^2 + ridge |dW P|^2   with   dW P K = 0,   P: the null space of the retain set.
+
+The retain set is refined for each layer: influence-based prior filtering (IPF) drops rows that the edit hardly touches,
+directed prior augmentation (DPA) adds variants of the rest along W's least direction. The algebra is in
+[`nullspace`]: dW = B A with B = W (G - E)^T, so that the edit is a LoRA of as many rows as there are target rows, exactly.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..artifact import Erasure
+from ..base_model import plain_weight, text_readers, weight_times
+from ..errors import ErasureInputError
+from ..logging import get_logger
+from ..schema import Concept
+from . import base_sums
+from .nullspace import Influence, edit, kept_directions, refine
+from .publishing import POOLED_SITE, Factors, as_lora, kept_names, make_erasure, padded, pooled_linear, report
+from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, Which, kept_rows, number, one_of, target_rows
+
+
+logger = get_logger(__name__)
+
+SQUARES = 750.0  # |x|^2 of the text rows of Stable Diffusion 1.x, for which the absolute settings were published
+
+# What the authors run for each task; `ridge` is their `retain_scale`.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    task: {
+        "anchor": anchor,
+        "rows": "all" if task == "nudity" else "last",
+        "templates": "none",
+        "units": "absolute",
+        "filter": task != "celebrity",
+        "augment": 10,
+        "threshold": 1e-4 if task == "celebrity" else 1e-1,
+        "ridge": {"celebrity": 0.05, "nudity": 0.7}.get(task, 1.0),
+        "lamb": 0.5 if task == "nudity" else 0.0,
+    }
+    for task, anchor in {"instance": "", "style": "art", "celebrity": "person", "nudity": ""}.items()
+}
+# Ours: what follows the published ones, in units of the rows' own scale, and reaches more of a prompt's rows.
+PRESETS: dict[str, dict[str, Any]] = {
+    task: {
+        **values,
+        "rows": "window",
+        "templates": {"style": "style", "celebrity": "person"}.get(task, "object"),
+        "units": "relative",
+        "threshold": values["threshold"] / SQUARES,
+        "ridge": values["ridge"] / SQUARES,
+        "lamb": values["lamb"] * values["ridge"] / SQUARES,
+    }
+    for task, values in PUBLISHED.items()
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TextConfig):
+    """Settings of SPEED. Those that are `None` come from the preset.
+
+    Args:
+        preset (`"instance"`, `"style"`, `"celebrity"` or `"nudity"`, *optional*, defaults to `"instance"`): the task.
+        published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (last rows, no
+            templates, absolute units) instead of this library's.
+        params (`"V"`, `"K"` or `"KV"`, *optional*, defaults to `"V"`): which projections are edited.
+        rows, templates (*optional*): which rows of a target are mapped, see [`TextConfig`].
+        retain (tuple of `str`, *optional*): prompts whose rows must not change; the rows of the empty prompt otherwise.
+        retain_rows (`"last"` or `"all"`, *optional*): ours, beside the published `"last"`: `"all"` also keeps all further
+            rows of the retained prompts, padding included, unfiltered.
+        retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
+        units (`"absolute"` or `"relative"`, *optional*): whether `threshold`, `ridge` and `lamb` are the published numbers,
+            which fit rows with |x|^2 of about 750, or shares: `threshold` of the retain set's mean |x|^2, `ridge` of the
+            targets' mean |x|^2 and `lamb` of the same, divided by the ridge.
+        filter (`bool`, *optional*): influence-based prior filtering.
+        augment (`int`, *optional*): how often each kept row is augmented; 0 for no augmentation.
+        chunk (`int`, *optional*, defaults to 128): rows that are augmented and compared together.
+        threshold (`float`, *optional*): directions of the retain set with a larger mean square must not change.
+        ridge (`float`, *optional*): weight of a small change (the authors' `retain_scale`).
+        lamb (`float`, *optional*): softens the invariance of the empty prompt's rows; 0 is exact.
+        centres (`int`, *optional*, defaults to 3): k-means centres of the empty prompt's rows that stay, beside the start
+            token's row.
+        adversarial (`int`, *optional*, defaults to 0): rounds in which rows that still reach the targets through the edited
+            weights (RECE) are added as targets.
+        reg (`float`, *optional*, defaults to 0.1): RECE's weight of a small adversarial row; relative to the mean square of
+            the projections' columns where `units` is `"relative"`.
+        seed (`int`, *optional*, defaults to 0): of the augmentation, the chunks and k-means.
+        pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
+        rank (`int`, *optional*), max_error (`float`, *optional*): truncate the published LoRA.
+    """
+
+    preset: Literal["instance", "style", "celebrity", "nudity"] = "instance"
+    published: bool = False
+    params: Literal["V", "K", "KV"] = "V"
+    rows: Which | None = None
+    templates: str | Sequence[str] | None = None
+    retain_rows: Literal["last", "all"] = "last"
+    units: Literal["absolute", "relative"] | None = None
+    filter: bool | None = None
+    augment: int | None = None
+    chunk: int = 128
+    threshold: float | None = None
+    ridge: float | None = None
+    lamb: float | None = None
+    centres: int = 3
+    adversarial: int = 0
+    reg: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("preset", self.preset, tuple(PRESETS))
+        one_of("params", self.params, ("V", "K", "KV"))
+        one_of("units", self.units, ("absolute", "relative", None))
+        one_of("retain_rows", self.retain_rows, ("last", "all"))
+        for name, value in (PUBLISHED if self.published else PRESETS)[self.preset].items():
+            if name != "anchor" and getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        number("threshold", self.threshold)
+        number("ridge", self.ridge, above=True)
+        number("lamb", self.lamb)
+        number("reg", self.reg, above=True)
+        for name, least in (("augment", 0), ("chunk", 1), ("centres", 0), ("adversarial", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ErasureInputError(f"`{name}` must be a whole number of at least {least}, not {value!r}.")
+
+    @property
+    def anchor(self) -> str:
+        """What a target without an anchor is mapped to."""
+        return str(PUBLISHED[self.preset]["anchor"])
+
+
+@dataclass(frozen=True)
+class Units:
+    """`threshold`, `ridge`, `lamb` and the identity of the influence, as the algebra wants them."""
+
+    threshold: float
+    relative: bool
+    ridge: float
+    lamb: float
+    identity: float
+
+    @classmethod
+    def of(cls, config: Config, rows: TargetRows) -> "Units":
+        assert config.threshold is not None and config.ridge is not None and config.lamb is not None
+        if config.units == "absolute":
+            return cls(config.threshold, False, config.ridge, config.lamb, 1.0)
+        # The published sums are means over the concepts, so that a ridge weighs more the more there are: ours does not.
+        scale = rows.squares / rows.concepts
+        return cls(config.threshold, True, config.ridge * scale, config.lamb / config.ridge, scale / SQUARES)
+
+
+def centres_of(rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """k-means centres of some rows [count, C] (Lloyd's algorithm, from rows drawn at random)."""
+    count = min(count, len(rows))
+    centres = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
+    for _ in range(100 if count else 0):
+        nearest = torch.cdist(rows, centres).argmin(1)
+        means = [rows[nearest == i].mean(0) if bool((nearest == i).any()) else centres[i] for i in range(count)]
+        new = torch.stack(means)
+        if torch.equal(new, centres):
+            break
+        centres = new
+    return centres
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that the layers of one input of the denoiser share: rows, invariants, units, the influence, the shuffled retain set."""
+
+    rows: TargetRows
+    retain: torch.Tensor
+    extra: torch.Tensor | None
+    invariants: torch.Tensor
+    units: Units
+    influence: Influence
+    coordinates: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: TargetRows, kept: KeptRows, config: Config) -> "Problem":
+        """Set up; without a retain set the empty prompt's own rows are retained, as published."""
+        retain = kept.retain if len(kept.retain) else kept.null[1:]
+        order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(config.seed))
+        invariants = torch.cat([kept.null[:1], centres_of(kept.null[1:], config.centres, config.seed)])
+        units = Units.of(config, rows)
+        influence = Influence.of(rows.targets, rows.concepts, units.identity)
+        extra = None if kept.gram is None else kept.gram / max(1, kept.gram_count)
+        retain = retain[order]
+        return cls(rows, retain, extra, invariants, units, influence, influence.coordinates(retain))
+
+
+def solve_layer(
+    problem: Problem, images: torch.Tensor, config: Config, v: torch.Tensor | None, draws: torch.Tensor | None
+) -> tuple[torch.Tensor, int]:
+    """One layer: `A` [n, C], with dW = (W D^T) A / c; and how many directions must not change.
+
+    Args:
+        images: W D^T [o, n].
+        v, draws: the layer's least direction [C] and the scalars [times, N] of the augmentation.
+    """
+    assert config.filter is not None
+    prior = refine(
+        problem.retain,
+        problem.coordinates,
+        images.T @ images,
+        filter=config.filter,
+        v=v,
+        v_coordinates=None if v is None else problem.influence.coordinates(v[None]),
+        draws=draws,
+        chunk=config.chunk,
+    )
+    units = problem.units
+    kept = kept_directions(prior, units.threshold, units.relative, problem.extra)
+    e, c = problem.rows.targets, problem.rows.concepts
+    return edit(e, kept, problem.invariants, c, ridge=units.ridge, lamb=units.lamb), kept.shape[1]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One projection that is edited: its Linear, the input that it reads, and how many of its columns read that."""
+
+    name: str
+    linear: Any
+    reads: str
+    width: int
+
+
+def sites_of(pipe: Any, config: Config, problems: Mapping[str, Problem]) -> list[Site]:
+    """The projections that `params` names, and SDXL's Linear of the pooled vector."""
+    width = problems[ROWS].rows.targets.shape[1]
+    wanted = [f"to_{letter.lower()}" for letter in config.params]
+    sites = [
+        Site(name, linear, ROWS, width)
+        for name, linear in text_readers(pipe).items()
+        if name.rpartition(".")[2] in wanted
+    ]
+    if POOLED in problems:
+        sites.append(Site(POOLED_SITE, pooled_linear(pipe), POOLED, problems[POOLED].rows.targets.shape[1]))
+    return sites
+
+
+def solve_sites(
+    pipe: Any, problems: Mapping[str, Problem], sites: Sequence[Site], config: Config
+) -> tuple[dict[str, Factors], dict[str, int]]:
+    """Solve every layer: `(A, B)` with dW = B A, and the dimension of the null space."""
+    directions: dict[str, torch.Tensor] = {}
+    if config.augment:
+        linears = {site.name: site.linear for site in sites}
+        directions = base_sums.least_directions(linears, {site.name: site.width for site in sites})
+    factors: dict[str, Factors] = {}
+    free: dict[str, int] = {}
+    for index, site in enumerate(sites):
+        problem = problems[site.reads]
+        draws = None
+        if config.augment:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+            draws = torch.randn(config.augment, len(problem.retain), generator=generator, dtype=torch.float64)
+        way = padded(problem.rows.way, site.linear.in_features)
+        images = weight_times(site.linear, site.name, way.T)
+        a, kept = solve_layer(problem, images, config, directions.get(site.name), draws)
+        factors[site.name] = a, images / problem.rows.concepts
+        free[site.name] = site.width - kept
+    return factors, free
+
+
+def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
+    """Make the erasure. Called by [`erase`], which has checked the concepts."""
+    text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
+    concepts = with_anchors(concepts, config.anchor)
+    assert config.rows is not None
+    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, config.template_list(), config.rows)})
+
+
+def with_anchors(concepts: Sequence[Concept], anchor: str) -> list[Concept]:
+    """Give the preset's anchor to concepts that have none."""
+    found = [Concept(c.target, anchor if c.anchor is None else c.anchor) for c in concepts]
+    for concept in found:
+        if (concept.target or "").strip().casefold() == (concept.anchor or "").strip().casefold():
+            raise ErasureInputError(
+                f"The target {concept.target!r} is the anchor of this preset, so nothing would be erased; give `anchors`."
+            )
+    return found
+
+
+def refit(
+    pipe: Any, concepts: Sequence[Concept], config: Config, targets: Mapping[str, Mapping[str, TargetRows]]
+) -> Erasure:
+    """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
+    templates = config.template_list() if config.retain_templates else ("{}",)
+    kept = kept_rows(pipe, config.kept(), templates, with_gram=config.retain_rows == "all")
+    found = {name: (rows, kept[name]) for name, rows in targets[""].items() if name == ROWS or config.pooled}
+    _warn_of_units(config, found[ROWS][0])
+    problems = {name: Problem.of(*pair, config) for name, pair in found.items()}
+    sites = sites_of(pipe, config, problems)
+    factors, free = solve_sites(pipe, problems, sites, config)
+    for _ in range(config.adversarial):
+        more = adversarial_rows(problems[ROWS].rows, factors, [s for s in sites if s.reads == ROWS], config)
+        problems[ROWS] = Problem.of(more, kept[ROWS], config)
+        factors, free = solve_sites(pipe, problems, sites, config)
+    maps = {
+        name: [
+            (factors[site.name][0], problems[name].rows.way / problems[name].rows.concepts)
+            for site in sites
+            if site.reads == name
+        ]
+        for name in problems
+    }
+    diagnostics = report(found, maps, concepts, kept_names(config))
+    diagnostics["null_space"] = null_space(free, sites)
+    lazy = {
+        site.name: (lambda site=site: (padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]))
+        for site in sites
+    }
+    published = as_lora(pipe, lazy, config)
+    return make_erasure(pipe, "speed", concepts, config, published, diagnostics, targets, seed=config.seed)
+
+
+def null_space(free: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]:
+    """Least and largest dimension of the layers' null spaces, and the width of the rows."""
+    values = [free[site.name] for site in sites if site.reads == ROWS]
+    width = sites[0].width
+    if max(values) == 0:
+        raise ErasureInputError(
+            f"Nothing can be erased: what is retained spans all {width} dimensions of the text rows in every layer. "
+            "Raise `threshold`, or retain less."
+        )
+    if min(values) == 0:
+        logger.warning("In some layers what is retained leaves no direction free; raise `threshold`, or retain less.")
+    return {"least": min(values), "largest": max(values), "width": width}
+
+
+def _warn_of_units(config: Config, rows: TargetRows) -> None:
+    if config.units == "absolute" and not SQUARES / 4 < rows.squares < SQUARES * 4:
+        logger.warning(
+            "Absolute `threshold`, `ridge` and `lamb` were published for text rows with |x|^2 of about %.0f; those of this "
+            "base model have %.3g. Use `units='relative'`.",
+            SQUARES,
+            rows.squares,
+        )
+
+
+def adversarial_rows(
+    rows: TargetRows, factors: Mapping[str, Factors], sites: Sequence[Site], config: Config
+) -> TargetRows:
+    """Add RECE's rows as targets: those which the edited weights W' map nearest to what W made of the targets.
+
+    X P^T with P = (reg I + sum W'^T W')^-1 sum W'^T W, where W' = W + B A.
+    """
+    width = rows.targets.shape[1]
+    edited, mixed = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
+    for site in sites:
+        a, b = factors[site.name]
+        before = plain_weight(site.linear, site.name)[:, :width]
+        after = torch.addmm(before, b, a)
+        edited.addmm_(after.T, after)
+        mixed.addmm_(after.T, before)
+    scale = float(edited.diagonal().mean()) if config.units == "relative" else 1.0
+    edited.diagonal().add_(config.reg * scale)
+    reached = rows.targets @ torch.linalg.solve(edited, mixed).T
+    return TargetRows(
+        torch.cat([rows.targets, reached]),
+        torch.cat([rows.anchors, rows.anchors]),
+        rows.probes,
+        rows.squares,
+        rows.count,
+        rows.prompts,
+    )

@@ -1,0 +1,240 @@
+"""SPEED against the dense float64 oracle in the published order of steps, its invariants, presets and warnings."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusers_erasure import ErasureInputError, demo, erase
+from diffusers_erasure.base_model import plain_weight, text_readers
+from diffusers_erasure.encoding import all_rows, last_rows
+from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.methods.base_sums import least_direction
+from diffusers_erasure.methods.nullspace import Influence, edit, kept_directions, refine
+from diffusers_erasure.methods.speed import PRESETS, PUBLISHED, SQUARES, Config, centres_of
+from diffusers_erasure.schema import LORA_FILE
+from tests.dense_closed_form import dense_speed
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def decaying(rows: int, width: int, seed: int) -> torch.Tensor:
+    """Rows with a spectrum that falls, so that a threshold cuts through it and the filters matter."""
+    return random(rows, width, seed=seed) * torch.logspace(0.5, -2.5, width, dtype=torch.float64) * 3
+
+
+def factored(
+    w: torch.Tensor,
+    e: torch.Tensor,
+    g: torch.Tensor,
+    concepts: int,
+    retain: torch.Tensor,
+    invariants: torch.Tensor,
+    draws: torch.Tensor | None,
+    **numbers: Any,
+) -> torch.Tensor:
+    """dW of one layer by the library's functions."""
+    influence = Influence.of(e, concepts, 1.0)
+    images = w @ (g - e).T
+    v = least_direction(w) if draws is not None else None
+    prior = refine(
+        retain,
+        influence.coordinates(retain),
+        images.T @ images,
+        filter=numbers["filter"],
+        v=v,
+        v_coordinates=None if v is None else influence.coordinates(v[None]),
+        draws=draws,
+        chunk=numbers.get("chunk", 128),
+    )
+    kept = kept_directions(prior, numbers["threshold"], relative=False)
+    a = edit(e, kept, invariants, concepts, ridge=numbers["ridge"], lamb=numbers["lamb"])
+    return images @ a / concepts
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 8),
+    retained=st.sampled_from([0, 3, 12, 40, 90]),
+    rows_out=st.sampled_from([6, 24, 40]),
+    filter=st.booleans(),
+    times=st.sampled_from([0, 1, 5]),
+    threshold=st.sampled_from([1e-4, 1e-2, 1e-1]),
+    ridge=st.sampled_from([0.05, 1.0]),
+    lamb=st.sampled_from([0.0, 0.5]),
+    one_concept=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_the_factored_form_is_the_dense_one(
+    n: int, retained: int, rows_out: int, filter: bool, times: int, threshold: float, ridge: float, lamb: float,
+    one_concept: bool, seed: int,
+) -> None:  # fmt: skip
+    width = 24
+    w, e, g = random(rows_out, width, seed=seed), random(n, width, seed=seed + 1), random(n, width, seed=seed + 2)
+    retain, invariants = decaying(retained, width, seed + 3), random(4, width, seed=seed + 4)
+    draws = random(times, retained, seed=seed + 5) if times and retained else None
+    concepts = 1 if one_concept else n
+    numbers: dict[str, Any] = {"threshold": threshold, "ridge": ridge, "lamb": lamb, "filter": filter, "chunk": 16}
+    expected = dense_speed(
+        {"w": w}, e, g, concepts, retain, invariants,
+        draws=None if draws is None else {"w": draws}, directions={"w": least_direction(w)}, **numbers,
+    )["w"]  # fmt: skip
+    found = factored(w, e, g, concepts, retain, invariants, draws, **numbers)
+    # Where the invariants use up the whole null space the edit is zero, and only rounding of W's size is left.
+    assert (found - expected).norm() <= 1e-9 * expected.norm() + 1e-11 * w.norm()
+    assert torch.linalg.matrix_rank(found) <= n
+    if lamb == 0:
+        assert (found @ invariants.T).norm() <= (1e-9 * found.norm() + 1e-11 * w.norm()) * invariants.norm()
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(2, 6), seed=st.integers(0, 10_000))
+def test_the_order_of_the_targets_does_not_matter(n: int, seed: int) -> None:
+    w, e, g = random(20, 24, seed=seed), random(n, 24, seed=seed + 1), random(n, 24, seed=seed + 2)
+    retain, invariants, draws = decaying(60, 24, seed), random(4, 24, seed=seed + 4), random(3, 60, seed=seed + 5)
+    numbers: dict[str, Any] = {"threshold": 1e-2, "ridge": 1.0, "lamb": 0.0, "filter": True, "chunk": 16}
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    one = factored(w, e, g, n, retain, invariants, draws, **numbers)
+    other = factored(w, e[order], g[order], n, retain, invariants, draws, **numbers)
+    assert (one - other).norm() <= 1e-9 * one.norm()
+
+
+def test_invariants_that_are_retained_anyway_do_no_harm() -> None:
+    """With the empty prompt's own rows retained, K lies outside the null space: there is nothing to invert there."""
+    w, e, g, k = random(20, 24, seed=1), random(2, 24, seed=2), random(2, 24, seed=3), random(4, 24, seed=4)
+    retain = torch.cat([k, random(6, 24, seed=5)])
+    numbers: dict[str, Any] = {"threshold": 1e-4, "ridge": 1.0, "lamb": 0.0, "filter": False}
+    found = factored(w, e, g, 2, retain, k, None, **numbers)
+    expected = dense_speed({"w": w}, e, g, 2, retain, k, draws=None, **numbers)["w"]
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+    assert (found @ k.T).norm() <= 1e-9 * found.norm() * k.norm()
+
+
+@pytest.mark.parametrize("shape", [(6, 24), (24, 24), (40, 24)])
+def test_the_least_direction_is_the_svds(shape: tuple[int, int]) -> None:
+    w = random(*shape, seed=7)
+    v = torch.linalg.svd(w, full_matrices=False).Vh[-1]
+    found = least_direction(w)
+    assert abs(float(found @ v)) == pytest.approx(1, abs=1e-9)
+    assert float(found[found.abs().argmax()]) > 0
+
+
+# ----------------------------------------------------------------------------------- on the embedded model
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return demo.load_pipeline()
+
+
+def test_a_published_preset_end_to_end(pipe: Any) -> None:
+    """The whole of `erase` against the oracle on rows picked here, with the draws that the seed gives."""
+    retain = ["dog", "pizza", "rose", "car", "whale", "bus", "ink", "corn", "fox", "bee"]
+    erasure = erase(pipe, ["cat", "ice cream"], retain=retain, method="speed", published=True, threshold=1e-3, seed=3)
+    rows, last = all_rows(pipe, ["cat", "ice cream", "", *sorted(retain)])
+    e = torch.stack([rows[0, last[0]], rows[1, last[1]]])
+    g = rows[2, 0].expand(2, -1)
+    kept = torch.stack([rows[3 + i, last[3 + i]] for i in range(len(retain))])
+    kept = kept[torch.randperm(10, generator=torch.Generator().manual_seed(3))]
+    invariants = torch.cat([rows[2, :1], centres_of(rows[2, 1:], 3, 3)])
+    sites = {name: linear for name, linear in text_readers(pipe).items() if name.endswith("to_v")}
+    assert erasure.config.layers[0].sites == tuple(sites)
+    weights = {name: plain_weight(linear, name) for name, linear in sites.items()}
+    draws = {
+        name: torch.randn(10, 10, generator=torch.Generator().manual_seed(3 * 1_000_003 + i), dtype=torch.float64)
+        for i, name in enumerate(weights)
+    }
+    expected = dense_speed(
+        weights, e, g, 2, kept, invariants, threshold=1e-3, ridge=1.0, lamb=0.0, filter=True, draws=draws,
+        directions={name: least_direction(w) for name, w in weights.items()},
+    )  # fmt: skip
+    tensors = erasure.tensors[LORA_FILE]
+    for name, change in expected.items():
+        found = tensors[f"unet.{name}{UP}"].double() @ tensors[f"unet.{name}{DOWN}"].double()
+        # float32 factors, and rows that were encoded short instead of padded
+        assert (found - change).norm() <= 2e-5 * change.norm()
+
+
+def test_presets_are_the_published_settings() -> None:
+    instance, celebrity, nudity = (Config(preset=p, published=True) for p in ("instance", "celebrity", "nudity"))  # type: ignore[arg-type]
+    assert (instance.rows, instance.params, instance.augment, instance.threshold) == ("last", "V", 10, 0.1)
+    assert (instance.ridge, instance.lamb, instance.filter, instance.anchor) == (1.0, 0.0, True, "")
+    assert (celebrity.threshold, celebrity.ridge, celebrity.filter, celebrity.anchor) == (1e-4, 0.05, False, "person")
+    assert (nudity.rows, nudity.ridge, nudity.lamb, nudity.anchor) == ("all", 0.7, 0.5, "")
+    assert Config(preset="style").anchor == "art" and Config(preset="style").templates == "style"
+    assert set(PUBLISHED) == set(PRESETS)
+    assert Config(published=True, threshold=0.3).threshold == 0.3
+
+
+def test_the_same_seed_gives_the_same_bytes(pipe: Any) -> None:
+    made = [erase(pipe, "cat", retain=["dog", "bee", "fox"], method="speed", seed=s).to_files() for s in (1, 1, 2)]
+    assert made[0] == made[1]
+    assert made[0][LORA_FILE] != made[2][LORA_FILE]
+
+
+def test_relative_units_are_absolute_ones_scaled(pipe: Any) -> None:
+    """`threshold`, `ridge` and `lamb` as shares equal the absolute numbers that they amount to on these rows."""
+    e = last_rows(pipe, ["cat"])
+    squares = float(e.square().sum())
+    common: dict[str, Any] = {"method": "speed", "retain": ["dog", "bee", "fox"], "rows": "last", "templates": "none"}
+    common.update(filter=False, augment=0)
+    kept = last_rows(pipe, ["bee", "dog", "fox"])
+    trace = float(kept.square().sum(1).mean())
+    relative = erase(pipe, "cat", units="relative", threshold=1e-2, ridge=2e-3, lamb=1e-4, **common)
+    absolute = erase(
+        pipe, "cat", units="absolute", threshold=1e-2 * trace, ridge=2e-3 * squares, lamb=1e-4 / 2e-3, **common
+    )
+    for name, value in relative.tensors[LORA_FILE].items():
+        torch.testing.assert_close(value, absolute.tensors[LORA_FILE][name], rtol=1e-5, atol=1e-7)
+
+
+def test_absolute_units_on_other_rows_are_warned_of(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("diffusers_erasure").propagate = True
+    with caplog.at_level(logging.WARNING, "diffusers_erasure"):
+        erase(pipe, "cat", retain=["dog"], method="speed", published=True)
+    assert any("units='relative'" in message for message in caplog.messages)
+    assert SQUARES == 750
+
+
+def test_the_null_space_is_reported_and_none_is_refused(pipe: Any) -> None:
+    erasure = erase(pipe, "cat", retain=["dog", "bee"], method="speed", filter=False, augment=0, threshold=0.0)
+    # two retained rows take two dimensions, and eigenvalues of exactly 0 or above count as retained at threshold 0
+    assert erasure.config.diagnostics["null_space"] == {"least": 126, "largest": 126, "width": 128}
+    with pytest.raises(ErasureInputError, match="spans all 128 dimensions"):
+        erase(pipe, "cat", retain="list:objects", method="speed", filter=False, threshold=0.0)
+
+
+def test_adversarial_rows_are_further_targets(pipe: Any) -> None:
+    plain = erase(pipe, "cat", retain=["dog"], method="speed", rows="last", templates="none")
+    more = erase(pipe, "cat", retain=["dog"], method="speed", rows="last", templates="none", adversarial=1)
+    site = plain.config.layers[0].sites[0]
+    name = f"unet.{site}{DOWN}"
+    assert plain.tensors[LORA_FILE][name].shape[0] == 1 and more.tensors[LORA_FILE][name].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"preset": "cartoon"}, "preset"),
+        ({"params": "Q"}, "params"),
+        ({"ridge": 0}, "ridge"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"augment": -1}, "augment"),
+        ({"chunk": 0}, "chunk"),
+        ({"max_error": 1.5}, "max_error"),
+        ({"units": "feet"}, "units"),
+    ],
+)
+def test_bad_settings_are_named(pipe: Any, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ErasureInputError, match=message):
+        erase(pipe, "cat", method="speed", **bad)
+
+
+def test_a_target_that_is_the_presets_anchor_is_refused(pipe: Any) -> None:
+    with pytest.raises(ErasureInputError, match="anchor of this preset"):
+        erase(pipe, "art", method="speed", preset="style")
