@@ -3,6 +3,7 @@
 from ._binding import install, install_unless_opted_out, uninstall
 from ._version import __version__
 from .artifact import Erasure
+from .combining import combine
 from .errors import (
     ErasureCompatibilityError,
     ErasureConfigError,
@@ -50,6 +51,7 @@ __all__ = [
     "ErasureTrainingError",
     "__version__",
     "as_erasable",
+    "combine",
     "erase",
     "erasures_disabled",
     "export_erased",

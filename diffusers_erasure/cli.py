@@ -15,12 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import cli_hub
+from . import cli_fit, cli_hub
 from .cli_export import export
 from .errors import ErasureError, ErasureInputError
 
 
 if TYPE_CHECKING:
+    from .artifact import Erasure
     from .demo.command import DemoReport
 
 
@@ -34,6 +35,8 @@ app = typer.Typer(
 # Results go to standard output, everything else (progress, logs, errors) to standard error.
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+MOST_SHOWN = 20  # rows of a table about targets
 
 Base = Annotated[str, typer.Option("--base", help="Base model: a folder, a repository id, or 'demo'.")]
 Device = Annotated[str | None, typer.Option(help="Device, such as cuda or cpu; the best one by default.")]
@@ -131,11 +134,14 @@ def methods(as_json: Json = False) -> None:
 
 @app.command()
 def erase(
-    targets: Annotated[list[str], typer.Argument(help="The concepts to remove.")],
+    targets: Annotated[list[str], typer.Argument(help="The concepts to remove, or a .txt or .csv file of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erasure.")],
     anchor: Annotated[list[str] | None, typer.Option(help="What they are mapped to: one, or one each.")] = None,
     retain: Annotated[
-        list[str] | None, typer.Option(help="A prompt that must not change (repeat it), or a .txt or .csv file.")
+        list[str] | None,
+        typer.Option(
+            help="What must not change: a prompt, a .txt or .csv file, or list:NAME (see `lists`); repeatable."
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="One of `diffusers-erasure methods`.")] = "uce",
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting, as name=value.")] = None,
@@ -166,26 +172,27 @@ def erase(
         token=token,
         offload=offload,  # type: ignore[arg-type]  # `load_base` checks it
     )
-    kept: Any = retain[0] if retain and len(retain) == 1 else retain
     with err.status(f"making an erasure of {len(targets)} concepts by {method}"):
-        erasure = make(pipe, targets, anchors=anchor, retain=kept, method=method, **settings)
+        erasure = make(pipe, targets, anchors=anchor, retain=retain, method=method, **settings)
     files = erasure.save_pretrained(output, dtype=torch.float16 if half else None, redact_concepts=redact)
+    print_made(erasure, output, files, redact=redact, as_json=as_json)
+
+
+def print_made(erasure: "Erasure", output: Path, files: Sequence[Path], *, redact: bool, as_json: bool) -> None:
+    """Tell what was made: its files, and how far targets and retained prompts moved."""
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "output": str(output),
-                    "files": {path.name: path.stat().st_size for path in files},
-                    "diagnostics": {} if redact else erasure.config.diagnostics,
-                    "stock": None if erasure.config.stock is None else dataclasses.asdict(erasure.config.stock),
-                },
-                indent=2,
-            )
-        )
+        report = {
+            "output": str(output),
+            "files": {path.name: path.stat().st_size for path in files},
+            "diagnostics": {} if redact else erasure.config.diagnostics,
+            "stock": None if erasure.config.stock is None else dataclasses.asdict(erasure.config.stock),
+        }
+        print(json.dumps(report, indent=2))
         return
     for path in files:
         out.print(Text(f"{path}  {_size(path.stat().st_size)}"))
-    _print_diagnostics(erasure.config.diagnostics)
+    if not redact:
+        _print_diagnostics(erasure.config.diagnostics)
 
 
 @app.command()
@@ -293,19 +300,34 @@ def info(
     _print_diagnostics(config.diagnostics)
 
 
+cli_fit.register(app)
 cli_hub.register(app)
 
 
-def _print_diagnostics(diagnostics: dict[str, Any]) -> None:
+def _print_diagnostics(diagnostics: dict[str, Any], input_name: str = "text rows") -> None:
     moved = diagnostics.get("completeness")
     if isinstance(moved, dict) and moved:
-        table = Table("target", "moved to its anchor")
-        for name, value in moved.items():
+        shown = sorted(moved.items(), key=lambda item: item[1])[:MOST_SHOWN]  # the least moved are those to look at
+        table = Table("target", f"moved to its anchor ({input_name})")
+        for name, value in shown:
             table.add_row(Text(name), f"{value:.0%}")
+        if len(moved) > len(shown):
+            table.add_row(Text(f"{len(moved) - len(shown)} others"), f"{shown[-1][1]:.0%} or more")
         out.print(table)
     kept = diagnostics.get("retained_change")
     if isinstance(kept, dict):
-        out.print(Text(f"retained rows changed by {kept['median']:.1%} (median), {kept['max']:.1%} (largest)"))
+        out.print(Text(f"retained {input_name} changed by {kept['median']:.1%} (median), {kept['max']:.1%} (largest)"))
+    start, empty = diagnostics.get("start_token_change"), diagnostics.get("empty_prompt_change")
+    if isinstance(start, float) and isinstance(empty, float):
+        out.print(
+            Text(f"the start token's row changed by {start:.1%}, the empty prompt's others by up to {empty:.1%}")
+        )
+    space = diagnostics.get("null_space")
+    if isinstance(space, dict):
+        least, largest, width = (space.get(key) for key in ("least", "largest", "width"))
+        out.print(Text(f"free of what is retained: {least} to {largest} of {width} dimensions, by layer"))
+    if isinstance(diagnostics.get("pooled"), dict):
+        _print_diagnostics(diagnostics["pooled"], "pooled vectors")
 
 
 def _bar() -> Progress:

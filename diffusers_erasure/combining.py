@@ -1,0 +1,301 @@
+"""`combine`: several erasures made one, by solving again for all of their targets, or by adding them up exactly."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ._version import __version__
+from .artifact import Erasure
+from .base_model import compare_base, same_component
+from .errors import ErasureCompatibilityError, ErasureInputError
+from .layers.lora import DOWN, UP, pad_rank
+from .lists import Retained, expand, names_any, retained
+from .logging import get_logger
+from .methods import get_method, make_config, method_names
+from .methods.publishing import balanced, compress, product, rank_for
+from .methods.rows import TargetRows, from_tensors, join
+from .pipeline import erasures_disabled
+from .schema import LORA_FILE, SCHEMA, TENSOR_FILE, ErasureConfig, LayerSpec, Library, Method, Stock
+
+
+logger = get_logger(__name__)
+
+Source = Erasure | str | os.PathLike[str]
+# Settings in which the parts of a joint solve may differ: what they say of concepts, and how the result is published.
+FREE = ("templates", "retain", "retain_excluded", "retain_prompts", "rank", "max_error")
+
+
+def combine(
+    erasures: Sequence[Source],
+    *,
+    pipe: Any = None,
+    mode: Literal["joint", "sum"] = "joint",
+    retain: Any = None,
+    rank: int | None = None,
+    max_error: float | None = None,
+) -> Erasure:
+    """Make one erasure of several.
+
+    Args:
+        erasures (sequence of [`Erasure`], `str` or `os.PathLike`): two or more: in memory, folders, or repositories.
+        pipe ([`DiffusionPipeline`], *optional*): the base model; `"joint"` needs it.
+        mode (`"joint"` or `"sum"`, *optional*, defaults to `"joint"`): `"joint"` solves again, as if all targets had been
+            given to `erase` at once: erasures of one closed-form method, one base model and the same settings, from the
+            text rows that they keep; their prompts are not needed, so that they may be redacted. `"sum"` adds the edits of
+            any LoRA and text-map erasures of one base model, exactly: what loading all of them does.
+        retain (*optional*): joint: what must not change, as in [`erase`]; by default what the parts retained, all together,
+            without what names one of the targets.
+        rank (`int`, *optional*), max_error (`float`, *optional*): truncate; the error is recorded.
+
+    Returns:
+        [`Erasure`]: redacted, where one of the parts is.
+
+    Raises:
+        ErasureInputError: fewer than two erasures; a target twice; other methods or settings (joint); kept rows or retained
+            prompts missing (joint); a layer that is neither `lora` nor `text_map` (sum).
+        ErasureCompatibilityError: they were made for different base models, or for another one than `pipe`.
+
+    Examples:
+
+    ```py
+    >>> combined = combine(["user/no-hundred-artists", new_one], pipe=pipe)
+    >>> combined.push_to_hub("user/no-hundred-and-one-artists")
+    ```
+    """
+    parts = [part if isinstance(part, Erasure) else Erasure.from_pretrained(part) for part in erasures]
+    if len(parts) < 2:
+        raise ErasureInputError(f"`combine` takes two or more erasures, not {len(parts)}.")
+    if mode not in ("joint", "sum"):
+        raise ErasureInputError(f'`mode` must be "joint" or "sum", not {mode!r}.')
+    _check_one_base(parts)
+    names = [concept.target for part in parts for concept in part.concepts if concept.target is not None]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ErasureInputError(f"Two of the erasures remove {twice[0]!r}; leave one of them out.")
+    if mode == "sum":
+        if retain is not None:
+            raise ErasureInputError("`retain` goes with the mode 'joint': a sum is not solved again.")
+        combined = _sum(parts, rank, max_error)
+    else:
+        combined = _joint(parts, pipe, retain, rank, max_error)
+    if any(part.config.redacted for part in parts):
+        return combined.redacted()
+    return combined
+
+
+def _check_one_base(parts: Sequence[Erasure]) -> None:
+    first = parts[0].config.base_model
+    for index, part in enumerate(parts[1:], start=2):
+        other = part.config.base_model
+        if other.family != first.family:
+            raise ErasureCompatibilityError(
+                f"The first erasure was made for {first.family}, number {index} for {other.family}."
+            )
+        for name in first.components.keys() & other.components.keys():
+            match = same_component(first.components[name], other.components[name])
+            if match not in ("same", "unverified"):
+                raise ErasureCompatibilityError(
+                    f"The first erasure and number {index} were made for base models with different {name}: "
+                    f"{first.repo or 'a local model'} and {other.repo or 'a local model'}."
+                )
+
+
+# --------------------------------------------------------------------------------------------------------- joint
+
+
+def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, max_error: float | None) -> Erasure:
+    name, settings = _common_settings(parts)
+    entry = get_method(name)
+    assert entry.refit is not None
+    if pipe is None:
+        raise ErasureInputError("A joint solve reads the base model's weights: give the pipeline as `pipe`.")
+    for part in parts:
+        layers = part.config.layers
+        needed = {layer.component for layer in layers}
+        compare_base(
+            part.config.base_model,
+            pipe,
+            needed=needed,
+            derived_from={d for layer in layers for d in layer.derived_from},
+        )
+    concepts = [concept for part in parts for concept in part.concepts]
+    targets = [concept.target for concept in concepts if concept.target is not None]
+    settings.update(rank=rank, max_error=max_error)
+    settings["retain"] = _all_retained(parts, targets) if retain is None else retained(retain, targets)
+    config = make_config(entry, settings)
+    with erasures_disabled(pipe):
+        combined = entry.refit(pipe, concepts, config, _joined_rows(parts))
+    assert isinstance(combined, Erasure)
+    logger.info("Solved jointly for %d concepts by %s.", len(concepts), name)
+    return combined
+
+
+def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
+    """The method and the settings that all parts share."""
+    first = parts[0].config.method
+    for index, part in enumerate(parts, start=1):
+        method = part.config.method
+        if method.name not in method_names() or get_method(method.name).refit is None or part.config.solve is None:
+            raise ErasureInputError(
+                f"Erasure number {index} (made by {method.name}) keeps no rows to solve again; use mode='sum'."
+            )
+        if part.config.published_strength != 1:
+            raise ErasureInputError(
+                f"Erasure number {index} was published at {part.config.published_strength:g} of its strength, which a joint "
+                "solve would undo; use mode='sum'."
+            )
+        if method.name != first.name:
+            raise ErasureInputError(
+                f"A joint solve needs one method: the first erasure is by {first.name}, number {index} by {method.name}; "
+                "use mode='sum'."
+            )
+        for key in sorted({*first.settings, *method.settings} - set(FREE)):
+            if first.settings.get(key) != method.settings.get(key):
+                raise ErasureInputError(
+                    f"A joint solve needs the same settings: `{key}` is {first.settings.get(key)!r} in the first erasure and "
+                    f"{method.settings.get(key)!r} in number {index}; use mode='sum'."
+                )
+    return first.name, {key: value for key, value in first.settings.items() if key not in FREE}
+
+
+def _all_retained(parts: Sequence[Erasure], targets: Sequence[str]) -> Retained:
+    """What the parts retained, all together, without what names one of all their targets."""
+    prompts: dict[str, None] = {}
+    source: dict[str, None] = {}
+    excluded: dict[str, None] = {}
+    for index, part in enumerate(parts, start=1):
+        settings = part.config.method.settings
+        if settings.get("retain_prompts") and "retain" not in settings:
+            raise ErasureInputError(
+                f"Erasure number {index} is redacted and does not say what it retained ({settings['retain_prompts']} prompts); "
+                "give `retain`."
+            )
+        own = dict.fromkeys(str(item) for item in settings.get("retain", ()))
+        source.update(own)
+        texts = expand(list(own), "retain") if own else []
+        excluded.update(dict.fromkeys(str(item) for item in settings.get("retain_excluded", ())))
+        prompts.update(dict.fromkeys(texts))
+    dropped = [prompt for prompt in prompts if prompt in excluded or names_any(prompt, targets)]
+    kept = tuple(prompt for prompt in prompts if prompt not in set(dropped))
+    news = [prompt for prompt in dropped if prompt not in excluded]
+    if news:
+        logger.warning("No longer retained, because another part removes it: %s", ", ".join(map(repr, news[:5])))
+    return Retained(kept, tuple(source), tuple(dropped))
+
+
+def _joined_rows(parts: Sequence[Erasure]) -> dict[str, dict[str, TargetRows]]:
+    """For each stage of the method and each input of the denoiser the rows of all parts."""
+    stages: dict[str, dict[str, list[TargetRows]]] = {}
+    for part in parts:
+        spec = part.config.solve
+        assert spec is not None
+        for stage in sorted({key.rpartition(".")[0] for key in spec.rows}):
+            found = from_tensors(part.solve_tensors(), spec.rows, f"{stage}." if stage else "")
+            for name, rows in found.items():
+                stages.setdefault(stage, {}).setdefault(name, []).append(rows)
+    if any(len(rows) != len(parts) for inputs in stages.values() for rows in inputs.values()):
+        raise ErasureInputError("The erasures keep different sets of rows; use mode='sum'.")
+    return {stage: {name: join(rows) for name, rows in inputs.items()} for stage, inputs in stages.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- sum
+
+
+def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) -> Erasure:
+    loras: dict[str, list[tuple[Erasure, LayerSpec]]] = {}
+    maps: dict[tuple[str, str], list[tuple[Erasure, LayerSpec]]] = {}
+    for index, part in enumerate(parts, start=1):
+        for layer in part.config.layers:
+            if layer.kind == "lora":
+                loras.setdefault(layer.component, []).append((part, layer))
+            elif layer.kind == "text_map":
+                maps.setdefault((layer.component, layer.sites[0]), []).append((part, layer))
+            else:
+                raise ErasureInputError(
+                    f"Erasure number {index} has a layer of kind {layer.kind!r}, which cannot be added."
+                )
+    layers: list[LayerSpec] = []
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    error = 0.0
+    for component, members in loras.items():
+        added, worst = _sum_of_loras(component, members, rank, max_error)
+        error = max(error, worst)
+        tensors.setdefault(LORA_FILE, {}).update(added)
+        sites = dict.fromkeys(site for _, layer in members for site in layer.sites)
+        layers.append(LayerSpec("lora", component, tuple(sites), LORA_FILE, f"{component}.", _origins(members)))
+    for (component, site), members in maps.items():
+        a = torch.cat([part.layer_tensors(layer)["A"].double() for part, layer in members])
+        d = torch.cat([part.layer_tensors(layer)["D"].double() for part, layer in members])
+        a, d = compress(a, d)
+        weights = a.norm(dim=1) * d.norm(dim=1)
+        kept = rank_for(weights, rank, max_error)
+        prefix = "text_map." if site == "encoder_hidden_states" else f"{site}_map."
+        own = {f"{prefix}A": a[:kept].float().contiguous(), f"{prefix}D": d[:kept].float().contiguous()}
+        tensors.setdefault(TENSOR_FILE, {}).update(own)
+        layers.append(LayerSpec("text_map", component, (site,), TENSOR_FILE, prefix, _origins(members)))
+    first = parts[0].config
+    described = [
+        {
+            "method": part.config.method.name,
+            "concepts": len(part.concepts),
+            "published_strength": part.config.published_strength,
+        }
+        for part in parts
+    ]
+    config = ErasureConfig(
+        schema=SCHEMA,
+        library=Library("diffusers_erasure", __version__),
+        method=Method("sum", {"parts": described, "rank": rank, "max_error": max_error}),
+        base_model=first.base_model,
+        concepts=tuple(concept for part in parts for concept in part.concepts)
+        if not any(part.config.redacted for part in parts)
+        else tuple(dataclasses.replace(c, target=None, anchor=None) for part in parts for c in part.concepts),
+        layers=tuple(layers),
+        stock=None if maps else Stock(LORA_FILE, float(f"{min(error, 0.999):.3g}")),
+    )
+    return Erasure(config, tensors)
+
+
+def _origins(members: Sequence[tuple[Erasure, LayerSpec]]) -> tuple[str, ...]:
+    return tuple(sorted({name for _, layer in members for name in layer.derived_from}))
+
+
+def _sum_of_loras(
+    component: str, members: Sequence[tuple[Erasure, LayerSpec]], rank: int | None, max_error: float | None
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Concatenate factors on rank, site by site; `(tensors, largest relative error over the sites)`."""
+    own: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
+    for part, layer in members:
+        tensors: Mapping[str, torch.Tensor] = part.layer_tensors(layer)
+        stated = part.config.stock.max_error if part.config.stock else 0.0
+        for site in layer.sites:
+            own.setdefault(site, []).append((tensors[site + DOWN], tensors[site + UP], stated))
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    worst = 0.0
+    for site, factors in own.items():
+        a = torch.cat([down for down, _, _ in factors]).double()
+        b = torch.cat([up for _, up, _ in factors], dim=1).double()
+        norm, lost = _norm(a, b), sum(stated * _norm(down.double(), up.double()) for down, up, stated in factors)
+        if rank is not None or max_error is not None:
+            u, s, vh = product(b.flatten(1), a.flatten(1))
+            kept = rank_for(s, rank, max_error)
+            lost += float(s[kept:].norm())
+            small = balanced(vh[:kept], u[:, :kept] * s[:kept])
+            a, b = small[0].reshape(kept, *a.shape[1:]), small[1].reshape(b.shape[0], kept, *b.shape[2:])
+        worst = max(worst, lost / norm if norm else 0.0)
+        found[site] = a.float(), b.float()
+    full = max(len(a) for a, _ in found.values())
+    result = {}
+    for site, (a, b) in found.items():
+        result[f"{component}.{site}{DOWN}"] = pad_rank(a, full, 0)
+        result[f"{component}.{site}{UP}"] = pad_rank(b, full, 1)
+    return result, worst
+
+
+def _norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|BA| (Frobenius) without the product."""
+    a, b = a.flatten(1), b.flatten(1)
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())

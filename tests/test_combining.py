@@ -1,0 +1,187 @@
+"""`combine`: a joint solve equals fitting all targets at once, a sum equals loading all of them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusers_erasure import (
+    Erasure,
+    ErasureCompatibilityError,
+    ErasureFileError,
+    ErasureInputError,
+    combine,
+    demo,
+    erase,
+)
+from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return demo.load_pipeline()
+
+
+KEPT = ["dog", "bee", "rose", "bus", "corn", "whale"]
+SETTINGS: list[dict[str, Any]] = [
+    {"method": "uce"},
+    {"method": "uce", "rows": "window", "layer": "text_map"},
+    {"method": "rece", "epochs": 2},
+    {"method": "speed", "rows": "last", "threshold": 1e-5},
+    {"method": "speed", "rows": "window", "templates": "none", "adversarial": 1},
+]
+
+
+def edits(erasure: Erasure) -> dict[str, torch.Tensor]:
+    """The dense edit of every site, or the map."""
+    file = erasure.tensors.get(LORA_FILE)
+    if file is None:
+        tensors = erasure.tensors[TENSOR_FILE]
+        return {"map": tensors["text_map.D"].double().T @ tensors["text_map.A"].double()}
+    sites = [name.removesuffix(DOWN) for name in file if name.endswith(DOWN)]
+    return {site: file[site + UP].double() @ file[site + DOWN].double() for site in sites}
+
+
+def assert_same_edit(one: Erasure, other: Erasure, tolerance: float) -> None:
+    first, second = edits(one), edits(other)
+    assert first.keys() == second.keys()
+    for name, edit in first.items():
+        assert (edit - second[name]).norm() <= tolerance * edit.norm()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_a_joint_solve_is_the_fit_of_all_targets(pipe: Any, settings: dict[str, Any]) -> None:
+    whole = erase(pipe, ["cat", "ice cream", "shark"], anchors=["animal", "snack", ""], retain=KEPT, **settings)
+    first = erase(pipe, ["cat", "ice cream"], anchors=["animal", "snack"], retain=KEPT, **settings)
+    second = erase(pipe, "shark", anchors="", retain=KEPT, **settings)
+    joint = combine([first, second], pipe=pipe)
+    # The kept rows are the encoder's own float32 values; window rows are rotated and rounded to float32 once more.
+    assert_same_edit(whole, joint, 1e-4 if settings.get("rows") == "window" or settings["method"] == "rece" else 1e-5)
+    assert joint.concepts == whole.concepts
+    assert joint.config.diagnostics["completeness"].keys() == {"cat", "ice cream", "shark"}
+    # and the result can be joined again
+    assert joint.config.solve is not None and joint.config.solve.rows.keys() == whole.config.solve.rows.keys()
+
+
+def test_one_more_joins_a_published_hundred_without_its_prompts(pipe: Any, tmp_path: Path) -> None:
+    """Read back from disk, redacted, in half precision: the names are gone, the rows are enough."""
+    settings: dict[str, Any] = {"method": "speed", "rows": "last", "templates": "none", "retain": "list:objects"}
+    words = [word for word in demo.OBJECTS if word not in ("cat", "rose")][:30]
+    published = erase(pipe, words, anchors="", **settings)
+    published.save_pretrained(tmp_path / "hundred", dtype=torch.float16, redact_concepts=True)
+    assert "retain" in Erasure.from_pretrained(tmp_path / "hundred").config.method.settings  # a shipped list's name
+    new = erase(pipe, "cat", anchors="", **settings)
+    joint = combine([tmp_path / "hundred", new], pipe=pipe, retain=KEPT)
+    assert joint.config.redacted and len(joint.concepts) == 31
+    assert "cat" not in joint.config.to_json()
+    whole = erase(
+        pipe, [*words, "cat"], anchors="", **{**settings, "retain": [w for w in KEPT if w not in words] or "x"}
+    )
+    again = combine(
+        [erase(pipe, words, anchors="", **settings), new], pipe=pipe, retain=whole.config.method.settings["retain"]
+    )
+    assert_same_edit(whole, again, 1e-4)
+
+
+def test_what_one_part_retains_and_another_removes_goes(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    one = erase(pipe, "cat", anchors="animal", retain=["dog", "bee"])
+    other = erase(pipe, "dog", anchors="animal", retain=["cat", "rose"])
+    joint = combine([one, other], pipe=pipe)
+    assert "'dog', 'cat'" in caplog.text or "'cat', 'dog'" in caplog.text
+    whole = erase(pipe, ["cat", "dog"], anchors="animal", retain=["bee", "rose"])
+    assert_same_edit(whole, joint, 1e-5)
+
+
+@pytest.mark.parametrize("kinds", [("lora", "lora"), ("text_map", "text_map"), ("lora", "text_map")])
+def test_a_sum_is_what_loading_all_does(pipe: Any, kinds: tuple[str, str]) -> None:
+    parts = [
+        erase(pipe, "cat", anchors="animal", retain=KEPT, layer=kinds[0]).rescaled(0.7),
+        erase(pipe, ["ice cream", "shark"], anchors="food", retain=KEPT, layer=kinds[1], rank=3),
+    ]
+    summed = combine(parts, mode="sum")
+    assert (summed.config.stock is not None) == (kinds == ("lora", "lora"))
+    latents = torch.randn(1, pipe.unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    rows = pipe.text_encoder(
+        pipe.tokenizer(["a cat and a shark"], padding="max_length", return_tensors="pt").input_ids
+    )[0]
+    outputs = {}
+    with torch.no_grad():
+        outputs["bare"] = pipe.unet(latents, 500, rows).sample
+        for name, loaded in (("all", parts), ("sum", [summed])):
+            for part in loaded:
+                pipe.load_erasure(part)
+            outputs[name] = pipe.unet(latents, 500, rows).sample
+            pipe.unload_erasure()
+    assert (outputs["all"] - outputs["bare"]).abs().max() > 0.01
+    torch.testing.assert_close(outputs["sum"], outputs["all"], rtol=0, atol=1e-4)  # sums in another order
+    assert [c.target for c in summed.concepts] == ["cat", "ice cream", "shark"]
+    Erasure.from_files(summed.to_files())
+
+
+def test_a_truncated_sum_states_its_error(pipe: Any) -> None:
+    parts = [erase(pipe, name, anchors="animal", retain=KEPT) for name in ("cat", "shark")]
+    exact, small = combine(parts, mode="sum"), combine(parts, mode="sum", rank=4)
+    whole, cut = edits(exact), edits(small)
+    worst = max(float((whole[name] - cut[name]).norm() / whole[name].norm()) for name in whole)
+    assert small.config.stock is not None and small.config.stock.max_error == pytest.approx(worst, rel=0.01)
+    assert 0.001 < worst
+    bounded = combine(parts, mode="sum", max_error=0.05)
+    assert bounded.config.stock is not None and bounded.config.stock.max_error <= 0.0501
+    rank = next(v for k, v in bounded.tensors[LORA_FILE].items() if k.endswith(DOWN)).shape[0]
+    assert rank < 12
+
+
+def test_parts_that_do_not_go_together_are_named(pipe: Any) -> None:
+    uce = erase(pipe, "cat", anchors="animal", retain=KEPT)
+    rece = erase(pipe, "shark", anchors="animal", retain=KEPT, method="rece")
+    other = erase(pipe, "shark", anchors="animal", retain=KEPT, lamb=0.5)
+    with pytest.raises(ErasureInputError, match="two or more"):
+        combine([uce])
+    with pytest.raises(ErasureInputError, match="`mode`"):
+        combine([uce, other], mode="product")  # type: ignore[arg-type]
+    with pytest.raises(ErasureInputError, match="one method"):
+        combine([uce, rece], pipe=pipe)
+    with pytest.raises(ErasureInputError, match="`lamb` is 0.001"):
+        combine([uce, other], pipe=pipe)
+    with pytest.raises(ErasureInputError, match="give the pipeline"):
+        combine([uce, erase(pipe, "shark", anchors="animal", retain=KEPT)])
+    with pytest.raises(ErasureInputError, match="Two of the erasures remove 'cat'"):
+        combine([uce, uce], pipe=pipe)
+    with pytest.raises(ErasureInputError, match=r"published at 0\.5"):
+        combine([uce.rescaled(0.5), erase(pipe, "shark", anchors="animal", retain=KEPT)], pipe=pipe)
+    summed = combine([uce, other], mode="sum")
+    with pytest.raises(ErasureInputError, match="keeps no rows"):
+        combine([summed, erase(pipe, "rose", anchors="flower")], pipe=pipe)
+    with pytest.raises(ErasureInputError, match="redacted and does not say"):
+        combine([uce.redacted(), erase(pipe, "shark", anchors="animal", retain=KEPT)], pipe=pipe)
+
+
+def test_another_base_is_refused(pipe: Any) -> None:
+    one, other = (erase(pipe, name, anchors="animal") for name in ("cat", "shark"))
+    foreign = demo.load_pipeline()
+    with torch.no_grad():
+        foreign.text_encoder.get_input_embeddings().weight.mul_(1.5)
+    with pytest.raises(ErasureCompatibilityError, match="text_encoder"):
+        combine([one, other], pipe=foreign)
+    moved = erase(foreign, "rose", anchors="flower")
+    with pytest.raises(ErasureCompatibilityError, match="different text_encoder"):
+        combine([one, moved], mode="sum")
+
+
+def test_kept_rows_are_checked_when_read(pipe: Any) -> None:
+    erasure = erase(pipe, "cat", anchors="animal")
+    tensors = {file: dict(items) for file, items in erasure.tensors.items()}
+    tensors[TENSOR_FILE]["solve.encoder_hidden_states.targets"] = torch.zeros(3, 5)
+    with pytest.raises(ErasureFileError, match="do not fit together"):
+        Erasure(erasure.config, tensors)
+    tensors = {file: dict(items) for file, items in erasure.tensors.items()}
+    tensors[TENSOR_FILE]["solve.other.targets"] = torch.zeros(3, 128)
+    with pytest.raises(ErasureFileError, match="unknown rows"):
+        Erasure(erasure.config, tensors)
+    tensors = {LORA_FILE: dict(erasure.tensors[LORA_FILE])}
+    with pytest.raises(ErasureFileError, match="tensors lie in"):
+        Erasure(erasure.config, tensors)
+    assert Erasure(dataclasses.replace(erasure.config, solve=None), tensors).solve_tensors() == {}
