@@ -1,0 +1,122 @@
+"""The methods that `efficacy.py` compares: one entry each. A new method is one more `Entry` in `ENTRIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, STYLES
+
+
+if TYPE_CHECKING:
+    from diffusers_erasure import Erasure
+
+
+@dataclass(frozen=True)
+class Entry:
+    """
+    How one row of the tables is made.
+
+    Args:
+        name (`str`): The row's label, and what `--methods` takes.
+        summary (`str`): One line about it for the docs.
+        method (`str`, *optional*): What `erase(method=...)` gets. Left out, nothing is erased (a baseline).
+        settings (`Mapping`, *optional*): What `erase` gets for every concept.
+        object_settings (`Mapping`, *optional*): What it gets besides when objects are erased; wins over `settings`.
+        style_settings (`Mapping`, *optional*): The same for styles.
+        object_anchor (`str`, *optional*): One anchor for all objects instead of each one's hypernym.
+        style_anchor (`str`, *optional*, defaults to `""`): The anchor of styles.
+        gives_retain (`bool`, *optional*, defaults to `True`): Whether `erase` gets the words to retain.
+        max_targets (`int`, *optional*): Scenarios that erase more concepts at once are left out for this entry.
+        drawing (`Callable`, *optional*): From the targets to further keyword arguments of the pipeline's call.
+        version (`int`, *optional*, defaults to 1): Raise it when code that the fields above do not show changes, so that
+            stored results are not taken any more.
+    """
+
+    name: str
+    summary: str
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    object_settings: Mapping[str, Any] = field(default_factory=dict)
+    style_settings: Mapping[str, Any] = field(default_factory=dict)
+    object_anchor: str | None = None
+    style_anchor: str = ""
+    gives_retain: bool = True
+    max_targets: int | None = None
+    drawing: Callable[[Sequence[str]], dict[str, Any]] | None = None
+    version: int = 1
+
+    def anchors(self, targets: Sequence[str]) -> list[str]:
+        """What each target is mapped to."""
+        of_object = HYPERNYMS if self.object_anchor is None else dict.fromkeys(OBJECTS, self.object_anchor)
+        return [self.style_anchor if target in STYLES else of_object[target] for target in targets]
+
+    def settings_for(self, targets: Sequence[str]) -> dict[str, Any]:
+        """The method's settings for targets that are all objects or all styles."""
+        return {**self.settings, **(self.style_settings if targets[0] in STYLES else self.object_settings)}
+
+    def drawing_for(self, targets: Sequence[str]) -> dict[str, Any]:
+        """Further keyword arguments of the pipeline's call."""
+        return self.drawing(targets) if self.drawing else {}
+
+    def make(self, pipe: Any, targets: Sequence[str], anchors: Sequence[str], retain: Sequence[str]) -> Erasure | None:
+        """
+        Make the erasure. A subclass may make it otherwise.
+
+        Args:
+            pipe ([`DiffusionPipeline`]): A fresh copy of the embedded model; the images are drawn with another one.
+            targets (sequence of `str`): The concepts to erase.
+            anchors (sequence of `str`): What each is mapped to.
+            retain (sequence of `str`): All the model's other words.
+
+        Returns:
+            [`Erasure`] or `None`: None for a baseline that erases nothing.
+        """
+        if self.method is None:
+            return None
+        from diffusers_erasure import erase
+
+        settings = self.settings_for(targets)
+        if self.gives_retain:
+            settings["retain"] = list(retain)
+        return erase(pipe, list(targets), anchors=list(anchors), method=self.method, **settings)
+
+    def identity(self, targets: Sequence[str]) -> dict[str, Any]:
+        """All of the entry that the images depend on, for the key of a stored result."""
+        return {
+            "name": self.name,
+            "method": self.method,
+            "settings": self.settings_for(targets),
+            "gives_retain": self.gives_retain,
+            "drawing": self.drawing_for(targets),
+            "version": self.version,
+        }
+
+
+BASELINE = "none"  # what the shares "of the un-erased model's" are taken of
+
+_ENTRIES = (
+    Entry(BASELINE, "the un-erased model"),
+    Entry(
+        "negative prompt",
+        "no erasure; the targets, joined by commas, as the negative prompt (the encoder cuts it off at 24 positions)",
+        drawing=lambda targets: {"negative_prompt": ", ".join(targets)},
+    ),
+    Entry("uce", "UCE with the library's defaults", "uce", style_settings={"templates": "style"}),
+    Entry(
+        "uce (demo settings)",
+        "UCE as `diffusers-erasure demo` sets it: `retain_scale=2, retain_templates=True`",
+        "uce",
+        {"retain_scale": 2.0, "retain_templates": True},
+        style_settings={"templates": "style"},
+    ),
+    Entry(
+        "uce-published",
+        'UCE as first published: `rows="window", templates="none", absolute=True, lamb=0.5` (set for rows 400 times as '
+        "heavy as this model's)",
+        "uce",
+        {"rows": "window", "templates": "none", "absolute": True, "lamb": 0.5, "retain_rows": "all"},
+    ),
+)
+ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}

@@ -1,0 +1,408 @@
+"""The benchmark of efficacy: its split, its prompts, its numbers on hand-made predictions, its store and its page."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import efficacy  # noqa: E402
+import efficacy_methods as methods  # noqa: E402
+import efficacy_plan as plan  # noqa: E402
+import efficacy_report as report  # noqa: E402
+from efficacy_plan import Job, Shot  # noqa: E402
+from efficacy_report import Bootstrap, Samples, Seen  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def neighbours() -> plan.Neighbours:
+    return plan.find_neighbours(efficacy.fast_pipeline())
+
+
+@pytest.fixture(scope="module", params=plan.HALVES)
+def jobs(request: pytest.FixtureRequest, neighbours: plan.Neighbours) -> list[Job]:
+    return plan.make_jobs(request.param, neighbours)
+
+
+def make_shot(cell: str, concept: str, style: str = "ink", object: str | None = None) -> Shot:
+    return Shot(cell, concept, object or concept, style, "{object}", f"{concept} {style}", 0)
+
+
+def sees(object: str, style: str = "ink", confidence: float = 0.9) -> Seen:
+    return Seen(object, style, confidence, confidence)
+
+
+# ------------------------------------------------------------------------------------------------------- plan
+
+
+def test_split_is_a_partition_with_every_hypernym_in_both_halves() -> None:
+    halves = plan.split()
+    assert sorted(halves["dev"] + halves["report"]) == sorted(OBJECTS)
+    assert len(halves["dev"]) == len(halves["report"]) == 32
+    counts = {half: Counter(HYPERNYMS[name] for name in names) for half, names in halves.items()}
+    for hypernym in set(HYPERNYMS.values()):
+        assert abs(counts["dev"][hypernym] - counts["report"][hypernym]) <= 1
+        assert min(counts[half][hypernym] for half in halves) >= 1
+    assert sorted(plan.STYLE_HALVES["dev"] + plan.STYLE_HALVES["report"]) == sorted(STYLES)
+    assert plan.STYLE_HALVES["report"] == ("flat", "ink")
+
+
+@pytest.mark.parametrize("half", plan.HALVES)
+def test_single_objects_are_spread_over_the_half(half: str) -> None:
+    names = plan.SINGLES[half]
+    assert len(names) == len({HYPERNYMS[name] for name in names}) == 8
+    assert set(names) <= set(plan.split()[half]) & set(SYNONYMS)
+
+
+def test_every_cell_has_enough_images(jobs: list[Job]) -> None:
+    scenarios = dict.fromkeys(job.scenario for job in jobs)
+    for scenario in scenarios:
+        cells = report.images_in([job for job in jobs if job.scenario == scenario])
+        assert min(cells.values()) >= report.ENOUGH, (scenario, cells)
+    if "ink" in {job.targets[0] for job in jobs}:
+        assert sum(len(job.shots) for job in jobs) == 2648  # as the docs say
+
+
+def test_cells_hold_what_they_should(jobs: list[Job]) -> None:
+    for job in jobs:
+        assert not set(job.near) & set(job.targets)
+        for name, shots in {
+            c: [job.shots[i] for i in job.cell(c)] for c in ("erased", "synonyms", "kept", "near")
+        }.items():
+            concepts = {shot.concept for shot in shots}
+            assert concepts <= set(job.targets) if name in ("erased", "synonyms") else not concepts & set(job.targets)
+            assert len({(shot.prompt, shot.seed) for shot in shots}) == len(shots)
+            if name in ("erased", "kept"):
+                assert {shot.wording for shot in shots} == set(plan.WORDINGS)
+                assert job.of_styles or {shot.style for shot in shots} == set(STYLES)
+    singles = [job for job in jobs if job.scenario == plan.ONE_OBJECT]
+    assert {job.shots[i].concept for job in singles for i in job.cell("kept")} >= set(OBJECTS) - set(
+        singles[0].targets
+    )
+    assert all(len(job.near) == plan.NEAREST for job in singles)
+
+
+def test_the_same_prompts_start_from_the_same_noise(jobs: list[Job]) -> None:
+    def erased(scenario: str) -> set[tuple[str, int]]:
+        return {
+            (s.prompt, s.seed) for job in jobs if job.scenario == scenario for s in job.shots if s.cell == "erased"
+        }
+
+    assert erased(plan.ONE_OBJECT) == erased(plan.EIGHT)
+
+
+def test_no_wording_of_the_test_is_fitted_on(jobs: list[Job]) -> None:
+    synonyms = {word for words in SYNONYMS.values() for word in words}
+    for job in jobs:
+        anchors = methods.ENTRIES["uce"].anchors(job.targets)
+        retain = plan.retained(job.targets, anchors)
+        assert not {*retain, *job.targets, *anchors} & synonyms
+        assert not set(retain) & {*job.targets, *anchors}
+        assert not plan.fitting_prompts(job.targets, anchors) & {shot.prompt for shot in job.shots}
+
+
+def test_no_entry_brings_a_wording_of_the_test() -> None:
+    for entry in methods.ENTRIES.values():
+        for target in ("dog", "ink"):
+            own = entry.settings_for((target,)).get("templates", ())
+            tested = {word.format(object="{}", style=style) for word in plan.WORDINGS for style in STYLES}
+            assert isinstance(own, str) or not set(own) & tested, entry.name
+
+
+def test_a_fitted_wording_is_noticed() -> None:
+    fitted = dataclasses.replace(make_shot("erased", "dog"), prompt="a picture of a dog")
+    with pytest.raises(AssertionError, match="a picture of a dog"):
+        plan.check_unseen([Job("one object", ("dog",), (), (fitted,))])
+
+
+def test_neighbours_are_the_models(neighbours: plan.Neighbours) -> None:
+    assert all(sorted([name, *others]) == sorted(OBJECTS) for name, others in neighbours.items())
+    assert neighbours["cherry"][:2] == ["strawberry", "rose"]
+
+
+def test_shown_images_are_target_neighbour_and_others(jobs: list[Job]) -> None:
+    (job,) = [job for job in jobs if job.shown]
+    assert [job.shots[i].concept for i in job.shown[:6]] == [*job.targets * 3, *job.near[:1] * 3]
+    family = {HYPERNYMS[name] for name in (*job.targets, job.near[0])}
+    assert len(job.shown) == 8 and not family & {HYPERNYMS[job.shots[i].object] for i in job.shown[6:]}
+
+
+# ------------------------------------------------------------------------------------------------------- numbers
+
+
+DOG = Job(
+    plan.ONE_OBJECT,
+    ("dog",),
+    ("fox",),
+    (
+        *[make_shot("erased", "dog")] * 4,
+        *[make_shot("synonyms", "dog")] * 2,
+        *[make_shot("kept", name) for name in ("car", "rose", "bus", "corn")],
+        *[make_shot("near", "fox")] * 2,
+    ),
+)
+BEFORE = [
+    *[sees("dog")] * 4,
+    *[sees("dog")] * 2,
+    *[sees("car"), sees("rose"), sees("bus"), sees("cat")],  # three of four
+    *[sees("fox")] * 2,
+]
+AFTER = [
+    *[sees("dog"), sees("cat", confidence=0.5), sees("parrot"), sees("car")],  # a parrot is an animal too
+    *[sees("dog"), sees("cat")],
+    *[sees("car"), sees("rose", "flat"), sees("cat"), sees("cat")],  # two of four
+    *[sees("fox"), sees("cat")],
+]
+
+
+def test_numbers_of_an_object() -> None:
+    found = report.measure([DOG], [AFTER], [BEFORE], {"dog": "animal"}, Bootstrap(resamples=50))
+    expected = {
+        "acc_e": 1 / 4,
+        "acc_e_synonyms": 1 / 2,
+        "acc_r": 2 / 4,
+        "acc_r_ratio": (2 / 4) / (3 / 4),
+        "acc_r_near": 1 / 2,
+        "acc_r_near_ratio": 1 / 2,
+        "h_o": 2 / (1 / 0.75 + 1 / 0.5),
+        "anchor": 2 / 4,
+        "confidence": (0.9 * 3 + 0.5) / 4,
+        "other": 3 / 4,
+    }
+    assert {name: number.value for name, number in found.items()} == pytest.approx(expected)
+    assert list(found) == list(report.COLUMNS)
+    assert found["acc_e"].images == found["acc_r"].images == 4
+
+
+def test_numbers_of_a_style() -> None:
+    shots = (
+        *[make_shot("erased", "ink", object="dog")] * 4,
+        *[make_shot("kept", "flat", "flat", "dog"), make_shot("kept", "noto", "noto", "cat")],
+    )
+    seen = [sees("dog", "ink"), sees("dog", "flat"), sees("car", "flat"), sees("dog", "noto")]
+    seen += [sees("dog", "flat"), sees("car", "ink")]
+    job = Job(plan.ONE_STYLE, ("ink",), ("flat", "noto"), shots)
+    found = report.measure([job], [seen], [seen], {"ink": ""}, Bootstrap(resamples=50))
+    values = {name: number.value for name, number in found.items()}
+    # The car in flat style is no success: the prompt's object is gone too.
+    assert values == pytest.approx(
+        {
+            "acc_e": 1 / 4,
+            "acc_r": 1 / 2,
+            "acc_r_ratio": 1,
+            "h_o": 0.6,
+            "anchor": 2 / 4,
+            "confidence": 0.9,
+            "other": 1 / 2,
+        }
+    )
+    assert job.cell("near") == job.cell("kept")
+
+
+def test_anchor() -> None:
+    both = dataclasses.replace(DOG, targets=("dog", "cat"))
+    shot = DOG.shots[0]
+    assert report.is_anchor(DOG, shot, sees("cat"), "animal") and not report.is_anchor(
+        both, shot, sees("cat"), "animal"
+    )
+    assert not report.is_anchor(DOG, shot, sees("dog"), "animal")
+    assert report.is_anchor(DOG, shot, sees("rose"), "rose") and not report.is_anchor(DOG, shot, sees("cat"), "rose")
+    assert not report.has_measured_anchor(DOG, "") and not report.has_measured_anchor(DOG, "a blur")
+    found = report.measure([DOG], [AFTER], [BEFORE], {"dog": ""}, Bootstrap(resamples=5))
+    assert "anchor" not in found and found["acc_e"].value == 0.25
+    ink = Job(plan.ONE_STYLE, ("ink",), (), ())
+    drawn = make_shot("erased", "ink", object="dog")
+    assert report.is_anchor(ink, drawn, sees("dog", "flat"), "flat")
+    assert not report.is_anchor(ink, drawn, sees("dog", "noto"), "flat")
+
+
+def test_harmonic() -> None:
+    assert report.harmonic(1 - 0.0587, 0.8554) == pytest.approx(0.8963, abs=5e-5)  # SPEED's published row
+    assert report.harmonic(0.0, 0.9) == report.harmonic(0.9, 0.0) == report.harmonic(0.0, 0.0) == 0.0
+
+
+def test_bootstrap_is_seeded_and_contains_the_mean() -> None:
+    rng = np.random.default_rng(3)
+    clusters = tuple(f"c{i // 25}" for i in range(200))
+    values = (rng.random(200) < np.repeat(rng.random(8), 25)).astype(float)
+    samples = Samples(clusters, values, np.ones(200))
+    first = Bootstrap().mean(samples)
+    assert first.low < first.value < first.high and first.value == values.mean()
+    assert Bootstrap().mean(samples) == first != Bootstrap(seed=1).mean(samples)
+    # Concepts that differ among themselves make it wider than images alone would.
+    alone = Bootstrap().mean(Samples(tuple(map(str, range(200))), values, values))
+    assert first.high - first.low > 1.5 * (alone.high - alone.low)
+    assert alone.high - alone.low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(200), rel=0.1)
+
+
+def test_ratio_is_paired_and_clusters_may_differ_in_size() -> None:
+    values = np.array([1.0, 0, 1, 1, 0, 1, 1])
+    same = Bootstrap().ratio(Samples(("a",) * 5 + ("b",) * 2, values, values))
+    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+    nothing = Bootstrap().ratio(Samples(("a", "b"), np.zeros(2), np.zeros(2)))
+    assert math.isnan(nothing.value) and report.show(nothing) == "–"
+
+
+def test_resampled_means_by_hand() -> None:
+    samples = Samples(("a", "b", "b"), np.array([1.0, 0, 0]), np.array([0.0, 1, 1]))
+    picks = np.array([[0, 0], [1, 1], [0, 1]])
+    values, baseline = report.resampled_means(samples, picks, np.random.default_rng(0))
+    assert values.tolist() == [1, 0, 1 / 3] and baseline.tolist() == [0, 1, 2 / 3]
+
+
+# ------------------------------------------------------------------------------------------------------- store
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Units are not drawn but listed here; the judge sees what the prompt names."""
+    listed: list[str] = []
+
+    def run(unit: efficacy.Unit) -> efficacy.Result:
+        listed.append(unit.method)
+        return efficacy.Result(tuple(sees(shot.object, shot.style) for shot in unit.job.shots), 1.5, 2.0)
+
+    monkeypatch.setattr(efficacy, "run_unit", run)
+    return listed
+
+
+def units_of(*names: str) -> list[efficacy.Unit]:
+    return [efficacy.Unit(name, DOG, "dev", 8) for name in names]
+
+
+def test_a_stored_unit_is_reused(tmp_path: Path, runs: list[str]) -> None:
+    first = efficacy.run_all(units_of("none", "uce"), tmp_path)
+    assert sorted(runs) == ["none", "uce"] and len(list(tmp_path.iterdir())) == 2
+    assert len(efficacy.run_all(units_of("none", "uce", "negative prompt"), tmp_path)) == 3
+    assert runs[2:] == ["negative prompt"]
+    assert efficacy.run_all(units_of("none", "uce"), tmp_path) == first
+    assert efficacy.run_all(units_of("none", "uce"), tmp_path, fresh=["uce"]) == first
+    assert runs[3:] == ["uce"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "short"])
+def test_a_torn_unit_is_recomputed(tmp_path: Path, runs: list[str], damage: str) -> None:
+    (unit,) = units_of("uce")
+    first = efficacy.run_all([unit], tmp_path)
+    file = tmp_path / f"{unit.key}.json"
+    text = file.read_text()
+    data = json.loads(text)
+    torn = {
+        "cut": text[: len(text) // 2],
+        "empty": "",
+        "other": json.dumps({**data, "key": "0"}),
+        "short": json.dumps({**data, "seen": data["seen"][1:]}),
+    }
+    file.write_text(torn[damage])
+    assert efficacy.run_all([unit], tmp_path) == first
+    assert runs == ["uce", "uce"] and file.read_text() == text
+
+
+def test_the_key_knows_what_a_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    (unit,) = units_of("uce")
+    keys = {unit.key, units_of("none")[0].key, dataclasses.replace(unit, half="report").key}
+    keys |= {
+        dataclasses.replace(unit, steps=2).key,
+        dataclasses.replace(unit, job=dataclasses.replace(DOG, shots=())).key,
+    }
+    entry = methods.ENTRIES["uce"]
+    for change in ({"settings": {"lamb": 0.1}}, {"object_anchor": "cat"}, {"version": 2}, {"method": "x"}):
+        monkeypatch.setitem(methods.ENTRIES, "uce", dataclasses.replace(entry, **change))
+        keys.add(unit.key)
+    monkeypatch.setitem(methods.ENTRIES, "uce", dataclasses.replace(entry, style_settings={}, summary="other"))
+    keys.add(unit.key)  # nothing that an object depends on: no new key
+    assert len(keys) == 9
+
+
+# ------------------------------------------------------------------------------------------------------- registry
+
+
+def test_entries_pass_everything_to_erase(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("diffusers_erasure.erase", lambda *args, **kwargs: calls.append((args, kwargs)))
+    entry = methods.Entry(
+        "x", "", "m", {"a": 1, "b": 1}, object_settings={"b": 2}, style_settings={"b": 3}, style_anchor="art"
+    )
+    entry.make("pipe", ("cat", "owl"), entry.anchors(("cat", "owl")), ["dog"])
+    entry.make("pipe", ("ink",), entry.anchors(("ink",)), ["dog"])
+    assert calls == [
+        (("pipe", ["cat", "owl"]), {"anchors": ["animal", "bird"], "method": "m", "a": 1, "b": 2, "retain": ["dog"]}),
+        (("pipe", ["ink"]), {"anchors": ["art"], "method": "m", "a": 1, "b": 3, "retain": ["dog"]}),
+    ]
+    baseline = methods.ENTRIES["negative prompt"]
+    assert baseline.make("pipe", ("cat",), ["animal"], []) is None and len(calls) == 2
+    assert baseline.drawing_for(("cat", "owl")) == {"negative_prompt": "cat, owl"}
+    assert methods.ENTRIES["uce"].anchors(("ink", "cat")) == ["", "animal"]
+
+
+def test_an_entry_may_leave_scenarios_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: list[str]) -> None:
+    monkeypatch.setitem(methods.ENTRIES, "few", methods.Entry("few", "few", "m", max_targets=1))
+    both = dataclasses.replace(DOG, scenario=plan.EIGHT, targets=("dog", "cat"))
+    units = [unit for name in ("none", "few") for unit in efficacy.wanted_units(name, [DOG, both], "dev", 8)]
+    results = efficacy.run_all(units, tmp_path)
+    found = efficacy.summarise([DOG, both], ["none", "few"], results, "dev")
+    rows = {name: list(part["methods"]) for name, part in found["scenarios"].items()}
+    assert rows == {plan.ONE_OBJECT: ["none", "few"], plan.EIGHT: ["none"]}
+    part = found["scenarios"][plan.ONE_OBJECT]
+    assert part["methods"]["few"]["acc_e_by_target"] == {"dog": 1} and part["methods"]["few"]["fit_seconds"] == 1.5
+    text = report.markdown(found, "python x.py")
+    assert "### One object, one erasure each" in text and "| few | 100.0 [100–100] |" in text
+    assert "Half: dev." in text and "`python x.py`" in text and "erased 4, synonyms 2, kept 4, near 2" in text
+
+
+# ------------------------------------------------------------------------------------------------------- page
+
+
+def test_only_what_is_between_the_markers_is_replaced() -> None:
+    page = f"before\n\n{report.BEGIN}\nold\n{report.END}\nafter | é\n"
+    once = report.replace_between(page, "new")
+    assert once == f"before\n\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter | é\n"
+    assert report.replace_between(once, "new") == once
+    for wrong in ("", report.BEGIN, f"{report.END}{report.BEGIN}", page + page):
+        with pytest.raises(ValueError, match="once each"):
+            report.replace_between(wrong, "new")
+
+
+def test_the_page_has_the_markers() -> None:
+    assert "new" in report.replace_between(efficacy.DOCS.read_text(encoding="utf-8"), "new")
+
+
+@pytest.mark.parametrize("further", (["--smoke"], ["--half", "dev"], ["--images-scale", "0.5"]))
+def test_docs_are_written_from_the_whole_report_half_alone(further: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        efficacy.parse(["--write-docs", *further])
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path: Path) -> None:
+    def run(*further: str) -> dict[str, Any]:
+        path = tmp_path / "numbers.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "efficacy.py"), "--smoke", "--json", str(path), *further]
+        done = subprocess.run(
+            [*command, "--store", str(tmp_path / "store")], capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "Fewer than 200 images" in done.stdout and "--smoke" in done.stdout
+        numbers: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return numbers
+
+    numbers = run("--jobs", "2", "--grid", str(tmp_path / "grid.png"))
+    (scenario,) = numbers["scenarios"].values()
+    assert numbers["smoke"] and list(scenario["methods"]) == ["none", "uce"]
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+    stored = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
+    assert sorted(file.suffix for file in stored) == [".json", ".json", ".png", ".png"]
+    assert run()["scenarios"] == numbers["scenarios"]
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()} == stored
