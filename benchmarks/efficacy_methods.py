@@ -118,5 +118,40 @@ _ENTRIES = (
         "uce",
         {"rows": "window", "templates": "none", "absolute": True, "lamb": 0.5, "retain_rows": "all"},
     ),
+    Entry(
+        "rece",
+        "RECE with the library's presets `object` and `artist`",
+        "rece",
+        {"preset": "object"},
+        style_settings={"preset": "artist"},
+    ),
+    Entry(
+        "rece-published",
+        "RECE with the authors' settings of these presets (`published=True`, absolute, for heavier rows)",
+        "rece",
+        {"preset": "object", "published": True},
+        style_settings={"preset": "artist"},
+    ),
+    Entry(
+        "speed",
+        "SPEED with the library's presets `instance` and `style`",
+        "speed",
+        {"preset": "instance"},
+        style_settings={"preset": "style"},
+    ),
+    Entry(
+        "speed-published",
+        "SPEED with the authors' settings of these presets (`published=True`, absolute, for heavier rows)",
+        "speed",
+        {"preset": "instance", "published": True},
+        style_settings={"preset": "style"},
+    ),
+    Entry(
+        "speed + adversarial rows",
+        "SPEED with the library's presets and one round of RECE's rows (`adversarial=1`)",
+        "speed",
+        {"preset": "instance", "adversarial": 1},
+        style_settings={"preset": "style"},
+    ),
 )
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}

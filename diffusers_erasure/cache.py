@@ -80,7 +80,7 @@ def fetch(
         make: returns tensors by name, any shape, float64.
 
     Returns:
-        `dict`: float64 tensors, of which 48 bits are kept.
+        `dict`: float64 tensors, of which 48 bits are kept, in the order of their names.
 
     Raises:
         ErasureFileError: the entry cannot be written, for example because the disk is full.
@@ -103,7 +103,7 @@ def _hash(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _joined(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    names = [name.removesuffix(".high") for name in stored if name.endswith(".high")]
+    names = sorted(name.removesuffix(".high") for name in stored if name.endswith(".high"))
     return {name: stored[f"{name}.high"].double() + stored[f"{name}.low"].double() for name in names}
 
 

@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 
 Source = Erasure | str | os.PathLike[str]
 # Settings in which the parts of a joint solve may differ: what they say of concepts, and how the result is published.
-FREE = ("templates", "retain", "retain_excluded", "retain_prompts", "rank", "max_error")
+FREE = ("retain", "retain_excluded", "retain_prompts", "rank", "max_error")
 
 
 def combine(
@@ -136,6 +136,8 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
 def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
     """The method and the settings that all parts share."""
     first = parts[0].config.method
+    # Only what is retained is encoded again: without templates of its own, those of the targets may differ.
+    free = FREE if first.settings.get("retain_templates") else (*FREE, "templates")
     for index, part in enumerate(parts, start=1):
         method = part.config.method
         if method.name not in method_names() or get_method(method.name).refit is None or part.config.solve is None:
@@ -152,13 +154,17 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
                 f"A joint solve needs one method: the first erasure is by {first.name}, number {index} by {method.name}; "
                 "use mode='sum'."
             )
-        for key in sorted({*first.settings, *method.settings} - set(FREE)):
+        for key in sorted({*first.settings, *method.settings} - set(free)):
             if first.settings.get(key) != method.settings.get(key):
                 raise ErasureInputError(
                     f"A joint solve needs the same settings: `{key}` is {first.settings.get(key)!r} in the first erasure and "
                     f"{method.settings.get(key)!r} in number {index}; use mode='sum'."
                 )
-    return first.name, {key: value for key, value in first.settings.items() if key not in FREE}
+    if "templates" not in free and "templates" not in first.settings:
+        raise ErasureInputError(
+            "The erasures are redacted and do not say in which templates the retained prompts stood; use mode='sum'."
+        )
+    return first.name, {key: value for key, value in first.settings.items() if key not in free}
 
 
 def _all_retained(parts: Sequence[Erasure], targets: Sequence[str]) -> Retained:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from . import cache, compat
 from .base_model import checksum, component, describe_model, describe_tokenizer, family_of, named_weights
@@ -217,7 +218,8 @@ def gram(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
 
     def make() -> torch.Tensor:
         total: torch.Tensor | float = 0.0
-        for start in range(0, len(prompts), BATCH):
+        starts = range(0, len(prompts), BATCH)
+        for start in tqdm(starts, desc="encoding what is retained", leave=False, disable=len(starts) < 4):
             rows = all_rows(pipe, prompts[start : start + BATCH])[0].flatten(0, 1)
             total = total + rows.T @ rows
         assert isinstance(total, torch.Tensor)

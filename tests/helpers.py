@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffusers_erasure
 from diffusers_erasure import Erasure
@@ -106,6 +112,60 @@ def tiny_sd_pipe(
         feature_extractor=None,
         image_encoder=None,
         requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_sdxl_pipe(seed: int = 0) -> Any:
+    """A `StableDiffusionXLPipeline` of random weights with two text encoders, of widths 32 and 48; nothing is downloaded."""
+    tokenizer, second = (CLIPTokenizer.from_pretrained(TOKENIZER) for _ in range(2))
+    second.pad_token = "!"  # as SDXL's second tokenizer pads
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_factor": 5.0,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = CLIPTextModel(CLIPTextConfig(hidden_size=32, projection_dim=32, **common))
+        encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=48, projection_dim=40, **common))
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=80,
+            attention_head_dim=4,
+            norm_num_groups=8,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=40 + 6 * 8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+    pipe = StableDiffusionXLPipeline(
+        vae=vae.eval(),
+        text_encoder=encoder.eval(),
+        text_encoder_2=encoder_2.eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=second,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
+        add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -59,7 +59,9 @@ def test_a_joint_solve_is_the_fit_of_all_targets(pipe: Any, settings: dict[str, 
     second = erase(pipe, "shark", anchors="", retain=KEPT, **settings)
     joint = combine([first, second], pipe=pipe)
     # The kept rows are the encoder's own float32 values; window rows are rotated and rounded to float32 once more.
-    assert_same_edit(whole, joint, 1e-4 if settings.get("rows") == "window" or settings["method"] == "rece" else 1e-5)
+    # SPEED's presets truncate the LoRA to 1e-3.
+    rough = 2e-3 if settings["method"] == "speed" else 1e-4 if settings != {"method": "uce"} else 1e-5
+    assert_same_edit(whole, joint, rough)
     assert joint.concepts == whole.concepts
     assert joint.config.diagnostics["completeness"].keys() == {"cat", "ice cream", "shark"}
     # and the result can be joined again
@@ -69,6 +71,7 @@ def test_a_joint_solve_is_the_fit_of_all_targets(pipe: Any, settings: dict[str, 
 def test_one_more_joins_a_published_hundred_without_its_prompts(pipe: Any, tmp_path: Path) -> None:
     """Read back from disk, redacted, in half precision: the names are gone, the rows are enough."""
     settings: dict[str, Any] = {"method": "speed", "rows": "last", "templates": "none", "retain": "list:objects"}
+    settings.update(retain_rows="last", retain_templates=False)
     words = [word for word in demo.OBJECTS if word not in ("cat", "rose")][:30]
     published = erase(pipe, words, anchors="", **settings)
     published.save_pretrained(tmp_path / "hundred", dtype=torch.float16, redact_concepts=True)

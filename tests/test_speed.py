@@ -166,7 +166,7 @@ def test_presets_are_the_published_settings() -> None:
     assert (instance.ridge, instance.lamb, instance.filter, instance.anchor) == (1.0, 0.0, True, "")
     assert (celebrity.threshold, celebrity.ridge, celebrity.filter, celebrity.anchor) == (1e-4, 0.05, False, "person")
     assert (nudity.rows, nudity.ridge, nudity.lamb, nudity.anchor) == ("all", 0.7, 0.5, "")
-    assert Config(preset="style").anchor == "art" and Config(preset="style").templates == "style"
+    assert Config(preset="style").anchor == "art" and Config(preset="style").templates == "style_context"
     assert set(PUBLISHED) == set(PRESETS)
     assert Config(published=True, threshold=0.3).threshold == 0.3
 
@@ -202,11 +202,12 @@ def test_absolute_units_on_other_rows_are_warned_of(pipe: Any, caplog: pytest.Lo
 
 
 def test_the_null_space_is_reported_and_none_is_refused(pipe: Any) -> None:
-    erasure = erase(pipe, "cat", retain=["dog", "bee"], method="speed", filter=False, augment=0, threshold=0.0)
+    plain: dict[str, Any] = {"method": "speed", "retain_rows": "last", "retain_templates": False, "filter": False}
+    erasure = erase(pipe, "cat", retain=["dog", "bee"], augment=0, threshold=0.0, **plain)
     # two retained rows take two dimensions, and eigenvalues of exactly 0 or above count as retained at threshold 0
     assert erasure.config.diagnostics["null_space"] == {"least": 126, "largest": 126, "width": 128}
     with pytest.raises(ErasureInputError, match="spans all 128 dimensions"):
-        erase(pipe, "cat", retain="list:objects", method="speed", filter=False, threshold=0.0)
+        erase(pipe, "cat", retain="list:objects", threshold=0.0, **plain)
 
 
 def test_adversarial_rows_are_further_targets(pipe: Any) -> None:

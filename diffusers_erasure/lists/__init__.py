@@ -59,7 +59,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
         `list` of `str`: the prompts in order, each once. How many entries were empty or repeated is logged.
 
     Raises:
-        ErasureInputError: the file cannot be read, has no such column, or no prompts.
+        ErasureInputError: the file cannot be read, has no such column, no prompts, or names another list.
     """
     name, column = _column_of(os.fspath(path))
     file = Path(name)
@@ -86,6 +86,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     prompts = _each_once(lines)
     if not prompts:
         raise ErasureInputError(f"The list {file} has no prompts.")
+    for prompt in prompts:
+        if is_list(prompt):  # an artefact that records it as a prompt would read it as a list later
+            raise ErasureInputError(
+                f"The list {file} holds the name of a list, {prompt[:80]!r}; give it beside this one."
+            )
     empty = lines.count("")
     repeated = len(lines) - empty - len(prompts)
     if empty or repeated:

@@ -284,4 +284,5 @@ def kept_names(config: TextConfig) -> list[str]:
     """Names of the retained rows, in the order in which [`kept_rows`] gives them."""
     kept = config.kept()
     templates = config.template_list() if config.retain_templates else ("{}",)
-    return sorted(template.format(prompt) for prompt in kept.prompts for template in templates)
+    gone = {template.format(prompt) for prompt in kept.excluded for template in templates}
+    return sorted({template.format(prompt) for prompt in kept.prompts for template in templates} - gone)

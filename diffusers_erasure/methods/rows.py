@@ -18,6 +18,15 @@ TEMPLATES = {
     "none": ("{}",),
     "object": ("{}", "a {}", "a picture of a {}", "an image of {}", "a photo of {}", "a drawing of a {}"),
     "style": ("{}", "{} style", "in the style of {}", "a painting by {}", "art by {}", "a picture by {}"),
+    # Contexts on both sides: the rows of the words behind a concept carry it too, and so do those of the padding.
+    "object_context": (
+        *("{}", "a {}", "a picture of a {}", "a photo of a {}"),
+        *("a {} in a picture", "a {}, artwork", "a drawing of a {} on paper", "two {} together"),
+    ),
+    "style_context": (
+        *("{}", "{} style", "a picture in {} style", "art in the style of {}", "a drawing of a person in {} style"),
+        *("a photo of an object, {} style", "a painting by {}", "{} artwork"),
+    ),
     "person": ("{}", "a portrait of {}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}"),
 }
 Which = Literal["last", "window", "all", "whole"]
@@ -34,8 +43,8 @@ class TextConfig:
         rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target's encoding are mapped.
             `"last"` is the row of its last word piece; `"window"` that row and all after it, padding included; `"all"` all
             rows but the start token's; `"whole"` that one too.
-        templates (`"object"`, `"style"`, `"person"`, `"none"` or a tuple of `str`, *optional*): prompts, with `{}` for
-            the concept, in which each target and its anchor are encoded.
+        templates (`"object"`, `"style"`, `"person"`, `"object_context"`, `"style_context"`, `"none"` or a tuple of `str`,
+            *optional*): prompts, with `{}` for the concept, in which each target and its anchor are encoded.
         retain (tuple of `str`, *optional*): prompts that must not change.
         retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
@@ -46,7 +55,7 @@ class TextConfig:
     rows: Which | None = "last"
     templates: str | Sequence[str] | None = "object"
     retain: Retained | Sequence[str] = ()
-    retain_templates: bool = False
+    retain_templates: bool | None = False
     pooled: bool = True
     rank: int | None = None
     max_error: float | None = None
@@ -87,7 +96,7 @@ class TextConfig:
         settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
         settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
         settings["retain_prompts"] = len(kept.prompts)
-        secret = ["templates", "retain_excluded"]
+        secret = ["retain_excluded"] if isinstance(self.templates, str | None) else ["retain_excluded", "templates"]
         if not all(source.startswith("list:") for source in kept.source):
             secret.append("retain")
         return settings, tuple(sorted(secret))
@@ -249,7 +258,7 @@ def kept_rows(
     """Encode what is retained; with `with_gram`, sums over all rows of the retained prompts and the empty one."""
     # Lists are encoded whole, so that what is cached of them serves any targets; the excluded ones then go.
     whole = [*retained.prompts, *retained.excluded]
-    whole = sorted(filled(template, prompt) for prompt in whole for template in templates)
+    whole = sorted({filled(template, prompt) for prompt in whole for template in templates})
     gone = {filled(template, prompt) for prompt in retained.excluded for template in templates}
     kept = torch.tensor([prompt not in gone for prompt in whole], dtype=torch.bool)
     null = all_rows(pipe, [""])[0][0]

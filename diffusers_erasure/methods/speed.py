@@ -43,19 +43,26 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "threshold": 1e-4 if task == "celebrity" else 1e-1,
         "ridge": {"celebrity": 0.05, "nudity": 0.7}.get(task, 1.0),
         "lamb": 0.5 if task == "nudity" else 0.0,
+        "params": "V",
+        "retain_rows": "last",
+        "retain_templates": False,
     }
     for task, anchor in {"instance": "", "style": "art", "celebrity": "person", "nudity": ""}.items()
 }
-# Ours: what follows the published ones, in units of the rows' own scale, and reaches more of a prompt's rows.
+# Ours: more of a prompt's rows, in units of the rows' own scale. Picked on the development half of benchmarks/efficacy.py.
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **values,
         "rows": "window",
-        "templates": {"style": "style", "celebrity": "person"}.get(task, "object"),
+        "templates": {"style": "style_context", "celebrity": "person"}.get(task, "object_context"),
+        "params": "KV" if task == "style" else "V",
+        "retain_rows": "all",
+        "retain_templates": True,
         "units": "relative",
-        "threshold": values["threshold"] / SQUARES,
-        "ridge": values["ridge"] / SQUARES,
+        "threshold": 1e-3,
+        "ridge": 1e-3,
         "lamb": values["lamb"] * values["ridge"] / SQUARES,
+        "max_error": 1e-3,
     }
     for task, values in PUBLISHED.items()
 }
@@ -69,12 +76,12 @@ class Config(TextConfig):
         preset (`"instance"`, `"style"`, `"celebrity"` or `"nudity"`, *optional*, defaults to `"instance"`): the task.
         published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (last rows, no
             templates, absolute units) instead of this library's.
-        params (`"V"`, `"K"` or `"KV"`, *optional*, defaults to `"V"`): which projections are edited.
+        params (`"V"`, `"K"` or `"KV"`, *optional*): which projections are edited.
         rows, templates (*optional*): which rows of a target are mapped, see [`TextConfig`].
         retain (tuple of `str`, *optional*): prompts whose rows must not change; the rows of the empty prompt otherwise.
         retain_rows (`"last"` or `"all"`, *optional*): ours, beside the published `"last"`: `"all"` also keeps all further
             rows of the retained prompts, padding included, unfiltered.
-        retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
+        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
         units (`"absolute"` or `"relative"`, *optional*): whether `threshold`, `ridge` and `lamb` are the published numbers,
             which fit rows with |x|^2 of about 750, or shares: `threshold` of the retain set's mean |x|^2, `ridge` of the
             targets' mean |x|^2 and `lamb` of the same, divided by the ridge.
@@ -92,15 +99,17 @@ class Config(TextConfig):
             the projections' columns where `units` is `"relative"`.
         seed (`int`, *optional*, defaults to 0): of the augmentation, the chunks and k-means.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*), max_error (`float`, *optional*): truncate the published LoRA.
+        rank (`int`, *optional*), max_error (`float`, *optional*): truncate the published LoRA; our presets do, to 1e-3, as
+            the many rows of a window lie close together.
     """
 
     preset: Literal["instance", "style", "celebrity", "nudity"] = "instance"
     published: bool = False
-    params: Literal["V", "K", "KV"] = "V"
+    params: Literal["V", "K", "KV"] | None = None
     rows: Which | None = None
     templates: str | Sequence[str] | None = None
-    retain_rows: Literal["last", "all"] = "last"
+    retain_rows: Literal["last", "all"] | None = None
+    retain_templates: bool | None = None
     units: Literal["absolute", "relative"] | None = None
     filter: bool | None = None
     augment: int | None = None
@@ -115,9 +124,9 @@ class Config(TextConfig):
 
     def __post_init__(self) -> None:
         one_of("preset", self.preset, tuple(PRESETS))
-        one_of("params", self.params, ("V", "K", "KV"))
+        one_of("params", self.params, ("V", "K", "KV", None))
         one_of("units", self.units, ("absolute", "relative", None))
-        one_of("retain_rows", self.retain_rows, ("last", "all"))
+        one_of("retain_rows", self.retain_rows, ("last", "all", None))
         for name, value in (PUBLISHED if self.published else PRESETS)[self.preset].items():
             if name != "anchor" and getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -235,7 +244,7 @@ class Site:
 def sites_of(pipe: Any, config: Config, problems: Mapping[str, Problem]) -> list[Site]:
     """The projections that `params` names, and SDXL's Linear of the pooled vector."""
     width = problems[ROWS].rows.targets.shape[1]
-    wanted = [f"to_{letter.lower()}" for letter in config.params]
+    wanted = [f"to_{letter.lower()}" for letter in config.params or "V"]
     sites = [
         Site(name, linear, ROWS, width)
         for name, linear in text_readers(pipe).items()

@@ -52,7 +52,7 @@ class Config(TextConfig):
         retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
         erase_scale (`float`, *optional*, defaults to 1.0): weight `a` of the targets' rows.
         retain_scale (`float`, *optional*, defaults to 1.0): weight `b` of the retained rows. Relative to the number of
-            prompts: all the retained ones together weigh no more than those of one concept, however long the list is.
+            prompts: all the retained ones together weigh no more than all the targets', however long the list is.
         lamb (`float`, *optional*, defaults to 1e-3): weight of staying near the original. Relative to the mean squared
             norm of the targets' rows: the published 0.5 is 7e-4 for Stable Diffusion 1.x (|x|^2 about 750).
         absolute (`bool`, *optional*, defaults to `False`): take `retain_scale` and `lamb` as they are, as published.
@@ -92,8 +92,8 @@ def solve(
 
 
 def relative_units(rows: TargetRows, kept: KeptRows) -> tuple[float, float]:
-    """What `lamb` and `retain_scale` are multiplied by: the targets' mean |x|^2; a concept's prompts a retained one, at most 1."""
-    return rows.squares, min(1.0, rows.prompts / rows.concepts / max(1, kept.prompts))
+    """What `lamb` and `retain_scale` are multiplied by: the targets' mean |x|^2; target prompts a retained one, at most 1."""
+    return rows.squares, min(1.0, rows.prompts / max(1, kept.prompts))
 
 
 def solve_all(
