@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -53,12 +54,36 @@ TEXT_ENCODER: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 1,
 }
+# Stable Diffusion XL's own unet/config.json, as far as it differs.
+SDXL_UNET: dict[str, Any] = {
+    **UNET,
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 # The same layout, 32 sites included, small enough for a test.
 SMALL_UNET = {**UNET, "block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64, "attention_head_dim": 4}
 SMALL_TEXT_ENCODER = {
     **TEXT_ENCODER,
     **{"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2},
     **{"projection_dim": 64, "num_attention_heads": 4},
+}
+SMALL_SDXL_UNET = {
+    **SDXL_UNET,
+    **{
+        "block_out_channels": (32, 64, 128),
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 4, 8),
+    },
+    **{"cross_attention_dim": 64, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 96},
 }
 
 
@@ -113,6 +138,50 @@ def make_pipeline(smoke: bool = False, unet: Any = None) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+@torch.no_grad()
+def make_sdxl_text_readers(smoke: bool = False, dtype: torch.dtype = torch.float16, seed: int = 0) -> Any:
+    """SDXL's UNet of which only the Linears that read text have (random) weights; all others are on the meta device."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**(SMALL_SDXL_UNET if smoke else SDXL_UNET)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v", "add_embedding.linear_1")):
+            weight = (torch.rand(module.weight.shape, generator=generator) * 2 - 1) * (3 / module.in_features) ** 0.5
+            module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return unet
+
+
+CONSONANTS, VOWELS = "bcdfghjklmnprstvwxyz", "aeiou"
+
+
+def name_tokenizer(smoke: bool = False) -> Any:
+    """A tokenizer of the right size in which made-up words of two syllables are one piece, and those of three are two."""
+    from transformers import CLIPTokenizer
+
+    size = (SMALL_TEXT_ENCODER if smoke else TEXT_ENCODER)["vocab_size"]
+    pairs = [(c, v) for c in (CONSONANTS[:4] if smoke else CONSONANTS) for v in VOWELS]
+    merges = [(c, v + end) for end in ("", "</w>") for c, v in pairs]
+    merges += [("".join(first), "".join(second) + "</w>") for first in pairs for second in pairs]
+    letters = [letter + end for end in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz"]
+    pieces = [*letters, *("".join(merge) for merge in merges)]
+    pieces += [f"<unused{i}>" for i in range(size - 2 - len(pieces))]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def made_up_names(count: int, smoke: bool = False, seed: int = 0) -> list[str]:
+    """Different names of three pieces of [`name_tokenizer`]: one word of two syllables and one of three."""
+    consonants = CONSONANTS[:4] if smoke else CONSONANTS
+    draw = Random(seed)
+    names: dict[str, None] = {}
+    while len(names) < count:
+        syllables = [draw.choice(consonants) + draw.choice(VOWELS) for _ in range(5)]
+        names["".join(syllables[:2]) + " " + "".join(syllables[2:])] = None
+    return list(names)
 
 
 class UNetOnly:
@@ -172,6 +241,11 @@ def make_erasure(unet: Any, kind: str, rank: int, seed: int = 0, base_model: Any
 
 
 _clock: Callable[[], float] = time.perf_counter
+
+
+def clock() -> float:
+    """Seconds by the clock that the options chose."""
+    return _clock()
 
 
 def seconds(function: Callable[[], Any], device: str = "cpu") -> float:

@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
         if not torch.equal(stored.pop(HASH, torch.zeros(0)), _hash(stored)):
             raise ErasureFileError(f"{path.name} holds other values than were written.")
         return stored
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ErasureFileError) as error:
         logger.warning("The cached %s cannot be used and is made again: %s", path, error)

@@ -76,3 +76,51 @@ def test_uce(tmp_path: Path) -> None:
         assert all(set(row[key]) == SUMMARY for key in ("ours_s", "solve_s", "baseline_s", "speedup"))
         assert row["error"]["ours_before_cast"] < 1e-9
         assert row["error"]["ours"] < 1e-6
+
+
+@pytest.mark.slow
+def test_closed_form(tmp_path: Path) -> None:
+    numbers = run("closed_form", tmp_path)
+    assert [row["targets"] for row in numbers["speed"]] == [1, 4]
+    for row in numbers["speed"]:
+        assert all(set(row[key]) == SUMMARY for key in ("ours_s", "first_s", "baseline_s", "speedup", "speedup_first"))
+        assert row["error"]["ours"] < 1e-6  # both sides are given the same rows, shuffle and draws
+        assert row["error"]["baseline"] < 1e-2 and len(row["apart"]) == 3
+    names = {
+        "erase": {"empty cache", "warm cache"},
+        "rece": {f"{kind}, {n}" for kind in ("rece", "rece, published", "uce") for n in (1, 3)},
+        "combine": {f"{kind}, {mode}" for kind in ("speed", "rece", "uce") for mode in ("joint", "sum")},
+    }
+    for table, calls in names.items():
+        assert {row["call"] for row in numbers[table]} == calls
+        for row in numbers[table]:
+            assert set(row["s"]) == SUMMARY
+            assert sum(row["parts_s"].values()) == pytest.approx(row["s"]["median"])  # one repeat: the parts are all
+    cold, warm = (
+        {row["call"]: row["parts_s"] for row in numbers["erase"]}[f"{kind} cache"] for kind in ("empty", "warm")
+    )
+    assert cold["least directions"] > 0 and warm["least directions"] == 0
+    # One call of `erase` for each method, from an empty cache and from a warm one.
+    assert [(row["method"], row["cached"]) for row in numbers["memory"]] == [
+        (method, cached) for method in ("speed", "rece", "uce") for cached in (False, True)
+    ]
+    assert [row["concepts"] for row in numbers["files"]] == [1, 20]
+    # 16 value projections of 64 wide text rows, 5 x 32 + 5 x 64 + 6 x 128 wide out, two bytes a value, and a header.
+    for row in numbers["files"]:
+        values = 2 * row["concepts"] * (16 * 64 + 5 * 32 + 5 * 64 + 6 * 128)
+        assert values < row["files"]["pytorch_lora_weights.safetensors"] < values + 8_192
+
+
+@pytest.mark.slow
+def test_closed_form_sdxl(tmp_path: Path) -> None:
+    numbers = run("closed_form", tmp_path, "--model", "sdxl")
+    assert {row["call"] for row in numbers["speed"]} == {"1, empty cache", "1", "4"}
+    assert {row["call"] for row in numbers["rece"]} == {
+        "rece, 1, empty cache",
+        "rece, 1",
+        "rece, 4",
+        "uce, 1",
+        "uce, 4",
+    }
+    for row in (*numbers["speed"], *numbers["rece"]):
+        assert row["parts_s"]["edit"] > 0 and row["parts_s"]["encoding"] == 0
