@@ -16,7 +16,7 @@ from .lists import Retained, expand, names_any, retained
 from .logging import get_logger
 from .methods import get_method, make_config, method_names
 from .methods.publishing import balanced, compress, product, rank_for
-from .methods.rows import TargetRows, from_tensors, join
+from .methods.rows import TargetRows, TextConfig, from_tensors, join
 from .pipeline import erasures_disabled
 from .schema import LORA_FILE, SCHEMA, TENSOR_FILE, ErasureConfig, LayerSpec, Library, Method, Stock
 
@@ -70,6 +70,7 @@ def combine(
         raise ErasureInputError(f"`combine` takes two or more erasures, not {len(parts)}.")
     if mode not in ("joint", "sum"):
         raise ErasureInputError(f'`mode` must be "joint" or "sum", not {mode!r}.')
+    TextConfig(rank=rank, max_error=max_error)  # checks them
     _check_one_base(parts)
     names = [concept.target for part in parts for concept in part.concepts if concept.target is not None]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -54,6 +54,16 @@ def is_group_offloaded(module: nn.Module) -> bool:
     return bool(_is_group_offload_enabled(module))
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: under accelerate's offloading not where its weights lie."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        device = getattr(part, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
 def offloaded_tensor(owner: nn.Module, name: str) -> torch.Tensor | None:
     """Return a parameter that accelerate keeps away from its module (sequential offload leaves a meta tensor there)."""
     hook: Any = getattr(owner, "_hf_hook", None)

@@ -72,7 +72,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 def _forward(encoder: nn.Module, ids: list[list[int]], mask: torch.Tensor | None, penultimate: bool) -> Any:
     """One pass: rows [B, L, c] and the projected, pooled vector [B, p] (`None` where the encoder has none)."""
-    device = next((p.device for p in encoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    device = compat.execution_device(encoder)
     tokens = torch.tensor(ids, device=device)
     mask = None if mask is None else mask.to(device)
     result = encoder(tokens, attention_mask=mask, output_hidden_states=penultimate)
@@ -134,7 +134,7 @@ def fingerprint(pipe: Any) -> str | None:
         if bits is None:
             return None
         model = describe_model(encoder)
-        device = next(encoder.parameters()).device.type
+        device = compat.execution_device(encoder).type
         behaviour = str([getattr(encoder.config, name, None) for name in BEHAVIOUR])
         vocabulary = [describe_tokenizer(tokenizer).architecture, repr(sorted(tokenizer.get_added_vocab().items()))]
         padding = [str(tokenizer.pad_token_id), str(tokenizer.model_max_length)]

@@ -145,6 +145,9 @@ def test_parts_that_do_not_go_together_are_named(pipe: Any) -> None:
         combine([uce])
     with pytest.raises(ErasureInputError, match="`mode`"):
         combine([uce, other], mode="product")  # type: ignore[arg-type]
+    for bad in ({"rank": -1}, {"rank": 1.5}, {"rank": True}, {"max_error": 2.0}, {"max_error": float("nan")}):
+        with pytest.raises(ErasureInputError, match=next(iter(bad))):
+            combine([uce, other], mode="sum", **bad)
     with pytest.raises(ErasureInputError, match="one method"):
         combine([uce, rece], pipe=pipe)
     with pytest.raises(ErasureInputError, match="`lamb` is 0.001"):

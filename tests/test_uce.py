@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, demo, erase
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import last_rows
-from diffusers_erasure.lists import read_prompts
 from diffusers_erasure.methods import method_names
 from diffusers_erasure.methods.publishing import compress
 from diffusers_erasure.methods.rows import TEMPLATES, KeptRows, TargetRows
@@ -195,20 +194,6 @@ def test_a_string_is_accepted_for_every_list(pipe: Any, tmp_path: Path) -> None:
     assert (
         erase(pipe, "cat", anchors="animal", retain=f"{tmp_path}/kept.csv#animal").content_hash == listed.content_hash
     )
-
-
-def test_lists_from_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "artists.csv"
-    file.write_text("artist,year\nMonet,1840\n,1841\nMonet,1840\nDegas,1834\n", encoding="utf-8-sig")
-    assert read_prompts(file) == ["Monet", "Degas"]
-    assert "2 empty or repeated" in caplog.text
-    with pytest.raises(ErasureInputError, match="columns"):
-        read_prompts(f"{file}#painter")
-    with pytest.raises(ErasureInputError, match="cannot be read"):
-        read_prompts(tmp_path / "missing.txt")
-    (tmp_path / "empty.txt").write_text("\n# nothing\n", encoding="utf-8")
-    with pytest.raises(ErasureInputError, match="no prompts"):
-        read_prompts(tmp_path / "empty.txt")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What the closed-form methods need of a base model alone, computed once and then read from the cache."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -9,8 +9,9 @@ from .. import cache
 from ..base_model import checksum, plain_weight, readable_weight
 
 
-def _key(linears: Mapping[str, nn.Linear]) -> Callable[[], list[str | None]]:
-    return lambda: [checksum((name, readable_weight(linear, name)) for name, linear in linears.items())]
+def _key(linears: Mapping[str, nn.Linear], widths: Iterable[int]) -> Callable[[], list[str | None]]:
+    weights = ((name, readable_weight(linear, name)) for name, linear in linears.items())
+    return lambda: [*map(str, widths), checksum(weights)]
 
 
 def weight_gram(linears: Mapping[str, nn.Linear], width: int) -> torch.Tensor:
@@ -23,7 +24,7 @@ def weight_gram(linears: Mapping[str, nn.Linear], width: int) -> torch.Tensor:
             total.addmm_(weight.T, weight)
         return {"gram": total}
 
-    return cache.fetch("weights", _key(linears), make)["gram"]
+    return cache.fetch("weights", _key(linears, [width]), make)["gram"]
 
 
 def least_directions(linears: Mapping[str, nn.Linear], widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
@@ -34,7 +35,7 @@ def least_directions(linears: Mapping[str, nn.Linear], widths: Mapping[str, int]
             name: least_direction(plain_weight(linear, name)[:, : widths[name]]) for name, linear in linears.items()
         }
 
-    return cache.fetch("directions", _key(linears), make)
+    return cache.fetch("directions", _key(linears, widths.values()), make)
 
 
 def least_direction(weight: torch.Tensor) -> torch.Tensor:
