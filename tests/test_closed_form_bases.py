@@ -13,7 +13,6 @@ import torch
 from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 from torch import nn
 
-
 from diffusers_erasure import Erasure, ErasureCompatibilityError, ErasureInputError, demo, erase
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import last_rows, pooled_rows
