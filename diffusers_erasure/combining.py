@@ -15,10 +15,10 @@ from .layers.lora import DOWN, UP, pad_rank
 from .lists import Retained, expand, names_any, retained
 from .logging import get_logger
 from .methods import get_method, make_config, method_names
-from .methods.publishing import balanced, compress, product, rank_for
+from .methods.publishing import balanced, product, rank_for, truncated
 from .methods.rows import TargetRows, TextConfig, from_tensors, join
 from .pipeline import erasures_disabled
-from .schema import LORA_FILE, SCHEMA, TENSOR_FILE, ErasureConfig, LayerSpec, Library, Method, Stock
+from .schema import LORA_FILE, SCHEMA, TENSOR_FILE, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
 
 
 logger = get_logger(__name__)
@@ -124,11 +124,13 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
         )
     concepts = [concept for part in parts for concept in part.concepts]
     targets = [concept.target for concept in concepts if concept.target is not None]
+    # Names for messages alone: `combine` redacts the result.
+    shown = [c if c.target is not None else Concept(f"redacted {i}", "") for i, c in enumerate(concepts, start=1)]
     settings.update(rank=rank, max_error=max_error)
     settings["retain"] = _all_retained(parts, targets) if retain is None else retained(retain, targets)
     config = make_config(entry, settings)
     with erasures_disabled(pipe):
-        combined = entry.refit(pipe, concepts, config, _joined_rows(parts))
+        combined = entry.refit(pipe, shown, config, _joined_rows(parts))
     assert isinstance(combined, Erasure)
     logger.info("Solved jointly for %d concepts by %s.", len(concepts), name)
     return combined
@@ -183,6 +185,11 @@ def _all_retained(parts: Sequence[Erasure], targets: Sequence[str]) -> Retained:
         own = dict.fromkeys(str(item) for item in settings.get("retain", ()))
         source.update(own)
         texts = expand(list(own), "retain") if own else []
+        if "retain_excluded" not in settings and settings.get("retain_prompts") != len(texts):
+            raise ErasureInputError(
+                f"Erasure number {index} is redacted, and of the list that it retained some entries named its targets; which "
+                "ones it no longer says. Give `retain`, without them."
+            )
         excluded.update(dict.fromkeys(str(item) for item in settings.get("retain_excluded", ())))
         prompts.update(dict.fromkeys(texts))
     dropped = [prompt for prompt in prompts if prompt in excluded or names_any(prompt, targets)]
@@ -226,7 +233,7 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
                 )
     layers: list[LayerSpec] = []
     tensors: dict[str, dict[str, torch.Tensor]] = {}
-    error = 0.0
+    error, map_error = 0.0, 0.0
     for component, members in loras.items():
         added, worst = _sum_of_loras(component, members, rank, max_error)
         error = max(error, worst)
@@ -236,11 +243,10 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
     for (component, site), members in maps.items():
         a = torch.cat([part.layer_tensors(layer)["A"].double() for part, layer in members])
         d = torch.cat([part.layer_tensors(layer)["D"].double() for part, layer in members])
-        a, d = compress(a, d)
-        weights = a.norm(dim=1) * d.norm(dim=1)
-        kept = rank_for(weights, rank, max_error)
+        a, d, lost = truncated(a, d, rank, max_error)
+        map_error = max(map_error, lost)
         prefix = "text_map." if site == "encoder_hidden_states" else f"{site}_map."
-        own = {f"{prefix}A": a[:kept].float().contiguous(), f"{prefix}D": d[:kept].float().contiguous()}
+        own = {f"{prefix}A": a.float().contiguous(), f"{prefix}D": d.float().contiguous()}
         tensors.setdefault(TENSOR_FILE, {}).update(own)
         layers.append(LayerSpec("text_map", component, (site,), TENSOR_FILE, prefix, _origins(members)))
     first = parts[0].config
@@ -262,6 +268,7 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
         else tuple(dataclasses.replace(c, target=None, anchor=None) for part in parts for c in part.concepts),
         layers=tuple(layers),
         stock=None if maps else Stock(LORA_FILE, float(f"{min(error, 0.999):.3g}")),
+        diagnostics={"truncation_error": float(f"{map_error:.3g}")} if map_error else {},
     )
     return Erasure(config, tensors)
 

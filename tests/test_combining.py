@@ -89,6 +89,20 @@ def test_one_more_joins_a_published_hundred_without_its_prompts(pipe: Any, tmp_p
     assert_same_edit(whole, again, 1e-4)
 
 
+def test_a_redacted_part_whose_list_named_its_target_needs_another(pipe: Any, tmp_path: Path) -> None:
+    """What was left out of the list is redacted, and must not come back as retained."""
+    file = tmp_path / "kept.txt"
+    settings: dict[str, Any] = {"anchors": "", "retain": "list:objects"}
+    named = erase(pipe, "airplane", **settings)
+    assert named.config.method.settings["retain_excluded"]
+    other = erase(pipe, "cat", **settings)
+    with pytest.raises(ErasureInputError, match="no longer says"):
+        combine([named.redacted(), other], pipe=pipe)
+    file.write_text("dog\nrose\n", encoding="utf-8")
+    joint = combine([named.redacted(), other], pipe=pipe, retain=file)
+    assert joint.config.redacted and joint.config.diagnostics == {}
+
+
 def test_what_one_part_retains_and_another_removes_goes(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     one = erase(pipe, "cat", anchors="animal", retain=["dog", "bee"])
     other = erase(pipe, "dog", anchors="animal", retain=["cat", "rose"])

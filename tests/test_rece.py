@@ -113,6 +113,30 @@ def test_the_epochs_find_rows_that_still_reach_the_target(pipe: Any) -> None:
     assert left[2] > 1.1 * left[0]
 
 
+def test_the_epochs_leave_the_erased_rows_where_they_are(pipe: Any) -> None:
+    """`keep_erased`: as published, "cat" moves back towards itself, and "car" far beyond its anchor."""
+    for name, anchor in (("cat", ""), ("car", "vehicle")):
+        settings: dict[str, Any] = {"anchors": anchor, "retain": ["dog", "bee", "rose"], "method": "rece"}
+        uce, ours, published = (
+            erase(pipe, name, **settings, **more).config.diagnostics["completeness"][name]
+            for more in ({"epochs": 0}, {"epochs": 3}, {"keep_erased": False})
+        )
+        assert ours == pytest.approx(uce, abs=0.05)
+        assert abs(published - 1) > 0.3
+
+
+def test_a_truncated_map_states_its_error(pipe: Any) -> None:
+    exact = erase(pipe, "cat", anchors="animal", method="rece", epochs=2)
+    assert "truncation_error" not in exact.config.diagnostics
+    small = erase(pipe, "cat", anchors="animal", method="rece", epochs=2, rank=4)
+    maps = [e.tensors[TENSOR_FILE]["text_map.D"].T @ e.tensors[TENSOR_FILE]["text_map.A"] for e in (exact, small)]
+    error = float((maps[0] - maps[1]).norm() / maps[0].norm())
+    assert error > 1e-3
+    assert small.config.diagnostics["truncation_error"] == pytest.approx(error, rel=1e-2)
+    bounded = erase(pipe, "cat", anchors="animal", method="rece", epochs=2, max_error=0.05)
+    assert bounded.config.diagnostics["truncation_error"] <= 0.05
+
+
 def test_presets_are_the_published_settings() -> None:
     nudity, artist = Config(preset="nudity", published=True), Config(preset="artist", published=True)
     assert (nudity.epochs, nudity.reg, nudity.lamb, nudity.retain_scale) == (3, 0.1, 0.1, 0.1)

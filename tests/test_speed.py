@@ -210,6 +210,14 @@ def test_the_null_space_is_reported_and_none_is_refused(pipe: Any) -> None:
         erase(pipe, "cat", retain="list:objects", threshold=0.0, **plain)
 
 
+def test_the_rank_is_never_above_the_width(pipe: Any) -> None:
+    """A window in eight templates has more rows than the text has dimensions."""
+    erasure = erase(pipe, "cat", retain=["dog"], method="speed", max_error=0.0)
+    ranks = {v.shape[0] for k, v in erasure.tensors[LORA_FILE].items() if k.endswith(DOWN)}
+    assert max(ranks) <= 128
+    assert erasure.config.stock is not None and erasure.config.stock.max_error < 1e-5
+
+
 def test_adversarial_rows_are_further_targets(pipe: Any) -> None:
     plain = erase(pipe, "cat", retain=["dog"], method="speed", rows="last", templates="none")
     more = erase(pipe, "cat", retain=["dog"], method="speed", rows="last", templates="none", adversarial=1)

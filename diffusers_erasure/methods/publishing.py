@@ -79,11 +79,12 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Published:
-    """A layer or two with their tensors by file, and what stock diffusers gets."""
+    """A layer or two with their tensors by file, what stock diffusers gets, and the relative error of a truncated map."""
 
     layers: tuple[LayerSpec, ...]
     tensors: dict[str, dict[str, torch.Tensor]]
     stock: Stock | None
+    map_error: float = 0.0
 
 
 def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextConfig) -> Published:
@@ -98,7 +99,8 @@ def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextC
     worst = 0.0
     for site, factors in sites.items():
         a, b = factors()
-        if config.rank is not None or config.max_error is not None:
+        # More rows than the matrix has rank (many rows of a window) are written as fewer, exactly.
+        if config.rank is not None or config.max_error is not None or len(a) > min(a.shape[1], b.shape[0]):
             u, s, vh = product(b, a)
             kept = rank_for(s, config.rank, config.max_error)
             lost, norm = float(s[kept:].norm()), float(s.norm())
@@ -122,13 +124,25 @@ def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextC
 def as_text_map(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> Published:
     """Text maps `x + (x A^T) D`, one for each input of the denoiser; `maps` gives `A` and `D`, both [r, C], float64."""
     layers, tensors = [], {}
+    worst = 0.0
     for name, (a, d) in maps.items():
-        a, d = compress(a, d)
-        kept = rank_for(a.norm(dim=1) * d.norm(dim=1), config.rank, config.max_error)
+        a, d, error = truncated(a, d, config.rank, config.max_error)
+        worst = max(worst, error)
         prefix = "text_map." if name == ROWS else "pooled_map."
         layers.append(LayerSpec("text_map", "unet", (name,), TENSOR_FILE, prefix, text_components(pipe)))
-        tensors[f"{prefix}A"], tensors[f"{prefix}D"] = a[:kept].float().contiguous(), d[:kept].float().contiguous()
-    return Published(tuple(layers), {TENSOR_FILE: tensors}, None)
+        tensors[f"{prefix}A"], tensors[f"{prefix}D"] = a.float().contiguous(), d.float().contiguous()
+    return Published(tuple(layers), {TENSOR_FILE: tensors}, None, worst)
+
+
+def truncated(
+    a: torch.Tensor, d: torch.Tensor, rank: int | None, max_error: float | None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`D^T A` with as few rows as wanted, and the relative error (Frobenius norm) of leaving the others out."""
+    a, d = compress(a, d)
+    values = a.norm(dim=1) * d.norm(dim=1)  # the singular values
+    kept = rank_for(values, rank, max_error)
+    norm = float(values.norm())
+    return a[:kept], d[:kept], float(values[kept:].norm()) / norm if norm else 0.0
 
 
 def text_components(pipe: Any) -> tuple[str, ...]:
@@ -252,6 +266,8 @@ def make_erasure(
     """
     recorded, secret = config.recorded()
     recorded.update(settings or {})
+    if published.map_error:
+        diagnostics = {**diagnostics, "truncation_error": _rounded(published.map_error)}
     tensors = {file: dict(items) for file, items in published.tensors.items()}
     numbers: dict[str, SolveRows] = {}
     solve_tensors: dict[str, torch.Tensor] = {}

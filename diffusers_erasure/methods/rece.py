@@ -6,7 +6,7 @@ epoch is a few C x C solves and needs neither the UNet nor its layers one by one
 
     P = (reg I + T^T S T)^-1 T^T S                  # X P^T: rows that W maps nearest to what W_old made of X
     T <- T (I + a (G P' - P X^T X P^T) M^-1),       # UCE's step from X P^T to the anchors' rows
-    M = lamb I + a P X^T X P^T + b R^T R,           # with G P' = G^T X P^T
+    M = lamb I + a P X^T X P^T + b R^T R,           # with G P' = G^T X P^T; ours: + X^T X, see `keep_erased`
 
 X are the rows of the concepts, G those of their anchors, R what is retained. The result is a text map, exactly.
 """
@@ -52,6 +52,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "units": "absolute",
         "epochs": {"nudity": 3, "unsafe": 2}.get(task, 1),
         "reg": 1e-3 if task in ("artist", "hard_object") else 1e-1,
+        "keep_erased": False,
         "lamb": 0.1,
         "retain_scale": 0.1,
         "uce_lamb": 0.5,
@@ -69,6 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adversarial_rows": "last",
         "units": "relative",
         "reg": 1e-4 if task in ("artist", "hard_object") else 1e-3,
+        "keep_erased": True,
         "lamb": 1e-3,
         "retain_scale": 1.0,
         "uce_lamb": 1e-3,
@@ -90,11 +92,13 @@ class Config(TextConfig):
         rows, templates (*optional*): which rows of a target UCE maps first, see [`TextConfig`].
         adversarial_rows (as `rows`, *optional*): for which rows of a target the epochs look for others
             that still reach it.
-        retain (tuple of `str`, *optional*): prompts that must not change; the empty prompt is always among them.
+        retain (tuple of `str`, *optional*): prompts that must not change; with `retain_rows="all"` the empty prompt too.
         retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt.
         retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
         epochs (`int`, *optional*): how often rows are looked for and erased; 0 leaves UCE.
         reg (`float`, *optional*): weight of a small adversarial row; the smaller, the farther it may lie.
+        keep_erased (`bool`, *optional*): ours: an epoch's edit leaves the targets' own rows where the edits before it have put
+            them. As published, they move again with the rows that were found, and may move back.
         lamb, retain_scale (`float`, *optional*): of an epoch's edit, as in UCE.
         uce_lamb, uce_retain_scale (`float`, *optional*): of the first edit.
         units (`"absolute"` or `"relative"`, *optional*): whether these are the published numbers, or shares: `lamb` of the
@@ -114,6 +118,7 @@ class Config(TextConfig):
     retain_rows: Literal["all", "last"] = "all"
     epochs: int | None = None
     reg: float | None = None
+    keep_erased: bool | None = None
     lamb: float | None = None
     retain_scale: float | None = None
     uce_lamb: float | None = None
@@ -164,7 +169,13 @@ class Scales:
 
 
 def solve(
-    rows: TargetRows, concept: TargetRows, kept: KeptRows, weights: torch.Tensor, scales: Scales, epochs: int
+    rows: TargetRows,
+    concept: TargetRows,
+    kept: KeptRows,
+    weights: torch.Tensor,
+    scales: Scales,
+    epochs: int,
+    keep_erased: bool = False,
 ) -> torch.Tensor:
     """The algorithm: T [C, C] in float64, with W' = W T for every projection.
 
@@ -172,18 +183,20 @@ def solve(
         rows, kept: what UCE maps first, and what is retained throughout.
         concept: the rows X of the concepts, and G of their anchors, of the epochs.
         weights: S = sum W^T W [C, C].
+        keep_erased: add X to what the epochs retain.
     """
     a, d = solve_uce(rows, kept, erase_scale=1.0, retain_scale=scales.uce_retain, lamb=scales.uce_lamb)
     eye = torch.eye(weights.shape[0], dtype=torch.float64)
     t = eye + d.T @ a
     x = concept.targets
     xx, gx = x.T @ x, concept.anchors.T @ x
-    kept_gram = kept.retain.T @ kept.retain if kept.gram is None else kept.gram
+    kept_gram = scales.retain * (kept.retain.T @ kept.retain if kept.gram is None else kept.gram)
+    kept_gram = kept_gram + xx if keep_erased else kept_gram
     for _ in range(epochs):
         ts = t.T @ weights
         p = torch.cholesky_solve(ts, torch.linalg.cholesky(scales.reg * eye + _symmetric(ts @ t)))
         adversarial = _symmetric(p @ xx @ p.T)
-        m = scales.lamb * eye + adversarial + scales.retain * kept_gram
+        m = scales.lamb * eye + adversarial + kept_gram
         step = torch.cholesky_solve((gx @ p.T - adversarial).T, torch.linalg.cholesky(m)).T
         t = t @ (eye + step)
     return t
@@ -223,7 +236,7 @@ def refit(
         width = first[name].targets.shape[1]
         weights = base_sums.weight_gram(readers_of(pipe, name), width)
         scales = Scales.of(config, first[name], later[name], kept[name], weights)
-        t = solve(first[name], later[name], kept[name], weights, scales, config.epochs or 0)
+        t = solve(first[name], later[name], kept[name], weights, scales, config.epochs or 0, bool(config.keep_erased))
         eye = torch.eye(width, dtype=torch.float64)
         maps[name], found[name] = (t - eye, eye), (first[name], kept[name])
     diagnostics = report(found, {name: [factors] for name, factors in maps.items()}, concepts, kept_names(config))

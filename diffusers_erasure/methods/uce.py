@@ -41,11 +41,11 @@ class Config(TextConfig):
     """Settings of UCE.
 
     Args:
-        rows (`"last"`, `"window"` or `"all"`, *optional*, defaults to `"last"`): which rows of a target's encoding are
-            mapped. `"last"` is the row of its last word piece (the authors' code of 2025); `"window"` that row and all
+        rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*, defaults to `"last"`): which rows of a target's encoding
+            are mapped, see [`TextConfig`]. `"last"` is the row of its last word piece (the authors' code of 2025); `"window"` that row and all
             after it, padding included (their code of 2023, which RECE, MACE and SPEED compare with).
-        templates (`"object"`, `"style"`, `"person"`, `"none"` or a tuple of `str`, *optional*, defaults to `"object"`):
-            prompts, with `{}` for the concept, in which each target and its anchor are encoded.
+        templates (`str` or a tuple of `str`, *optional*, defaults to `"object"`): prompts, with `{}` for the concept, in which
+            each target and its anchor are encoded; the name of a set of them, see [`TextConfig`], or one's own.
         retain (tuple of `str`, *optional*): prompts whose rows must not change.
         retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt must not
             change: all of them (published with `"window"`), or that of its last word piece (published with `"last"`).
