@@ -75,8 +75,8 @@ def test_an_unknown_list(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
 
 
 def test_cache_show_and_clear(folder: Path) -> None:
-    empty = invoke("cache").stdout
-    assert str(folder) in empty.replace("\n", "") and "0 entries" in empty and "kind" not in empty
+    empty = "".join(invoke("cache").stdout.split())  # long paths are wrapped
+    assert str(folder) in empty and "0entries" in empty and "kind" not in empty
     assert answer("cache") == {"folder": str(folder), "entries": []}
     assert answer("cache", "clear") == {"deleted": 0, "bytes": 0}
 
@@ -215,7 +215,7 @@ def test_combine_as_a_sum(parts: dict[str, str]) -> None:
     assert list(one) == list(two) == list(summed)
     assert all(((one[s] + two[s]) - summed[s]).norm() <= 1e-6 * summed[s].norm() for s in summed)
     # And as text.
-    shown = invoke("combine", parts["cat"], parts["lamb"], "--mode", "sum", "-o", "text").stdout
+    shown = "".join(invoke("combine", parts["cat"], parts["lamb"], "--mode", "sum", "-o", "text").stdout.split())
     assert "erasure_config.json" in shown and "pytorch_lora_weights.safetensors" in shown
 
 

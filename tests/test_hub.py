@@ -177,7 +177,7 @@ def test_pushed_is_pulled_in_a_fresh_process_and_stock_diffusers_draws_the_same(
     (newest, message), _ = hub.commits("alice/no-cat")  # one commit on top of the initial one
     assert (newest, message, pull_request) == (oid, "Take the cat out", None)
     files = hub.files("alice/no-cat")
-    assert set(files) == {CARD, CONFIG, LORA}
+    assert set(files) == {CARD, CONFIG, LORA, TENSORS}
     assert ("PUT", "_lfs") in {(method, path.split("/")[1]) for method, path, _ in hub.log()}
     assert 'pipe.load_erasure("alice/no-cat")' in files[CARD].decode()
 
@@ -218,7 +218,7 @@ def test_pushed_is_pulled_in_a_fresh_process_and_stock_diffusers_draws_the_same(
 def test_an_erasure_replaces_another_and_pushing_again_changes_nothing(hub: Hub, client: Client) -> None:
     repo = "alice/changes"
     first = ok(client.push(repo))[0]
-    assert set(hub.files(repo)) == {CARD, CONFIG, LORA}
+    assert set(hub.files(repo)) == {CARD, CONFIG, LORA, TENSORS}
     assert ok(client.push(repo))[0] == first  # the same content: no commit
     ok(client.push(repo, "text_map"))
     files = hub.files(repo)
@@ -228,7 +228,7 @@ def test_an_erasure_replaces_another_and_pushing_again_changes_nothing(hub: Hub,
     assert len(hub.commits(repo)) == 3
     assert ok(client.pull(repo))[0] == hub.commits(repo)[0][0]
     # the earlier commit is still there, whole
-    assert set(json.loads(ok(client.pull(repo, revision=first))[2])["files"]) == {LORA}
+    assert set(json.loads(ok(client.pull(repo, revision=first))[2])["files"]) == {LORA, TENSORS}
 
 
 def test_a_card_with_a_picture_and_a_licence(hub: Hub, client: Client) -> None:
@@ -244,7 +244,7 @@ def test_a_card_with_a_picture_and_a_licence(hub: Hub, client: Client) -> None:
     card = files[CARD].decode()
     assert "](before_after.png)" in card and "license: " in card and "apache-2.0" in card
     ok(client(code, grid=False, licence=None))  # another push, without a picture: the old one goes
-    assert set(hub.files("alice/shown")) == {CARD, CONFIG, LORA}
+    assert set(hub.files("alice/shown")) == {CARD, CONFIG, LORA, TENSORS}
     assert "before_after.png" not in hub.files("alice/shown")[CARD].decode()
 
 
@@ -285,7 +285,7 @@ def test_a_pull_fetches_the_schemas_files_of_one_commit(hub: Hub, client: Client
     hub.log()
     assert ok(client.pull(repo, cache))[0] == head
     paths = [path for _, path, _ in hub.log() if "/resolve/" in path]
-    assert {path.rsplit("/", 1)[1] for path in paths} == {CONFIG, LORA}
+    assert {path.rsplit("/", 1)[1] for path in paths} == {CONFIG, LORA, TENSORS}
     assert all(f"/resolve/{head}/" in path for path in paths)
     ok(client.pull(repo, cache))
     assert [path for _, path, _ in hub.log() if "/resolve/" in path] == []  # only the head was asked for
@@ -293,7 +293,7 @@ def test_a_pull_fetches_the_schemas_files_of_one_commit(hub: Hub, client: Client
     ok(client.pull(repo, cache, local_files_only=True))
     assert hub.log() == []
     ok(client.pull(repo, cache, force_download=True))
-    assert sum(method == "GET" and "/resolve/" in path for method, path, _ in hub.log()) == 2
+    assert sum(method == "GET" and "/resolve/" in path for method, path, _ in hub.log()) == 3
 
 
 def test_branches_tags_pull_requests_and_subfolders(hub: Hub, client: Client) -> None:
@@ -496,7 +496,7 @@ def test_what_is_too_large_is_not_downloaded(hub: Hub, client: Client) -> None:
     hub.log()
     failed(client.pull("alice/swollen"), "ErasureFileError", f"at most {len(files[LORA])}")
     got = [path for method, path, _ in hub.log() if method == "GET" and "/resolve/" in path]
-    assert [path.rsplit("/", 1)[1] for path in got] == [CONFIG]
+    assert [path.rsplit("/", 1)[1] for path in got] == [CONFIG, TENSORS]
 
 
 def test_a_hub_that_fails(hub: Hub, client: Client) -> None:
