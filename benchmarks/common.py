@@ -156,21 +156,39 @@ def make_sdxl_text_readers(smoke: bool = False, dtype: torch.dtype = torch.float
 
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwxyz", "aeiou"
+PROMPT_WORDS = "a an art by drawing image in of painting person photo picture portrait style the".split()
 
 
 def name_tokenizer(smoke: bool = False) -> Any:
-    """A tokenizer of the right size in which made-up words of two syllables are one piece, and those of three are two."""
+    """A tokenizer of the right size that has prompts' words and made-up ones of two syllables as one piece.
+
+    Words of three syllables are two pieces, and others are cut into syllables and letters.
+    """
     from transformers import CLIPTokenizer
 
     size = (SMALL_TEXT_ENCODER if smoke else TEXT_ENCODER)["vocab_size"]
-    pairs = [(c, v) for c in (CONSONANTS[:4] if smoke else CONSONANTS) for v in VOWELS]
-    merges = [(c, v + end) for end in ("", "</w>") for c, v in pairs]
-    merges += [("".join(first), "".join(second) + "</w>") for first in pairs for second in pairs]
+    syllables = [(c, v) for c in (CONSONANTS[:4] if smoke else CONSONANTS) for v in VOWELS]
+    merges = [(c, v + end) for end in ("", "</w>") for c, v in syllables]
+    merges += [("".join(first), "".join(second) + "</w>") for first in syllables for second in syllables]
     letters = [letter + end for end in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz"]
-    pieces = [*letters, *("".join(merge) for merge in merges)]
-    pieces += [f"<unused{i}>" for i in range(size - 2 - len(pieces))]
-    vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+    def tokenizer() -> Any:
+        pieces = [*letters, *dict.fromkeys("".join(merge) for merge in merges)]
+        pieces += [f"<unused{i}>" for i in range(size - 2 - len(pieces))]
+        pieces += ["<|startoftext|>", "<|endoftext|>"]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+    cut = tokenizer()
+    known = set(merges)
+    for word in PROMPT_WORDS:  # what is left of a word is joined from its front
+        first, *others = cut.tokenize(word)
+        for other in others:
+            merge = first, other
+            merges += [] if merge in known else [merge]
+            known.add(merge)
+            first += other
+    return tokenizer()
 
 
 def made_up_names(count: int, smoke: bool = False, seed: int = 0) -> list[str]:
