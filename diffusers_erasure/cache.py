@@ -27,6 +27,7 @@ FORMAT = "1"  # of the entries; another one makes all old entries unused
 KINDS = {
     "rows": "text rows of a list, from one text encoder",
     "pooled": "pooled vectors of a list, from one text encoder",
+    "null": "rows of the empty prompt, from one text encoder",
     "gram": "sums over all rows of a list, from one text encoder",
     "weights": "sums over the weights of one base model",
     "directions": "directions of the weights of one base model",

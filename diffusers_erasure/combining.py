@@ -10,6 +10,7 @@ import torch
 from ._version import __version__
 from .artifact import Erasure
 from .base_model import compare_base, same_component
+from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .layers.lora import DOWN, UP, pad_rank
 from .lists import Retained, expand, names_any, retained
@@ -129,7 +130,7 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
     settings.update(rank=rank, max_error=max_error)
     settings["retain"] = _all_retained(parts, targets) if retain is None else retained(retain, targets)
     config = make_config(entry, settings)
-    with erasures_disabled(pipe):
+    with erasures_disabled(pipe), one_fit():
         combined = entry.refit(pipe, shown, config, _joined_rows(parts))
     assert isinstance(combined, Erasure)
     logger.info("Solved jointly for %d concepts by %s.", len(concepts), name)

@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .errors import ErasureCompatibilityError, ErasureInputError
 
 
 BATCH = 64  # prompts in one pass
+PADDED_BATCH = 16  # of prompts with their padding: as fast, and a quarter of the memory
 CACHED_FROM = 16  # shorter lists are encoded faster than their encoder is recognised
 # What a text encoder's configuration says of its rows beside the shapes of its weights.
 BEHAVIOUR = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "use_attention_mask")
@@ -126,8 +129,30 @@ def _full(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str], penultimat
     return _forward(encoder, chunk.input_ids.tolist(), mask, penultimate)[0]
 
 
+_known: ContextVar[dict[int, str | None] | None] = ContextVar("known fingerprints", default=None)
+
+
+@contextmanager
+def one_fit() -> Iterator[None]:
+    """While one erasure is made, recognise its pipeline's text encoders once: nobody changes them meanwhile."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
 def fingerprint(pipe: Any) -> str | None:
     """Identify the text encoders and tokenizers by all of their weights; `None` where these cannot be read."""
+    known = _known.get()
+    if known is None:
+        return _fingerprint(pipe)
+    if id(pipe) not in known:
+        known[id(pipe)] = _fingerprint(pipe)
+    return known[id(pipe)]
+
+
+def _fingerprint(pipe: Any) -> str | None:
     parts: list[str] = []
     for encoder, tokenizer in _readers(pipe):
         bits = checksum(named_weights(encoder))
@@ -206,11 +231,20 @@ def all_rows(pipe: Any, prompts: Sequence[str]) -> tuple[torch.Tensor, list[int]
     if any(each != lengths[0] for each in lengths):
         raise ErasureCompatibilityError("The pipeline's tokenizers cut a prompt into different numbers of pieces.")
     parts = []
-    for start in range(0, len(prompts), BATCH):
-        chunks = [texts[start : start + BATCH] for texts in fed]
+    for start in range(0, len(prompts), PADDED_BATCH):
+        chunks = [texts[start : start + PADDED_BATCH] for texts in fed]
         both = [_full(*pair, chunk, penultimate) for pair, chunk in zip(pairs, chunks, strict=True)]
         parts.append(torch.cat(both, dim=2))
     return _finite(torch.cat(parts)), [length - 2 for length in lengths[0]]
+
+
+def null_rows(pipe: Any) -> torch.Tensor:
+    """The empty prompt's rows, the start token's first: float64 [L, C]. Cached on disk."""
+
+    def make() -> dict[str, torch.Tensor]:
+        return {"rows": all_rows(pipe, [""])[0][0]}
+
+    return cache.fetch("null", lambda: [fingerprint(pipe)], make)["rows"]
 
 
 def gram(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
@@ -218,9 +252,9 @@ def gram(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
 
     def make() -> torch.Tensor:
         total: torch.Tensor | float = 0.0
-        starts = range(0, len(prompts), BATCH)
-        for start in tqdm(starts, desc="encoding what is retained", leave=False, disable=len(starts) < 4):
-            rows = all_rows(pipe, prompts[start : start + BATCH])[0].flatten(0, 1)
+        starts = range(0, len(prompts), PADDED_BATCH)
+        for start in tqdm(starts, desc="encoding what is retained", leave=False, disable=len(starts) < 16):
+            rows = all_rows(pipe, prompts[start : start + PADDED_BATCH])[0].flatten(0, 1)
             total = total + rows.T @ rows
         assert isinstance(total, torch.Tensor)
         return total

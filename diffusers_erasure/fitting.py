@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .artifact import Erasure
+from .encoding import one_fit
 from .errors import ErasureInputError
 from .lists import expand, retained
 from .logging import get_logger
@@ -79,7 +80,7 @@ def erase(
     if retain is not None:
         settings["retain"] = retained(retain, names)
     config = make_config(entry, settings)
-    with erasures_disabled(pipe):
+    with erasures_disabled(pipe), one_fit():
         erasure = entry.fit(pipe, concepts, config)
     assert isinstance(erasure, Erasure)
     logger.info("Made an erasure of %d concepts by %s.", len(concepts), method)

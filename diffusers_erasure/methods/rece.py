@@ -23,7 +23,7 @@ from ..base_model import text_readers
 from ..errors import ErasureInputError
 from ..schema import Concept
 from . import base_sums
-from .publishing import kept_names, make_erasure, pooled_linear, report
+from .publishing import Factors, kept_names, make_erasure, pooled_linear, report
 from .rows import (
     POOLED,
     ROWS,
@@ -176,8 +176,10 @@ def solve(
     scales: Scales,
     epochs: int,
     keep_erased: bool = False,
-) -> torch.Tensor:
-    """The algorithm: T [C, C] in float64, with W' = W T for every projection.
+) -> Factors:
+    """The algorithm: `(A, D)` [n, C] in float64, with T = I + D^T A and W' = W T for every projection.
+
+    T^T S and T^T S T are carried along: an epoch changes them, as T, by no more ranks than X has rows.
 
     Args:
         rows, kept: what UCE maps first, and what is retained throughout.
@@ -185,25 +187,26 @@ def solve(
         weights: S = sum W^T W [C, C].
         keep_erased: add X to what the epochs retain.
     """
-    a, d = solve_uce(rows, kept, erase_scale=1.0, retain_scale=scales.uce_retain, lamb=scales.uce_lamb)
+    x, g = concept.targets, concept.anchors
     eye = torch.eye(weights.shape[0], dtype=torch.float64)
-    t = eye + d.T @ a
-    x = concept.targets
-    xx, gx = x.T @ x, concept.anchors.T @ x
-    kept_gram = scales.retain * (kept.retain.T @ kept.retain if kept.gram is None else kept.gram)
-    kept_gram = kept_gram + xx if keep_erased else kept_gram
+    retained = scales.retain * (kept.retain.T @ kept.retain if kept.gram is None else kept.gram)
+    retained = retained + x.T @ x if keep_erased else retained
+    a, d = solve_uce(rows, kept, erase_scale=1.0, retain_scale=scales.uce_retain, lamb=scales.uce_lamb)
+    reads, writes = [a], [d]
+    ts = weights + a.T @ (d @ weights)
+    tst = ts + (ts @ d.T) @ a
     for _ in range(epochs):
-        ts = t.T @ weights
-        p = torch.cholesky_solve(ts, torch.linalg.cholesky(scales.reg * eye + _symmetric(ts @ t)))
-        adversarial = _symmetric(p @ xx @ p.T)
-        m = scales.lamb * eye + adversarial + kept_gram
-        step = torch.cholesky_solve((gx @ p.T - adversarial).T, torch.linalg.cholesky(m)).T
-        t = t @ (eye + step)
-    return t
-
-
-def _symmetric(matrix: torch.Tensor) -> torch.Tensor:
-    return (matrix + matrix.T) / 2
+        factor = torch.linalg.cholesky(scales.reg * eye + (tst + tst.T) / 2)
+        found = torch.cholesky_solve(ts @ x.T, factor).T  # X P^T
+        m = scales.lamb * eye + found.T @ found + retained
+        a, d = torch.cholesky_solve(found.T, torch.linalg.cholesky(m)).T, g - found
+        # T <- T (I + D^T A): T D^T is D^T and what the edits so far make of it.
+        writes.append(d + sum((d @ read.T) @ write for read, write in zip(reads, writes, strict=True)))
+        reads.append(a)
+        ts = ts + a.T @ (d @ ts)
+        tst = tst + a.T @ (d @ tst)
+        tst = tst + (tst @ d.T) @ a
+    return torch.cat(reads), torch.cat(writes)
 
 
 def readers_of(pipe: Any, name: str) -> dict[str, nn.Linear]:
@@ -236,8 +239,8 @@ def refit(
         width = first[name].targets.shape[1]
         weights = base_sums.weight_gram(readers_of(pipe, name), width)
         scales = Scales.of(config, first[name], later[name], kept[name], weights)
-        t = solve(first[name], later[name], kept[name], weights, scales, config.epochs or 0, bool(config.keep_erased))
-        eye = torch.eye(width, dtype=torch.float64)
-        maps[name], found[name] = (t - eye, eye), (first[name], kept[name])
+        keep = bool(config.keep_erased)
+        maps[name] = solve(first[name], later[name], kept[name], weights, scales, config.epochs or 0, keep)
+        found[name] = first[name], kept[name]
     diagnostics = report(found, {name: [factors] for name, factors in maps.items()}, concepts, kept_names(config))
     return make_erasure(pipe, "rece", concepts, config, publish(pipe, maps, config), diagnostics, targets)

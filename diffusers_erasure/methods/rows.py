@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ..base_model import family_of
-from ..encoding import all_rows, gram, last_rows, pooled_rows
+from ..encoding import all_rows, gram, last_rows, null_rows, pooled_rows
 from ..errors import ErasureInputError
 from ..lists import Retained
 from ..schema import Concept, SolveRows
@@ -261,7 +261,7 @@ def kept_rows(
     whole = sorted({filled(template, prompt) for prompt in whole for template in templates})
     gone = {filled(template, prompt) for prompt in retained.excluded for template in templates}
     kept = torch.tensor([prompt not in gone for prompt in whole], dtype=torch.bool)
-    null = all_rows(pipe, [""])[0][0]
+    null = null_rows(pipe)
     number_kept = int(kept.sum())
     found = {}
     rows = last_rows(pipe, whole)[kept] if whole else null[:0]
