@@ -127,7 +127,7 @@ def draw(pipe: Any, unit: Unit, drawing: Mapping[str, Any]) -> list[Image.Image]
         chunk = unit.job.shots[start : start + BATCH]
         further = {key: [value] * len(chunk) if isinstance(value, str) else value for key, value in drawing.items()}
         images += pipe(
-            [shot.prompt for shot in chunk],
+            [ENTRIES[unit.method].prompt(shot, unit.job.targets) for shot in chunk],
             num_inference_steps=unit.steps,
             guidance_scale=GUIDANCE_SCALE,
             generator=[torch.Generator().manual_seed(shot.seed) for shot in chunk],

@@ -10,6 +10,8 @@ from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, STYLES
 
 
 if TYPE_CHECKING:
+    from efficacy_plan import Shot
+
     from diffusers_erasure import Erasure
 
 
@@ -30,6 +32,8 @@ class Entry:
         gives_retain (`bool`, *optional*, defaults to `True`): Whether `erase` gets the words to retain.
         max_targets (`int`, *optional*): Scenarios that erase more concepts at once are left out for this entry.
         drawing (`Callable`, *optional*): From the targets to further keyword arguments of the pipeline's call.
+        says_anchor (`bool`, *optional*, defaults to `False`): Put the anchor into the prompts instead of the target: what
+            an edit would draw that maps the one to the other perfectly.
         version (`int`, *optional*, defaults to 1): Raise it when code that the fields above do not show changes, so that
             stored results are not taken any more.
     """
@@ -45,6 +49,7 @@ class Entry:
     gives_retain: bool = True
     max_targets: int | None = None
     drawing: Callable[[Sequence[str]], dict[str, Any]] | None = None
+    says_anchor: bool = False
     version: int = 1
 
     def anchors(self, targets: Sequence[str]) -> list[str]:
@@ -59,6 +64,15 @@ class Entry:
     def drawing_for(self, targets: Sequence[str]) -> dict[str, Any]:
         """Further keyword arguments of the pipeline's call."""
         return self.drawing(targets) if self.drawing else {}
+
+    def prompt(self, shot: Shot, targets: Sequence[str]) -> str:
+        """What is drawn for a shot: its prompt, or the same about the anchor."""
+        if not self.says_anchor or shot.concept not in targets:
+            return shot.prompt
+        (anchor,) = self.anchors([shot.concept])
+        if shot.concept in STYLES:
+            return f"a {shot.object}"  # of no style, which is what the empty prompt stands for
+        return shot.wording.format(object=anchor, style=shot.style)
 
     def make(self, pipe: Any, targets: Sequence[str], anchors: Sequence[str], retain: Sequence[str]) -> Erasure | None:
         """
@@ -84,7 +98,9 @@ class Entry:
 
     def identity(self, targets: Sequence[str]) -> dict[str, Any]:
         """All of the entry that the images depend on, for the key of a stored result."""
+        further = {"says_anchor": True} if self.says_anchor else {}
         return {
+            **further,
             "name": self.name,
             "method": self.method,
             "settings": self.settings_for(targets),
@@ -102,6 +118,11 @@ _ENTRIES = (
         "negative prompt",
         "no erasure; the targets, joined by commas, as the negative prompt (the encoder cuts it off at 24 positions)",
         drawing=lambda targets: {"negative_prompt": ", ".join(targets)},
+    ),
+    Entry(
+        "anchor prompt",
+        "no erasure; the anchor stands in the prompt instead of the target: what a perfect edit would draw",
+        says_anchor=True,
     ),
     Entry("uce", "UCE with the library's defaults", "uce", style_settings={"templates": "style"}),
     Entry(

@@ -406,3 +406,16 @@ def test_smoke(tmp_path: Path) -> None:
     assert sorted(file.suffix for file in stored) == [".json", ".json", ".png", ".png"]
     assert run()["scenarios"] == numbers["scenarios"]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()} == stored
+
+
+def test_the_anchor_stands_in_the_prompt_instead_of_the_target() -> None:
+    neighbours = {name: [other for other in OBJECTS if other != name] for name in OBJECTS}
+    entry = methods.ENTRIES["anchor prompt"]
+    job = plan.object_job(plan.ONE_OBJECT, ("penguin",), neighbours, plan.Counts(4, 4))
+    for place, shot in enumerate(job.shots):
+        said = entry.prompt(shot, job.targets)
+        expected = shot.wording.format(object="bird", style=shot.style) if place in job.cell("erased") else shot.prompt
+        assert said == expected and methods.ENTRIES["none"].prompt(shot, job.targets) == shot.prompt
+    style = plan.style_job("ink", plan.Counts(2, 2))
+    assert "ink" not in entry.prompt(style.shots[0], style.targets)
+    assert entry.identity(("penguin",)) != methods.ENTRIES["none"].identity(("penguin",))
