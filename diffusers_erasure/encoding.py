@@ -17,7 +17,7 @@ from .errors import ErasureCompatibilityError, ErasureInputError
 
 BATCH = 64  # prompts in one pass
 PADDED_BATCH = 16  # of prompts with their padding: as fast, and a quarter of the memory
-CACHED_FROM = 16  # shorter lists are encoded faster than their encoder is recognised
+CACHED_FROM = 8  # shorter lists are encoded about as fast as they are read
 # What a text encoder's configuration says of its rows beside the shapes of its weights.
 BEHAVIOUR = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "use_attention_mask")
 
@@ -180,7 +180,7 @@ def last_rows(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline; its text encoders and tokenizers are used.
-        prompts (sequence of `str`): the prompts, each once. Lists of 16 and more are cached on disk.
+        prompts (sequence of `str`): the prompts, each once. Lists of 8 and more are cached on disk.
 
     Returns:
         `torch.Tensor`: float64 [N, C] on the CPU; C = 768 (SD 1.x), 1024 (SD 2.x), 2048 (SDXL).
@@ -248,7 +248,7 @@ def null_rows(pipe: Any) -> torch.Tensor:
 
 
 def gram(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """`sum x x^T` over all rows, padding included, of some prompts: float64 [C, C]. Lists of 16 and more are cached."""
+    """`sum x x^T` over all rows, padding included, of some prompts: float64 [C, C]. Lists of 8 and more are cached."""
 
     def make() -> torch.Tensor:
         total: torch.Tensor | float = 0.0
