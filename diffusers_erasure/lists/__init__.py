@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -198,13 +199,18 @@ def retained(value: Any, targets: Sequence[str]) -> Retained:
 
 def names_any(prompt: str, targets: Iterable[str]) -> bool:
     """Whether a prompt holds one of the targets as whole words, in order, whatever the case and with accents or without."""
-    words = _words(_without_accents(prompt))
+    words = _plain_words(prompt)
     for target in targets:
-        wanted = _words(_without_accents(target))
+        wanted = _plain_words(target)
         n = len(wanted)
         if any(words[i : i + n] == wanted for i in range(len(words) - n + 1)) if n else _has_sign(prompt, target):
             return True
     return False
+
+
+@lru_cache(maxsize=1 << 16)  # of every target for every prompt of a list
+def _plain_words(text: str) -> tuple[str, ...]:
+    return tuple(_words(_without_accents(text)))
 
 
 def _has_sign(prompt: str, target: str) -> bool:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 
 
+THIN = 0.65  # of the width: with more rows than that one eigendecomposition of all of Sigma is faster
+
+
 @dataclass(frozen=True)
 class Influence:
     """How strongly the edit alone (without anything retained) would change a row x: |W_e x|^2 = y^T H y, y = coordinates(x).
@@ -102,7 +105,7 @@ def kept_directions(prior: Prior, threshold: float, relative: bool, extra: torch
     x, width = prior.rows, prior.rows.shape[1]
     if not len(x) and extra is None:
         return x.new_zeros(width, 0)
-    if len(x) + 1 < width and extra is None:
+    if len(x) + 1 < THIN * width and extra is None:
         # A thin set: Sigma = Y^T K Y with Y = [X; v], so that its eigenvectors lie in the span of Y.
         y, core = x, torch.diag(prior.weights)
         if prior.v is not None:
