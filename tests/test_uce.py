@@ -157,6 +157,12 @@ def test_truncation_states_its_error(pipe: Any) -> None:
     assert 1e-3 < worst < 1
 
 
+def test_the_stated_error_is_that_of_the_worst_site(pipe: Any) -> None:
+    """Of writing float32 alone: about its rounding, however many sites there are."""
+    erasure = erase(pipe, "cat", anchors="animal")
+    assert erasure.config.stock is not None and 0 < erasure.config.stock.max_error < 2e-7
+
+
 def test_scales_are_relative_by_default(pipe: Any) -> None:
     """A relative lambda times the rows' mean squared norm is the absolute one."""
     norm = float(last_rows(pipe, ["cat"]).square().sum())

@@ -99,18 +99,18 @@ def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextC
     worst = 0.0
     for site, factors in sites.items():
         a, b = factors()
+        error = 0.0
         # More rows than the matrix has rank (many rows of a window) are written as fewer, exactly.
         if config.rank is not None or config.max_error is not None or len(a) > min(a.shape[1], b.shape[0]):
             u, s, vh = product(b, a)
             kept = rank_for(s, config.rank, config.max_error)
             lost, norm = float(s[kept:].norm()), float(s.norm())
-            worst = max(worst, lost / norm if norm else 0.0)
+            error = lost / norm if norm else 0.0
             a, b = vh[:kept], u[:, :kept] * s[:kept]
         a, b = balanced(a, b)
         names = f"unet.{site}{DOWN}", f"unet.{site}{UP}"
         written = a.float().contiguous(), b.float().contiguous()
-        worst_cast = cast_error((a, b), written, names)
-        worst = max(worst, worst_cast) if not worst else worst + worst_cast
+        worst = max(worst, error + cast_error((a, b), written, names))
         parts[site] = written
     rank = max(len(a) for a, _ in parts.values())
     tensors: dict[str, torch.Tensor] = {}

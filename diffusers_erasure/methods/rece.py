@@ -23,7 +23,7 @@ from ..base_model import text_readers
 from ..errors import ErasureInputError
 from ..schema import Concept
 from . import base_sums
-from .publishing import Factors, kept_names, make_erasure, pooled_linear, report
+from .publishing import POOLED_SITE, Factors, kept_names, make_erasure, pooled_linear, report
 from .rows import (
     POOLED,
     ROWS,
@@ -211,7 +211,7 @@ def solve(
 
 def readers_of(pipe: Any, name: str) -> dict[str, nn.Linear]:
     """The projections that read one input of the denoiser."""
-    return {"add_embedding.linear_1": pooled_linear(pipe)} if name == POOLED else text_readers(pipe)
+    return {POOLED_SITE: pooled_linear(pipe)} if name == POOLED else text_readers(pipe)
 
 
 def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
