@@ -180,7 +180,8 @@ def _all_retained(parts: Sequence[Erasure], targets: Sequence[str]) -> Retained:
         settings = part.config.method.settings
         if settings.get("retain_prompts") and "retain" not in settings:
             raise ErasureInputError(
-                f"Erasure number {index} is redacted and does not say what it retained ({settings['retain_prompts']} prompts); "
+                f"Erasure number {index} is redacted or its list too long, and does not say what it retained "
+                f"({settings['retain_prompts']} prompts); "
                 "give `retain`."
             )
         own = dict.fromkeys(str(item) for item in settings.get("retain", ()))

@@ -175,7 +175,7 @@ def test_parts_that_do_not_go_together_are_named(pipe: Any) -> None:
     summed = combine([uce, other], mode="sum")
     with pytest.raises(ErasureInputError, match="keeps no rows"):
         combine([summed, erase(pipe, "rose", anchors="flower")], pipe=pipe)
-    with pytest.raises(ErasureInputError, match="redacted and does not say"):
+    with pytest.raises(ErasureInputError, match="redacted or its list too long, and does not say"):
         combine([uce.redacted(), erase(pipe, "shark", anchors="animal", retain=KEPT)], pipe=pipe)
 
 

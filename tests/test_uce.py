@@ -163,6 +163,15 @@ def test_the_stated_error_is_that_of_the_worst_site(pipe: Any) -> None:
     assert erasure.config.stock is not None and 0 < erasure.config.stock.max_error < 2e-7
 
 
+def test_a_list_too_long_for_the_configuration_is_counted(pipe: Any) -> None:
+    prompts = [f"a thing of the kind number {i}" for i in range(12_000)]
+    settings, secret = Config(retain=prompts).recorded()
+    assert settings["retain_prompts"] == 12_000 and not {"retain", "retain_excluded"} & settings.keys()
+    assert secret == ("templates",)
+    few, _ = Config(retain=prompts[:1000]).recorded()
+    assert few["retain"] == prompts[:1000]
+
+
 def test_scales_are_relative_by_default(pipe: Any) -> None:
     """A relative lambda times the rows' mean squared norm is the absolute one."""
     norm = float(last_rows(pipe, ["cat"]).square().sum())

@@ -32,6 +32,7 @@ TEMPLATES = {
 Which = Literal["last", "window", "all", "whole"]
 WHICH = ("last", "window", "all", "whole", None)
 ROWS, POOLED = "encoder_hidden_states", "text_embeds"  # inputs of the denoiser
+MOST_RECORDED = 65_536  # characters of a user's own list, of the 256 KiB that a configuration may have
 SAME = 1e-7  # singular values below this share of the largest are float32's rounding
 
 
@@ -94,8 +95,10 @@ class TextConfig:
         settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         kept: Retained = settings.pop("retain")
         settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-        settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
         settings["retain_prompts"] = len(kept.prompts)
+        if sum(map(len, (*kept.source, *kept.excluded))) > MOST_RECORDED:
+            return settings, ("templates",)  # whoever joins the erasure gives the list again
+        settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
         secret = ["retain_excluded"] if isinstance(self.templates, str | None) else ["retain_excluded", "templates"]
         if not all(source.startswith("list:") for source in kept.source):
             secret.append("retain")
