@@ -99,7 +99,8 @@ def make_unet(smoke: bool = False, device: str = "cpu", dtype: torch.dtype = tor
         unet = UNet2DConditionModel(**(SMALL_UNET if smoke else UNET)).eval().requires_grad_(False)
     if device == "meta":
         return unet
-    unet = unet.to_empty(device="cpu")
+    # In its dtype at once: a copy in float32 would decide about the peak memory.
+    unet = unet.to(dtype).to_empty(device="cpu")
     # One block of random numbers over and over, of a prime length so that no two rows of a weight are equal.
     block = torch.rand(1_000_003, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     for module in unet.modules():
@@ -110,7 +111,7 @@ def make_unet(smoke: bool = False, device: str = "cpu", dtype: torch.dtype = tor
                 scale = (3.0 / max(1, parameter[0].numel())) ** 0.5
                 for part in parameter.view(-1).split(len(block)):
                     torch.mul(block[: len(part)], scale, out=part)
-    return unet if (device, dtype) == ("cpu", torch.float32) else unet.to(device, dtype)
+    return unet if device == "cpu" else unet.to(device)
 
 
 def share_weights(model: Any) -> Any:

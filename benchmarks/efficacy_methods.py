@@ -90,8 +90,12 @@ class Entry:
         if self.method is None:
             return None
         from diffusers_erasure import erase
+        from diffusers_erasure.methods import get_method
+        from diffusers_erasure.training import TrainingRun
 
         settings = self.settings_for(targets)
+        if get_method(self.method).trains:
+            settings["training"] = TrainingRun(progress=False)
         if self.gives_retain:
             settings["retain"] = list(retain)
         return erase(pipe, list(targets), anchors=list(anchors), method=self.method, **settings)
@@ -172,6 +176,20 @@ _ENTRIES = (
         "SPEED with the library's presets and one round of RECE's rows (`adversarial=1`)",
         "speed",
         {"preset": "instance", "adversarial": 1},
+        style_settings={"preset": "style"},
+    ),
+    Entry(
+        "esd",
+        "ESD, trained as a LoRA with the library's presets `object` and `style`",
+        "esd",
+        {"preset": "object"},
+        style_settings={"preset": "style"},
+    ),
+    Entry(
+        "sdd",
+        "SDD, trained as a LoRA with the library's presets `object` and `style`",
+        "sdd",
+        {"preset": "object"},
         style_settings={"preset": "style"},
     ),
 )

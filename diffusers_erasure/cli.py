@@ -4,24 +4,23 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from . import cli_fit, cli_hub
+from . import cli_erase, cli_fit, cli_hub
 from .cli_export import export
+from .cli_options import Base, Device, Dtype, Json, Offload, Revision, Token, Variant, err, out
+from .cli_report import print_diagnostics, size_text
 from .errors import ErasureError, ErasureInputError
 
 
 if TYPE_CHECKING:
-    from .artifact import Erasure
     from .demo.command import DemoReport
 
 
@@ -32,20 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# Results go to standard output, everything else (progress, logs, errors) to standard error.
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
-MOST_SHOWN = 20  # rows of a table about targets
-
-Base = Annotated[str, typer.Option("--base", help="Base model: a folder, a repository id, or 'demo'.")]
-Device = Annotated[str | None, typer.Option(help="Device, such as cuda or cpu; the best one by default.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Variant = Annotated[str | None, typer.Option(help="Variant of the base model's files, such as fp16.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base model.")]
-Token = Annotated[str | None, typer.Option(help="Hub token; the stored one by default.", envvar="HF_TOKEN")]
-Offload = Annotated[str, typer.Option(help="none, model or sequential: offload to the CPU between uses.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 def _version(wanted: bool) -> None:
@@ -130,69 +115,6 @@ def methods(as_json: Json = False) -> None:
         for setting, default in entry["settings"].items():
             table.add_row(setting, json.dumps(default))
         out.print(table)
-
-
-@app.command()
-def erase(
-    targets: Annotated[list[str], typer.Argument(help="The concepts to remove, or a .txt or .csv file of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erasure.")],
-    anchor: Annotated[list[str] | None, typer.Option(help="What they are mapped to: one, or one each.")] = None,
-    retain: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What must not change: a prompt, a .txt or .csv file, or list:NAME (see `lists`); repeatable."
-        ),
-    ] = None,
-    method: Annotated[str, typer.Option(help="One of `diffusers-erasure methods`.")] = "uce",
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting, as name=value.")] = None,
-    half: Annotated[bool, typer.Option("--half", help="Save the tensors in float16.")] = False,
-    redact: Annotated[bool, typer.Option("--redact", help="Leave the concepts' names out of the files.")] = False,
-    base: Base = "demo",
-    device: Device = None,
-    dtype: Dtype = "auto",
-    variant: Variant = None,
-    revision: Revision = None,
-    token: Token = None,
-    offload: Offload = "none",
-    as_json: Json = False,
-) -> None:
-    """Make an erasure and save it to a folder."""
-    import torch
-
-    from .fitting import erase as make
-    from .loading import load_base
-
-    settings = _settings(setting)  # wrong settings are told before a model is loaded
-    pipe = load_base(
-        base,
-        device=device,
-        dtype=dtype,
-        variant=variant,
-        revision=revision,
-        token=token,
-        offload=offload,  # type: ignore[arg-type]  # `load_base` checks it
-    )
-    with err.status(f"making an erasure of {len(targets)} concepts by {method}"):
-        erasure = make(pipe, targets, anchors=anchor, retain=retain, method=method, **settings)
-    files = erasure.save_pretrained(output, dtype=torch.float16 if half else None, redact_concepts=redact)
-    print_made(erasure, output, files, redact=redact, as_json=as_json)
-
-
-def print_made(erasure: "Erasure", output: Path, files: Sequence[Path], *, redact: bool, as_json: bool) -> None:
-    """Tell what was made: its files, and how far targets and retained prompts moved."""
-    if as_json:
-        report = {
-            "output": str(output),
-            "files": {path.name: path.stat().st_size for path in files},
-            "diagnostics": {} if redact else erasure.config.diagnostics,
-            "stock": None if erasure.config.stock is None else dataclasses.asdict(erasure.config.stock),
-        }
-        print(json.dumps(report, indent=2))
-        return
-    for path in files:
-        out.print(Text(f"{path}  {_size(path.stat().st_size)}"))
-    if not redact:
-        _print_diagnostics(erasure.config.diagnostics)
 
 
 @app.command()
@@ -292,42 +214,17 @@ def info(
     for layer in config.layers:
         rows[f"layer {layer.kind}"] = f"{layer.component}, {len(layer.sites)} sites, in {layer.file}"
     for name, record in config.files.items():
-        rows[name] = f"{_size(record.size)}, sha256 {record.sha256[:12]}…"
+        rows[name] = f"{size_text(record.size)}, sha256 {record.sha256[:12]}…"
     for label, value in rows.items():
         if value is not None:
             table.add_row(label, Text(str(value)))
     out.print(table)
-    _print_diagnostics(config.diagnostics)
+    print_diagnostics(config.diagnostics)
 
 
+cli_erase.register(app)
 cli_fit.register(app)
 cli_hub.register(app)
-
-
-def _print_diagnostics(diagnostics: dict[str, Any], input_name: str = "text rows") -> None:
-    moved = diagnostics.get("completeness")
-    if isinstance(moved, dict) and moved:
-        shown = sorted(moved.items(), key=lambda item: item[1])[:MOST_SHOWN]  # the least moved are those to look at
-        table = Table("target", f"moved to its anchor ({input_name})")
-        for name, value in shown:
-            table.add_row(Text(name), f"{value:.0%}")
-        if len(moved) > len(shown):
-            table.add_row(Text(f"{len(moved) - len(shown)} others"), f"{shown[-1][1]:.0%} or more")
-        out.print(table)
-    kept = diagnostics.get("retained_change")
-    if isinstance(kept, dict):
-        out.print(Text(f"retained {input_name} changed by {kept['median']:.1%} (median), {kept['max']:.1%} (largest)"))
-    start, empty = diagnostics.get("start_token_change"), diagnostics.get("empty_prompt_change")
-    if isinstance(start, float) and isinstance(empty, float):
-        out.print(
-            Text(f"the start token's row changed by {start:.1%}, the empty prompt's others by up to {empty:.1%}")
-        )
-    space = diagnostics.get("null_space")
-    if isinstance(space, dict):
-        least, largest, width = (space.get(key) for key in ("least", "largest", "width"))
-        out.print(Text(f"free of what is retained: {least} to {largest} of {width} dimensions, by layer"))
-    if isinstance(diagnostics.get("pooled"), dict):
-        _print_diagnostics(diagnostics["pooled"], "pooled vectors")
 
 
 def _bar() -> Progress:
@@ -335,26 +232,8 @@ def _bar() -> Progress:
     return Progress(*columns, console=err)
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
 def _plain(value: Any) -> Any:
     return None if value is dataclasses.MISSING else list(value) if isinstance(value, tuple) else value
-
-
-def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """`name=value` pairs; values are JSON where they parse as it, else text."""
-    settings: dict[str, Any] = {}
-    for pair in pairs or ():
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ErasureInputError(f"`--set` takes name=value, not {pair!r}.")
-        try:
-            settings[name] = json.loads(value)
-        except ValueError:
-            settings[name] = value
-    return settings
 
 
 def _with_strength(text: str) -> tuple[str, float]:

@@ -42,7 +42,7 @@ def combine(
     import torch
 
     from .artifact import Erasure
-    from .cli import print_made
+    from .cli_report import print_made
     from .combining import combine as make
     from .loading import load_base
 

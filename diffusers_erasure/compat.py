@@ -3,7 +3,9 @@
 No other module of the library imports or reads a private name of another library.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,6 +96,11 @@ def has_adapters(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return any(isinstance(part, BaseTunerLayer) for part in module.modules())
+
+
+def exactly(names: Iterable[str]) -> str:
+    """The `target_modules` of a peft configuration for these modules and no others: peft matches a text as a whole."""
+    return "|".join(re.escape(name) for name in names)
 
 
 def layers_with_adapter(module: nn.Module, name: str) -> list[Any]:
@@ -197,6 +204,24 @@ def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn
                 yield from walk(child, f"{prefix}{name}.")
 
     yield from walk(unwrap_compiled(module), "")
+
+
+@contextmanager
+def accelerate_state_restored() -> Iterator[None]:
+    """Within the block accelerate may be set up; afterwards it is set up no more, if it was not before.
+
+    accelerate keeps one state for the whole process and refuses an `Accelerator` with other options as long as it lives.
+    That of several processes stays: their connection cannot be made twice.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    fresh = not PartialState._shared_state
+    try:
+        yield
+    finally:
+        if fresh and PartialState._shared_state and PartialState().num_processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
 
 
 def hub_transport_error() -> type[Exception]:

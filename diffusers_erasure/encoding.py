@@ -73,6 +73,17 @@ def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
+def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+    """See that a pipeline can encode prompts, whole.
+
+    Raises:
+        ErasureInputError: a prompt is longer than an encoder reads, or a LoRA is active on one.
+        ErasureCompatibilityError: another family, or a text encoder or tokenizer is missing.
+    """
+    for _, tokenizer in _readers(pipe):
+        token_ids(tokenizer, _as_fed(pipe, tokenizer, prompts))
+
+
 def _forward(encoder: nn.Module, ids: list[list[int]], mask: torch.Tensor | None, penultimate: bool) -> Any:
     """One pass: rows [B, L, c] and the projected, pooled vector [B, p] (`None` where the encoder has none)."""
     device = compat.execution_device(encoder)

@@ -34,7 +34,8 @@ class ErasureInactiveError(ErasureError, RuntimeError):
 
 
 class ErasureTrainingError(ErasureError, RuntimeError):
-    """Weights would be trained while an erasure is on: the way in which a concept is known to come back."""
+    """Training cannot go on: the loss is not finite, a checkpoint cannot be written, or weights would be trained while an
+    erasure is on, the way in which a concept is known to come back."""
 
 
 class ErasureHubError(ErasureError, OSError):

@@ -2,17 +2,20 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .artifact import Erasure
 from .encoding import one_fit
 from .errors import ErasureInputError
 from .lists import expand, retained
 from .logging import get_logger
-from .methods import get_method, make_config
+from .methods import get_method, make_config, method_names
 from .pipeline import erasures_disabled
 from .schema import Concept
 
+
+if TYPE_CHECKING:
+    from .training import TrainingRun
 
 logger = get_logger(__name__)
 
@@ -26,6 +29,7 @@ def erase(
     anchors: Texts | None = None,
     retain: "Texts | os.PathLike[str] | None" = None,
     method: str = "uce",
+    training: "TrainingRun | None" = None,
     **settings: Any,
 ) -> Erasure:
     """Make an erasure of one or more concepts.
@@ -41,6 +45,7 @@ def erase(
             (see [`read_prompts`]), and names of the lists that the library ships (`"list:artists"`, see
             [`list_names`]). Entries of lists that name a target as whole words are left out.
         method (`str`, *optional*, defaults to `"uce"`): one of `diffusers-erasure methods`.
+        training ([`TrainingRun`], *optional*): for methods that train: checkpoints, resuming, progress and sample images.
         settings: the method's own settings.
 
     Returns:
@@ -50,6 +55,7 @@ def erase(
         ErasureInputError: an empty target, a target equal to its anchor or among the retained prompts, a prompt longer
             than the encoder, an unknown method or setting, or a setting out of range.
         ErasureCompatibilityError: the method does not support this base model.
+        ErasureTrainingError: methods that train: the loss is not finite, or a checkpoint cannot be written.
 
     Examples:
 
@@ -80,11 +86,49 @@ def erase(
     if retain is not None:
         settings["retain"] = retained(retain, names)
     config = make_config(entry, settings)
+    if training is not None and not entry.trains:
+        raise ErasureInputError(f"`training` is for methods that train; {method!r} solves a closed form.")
     with erasures_disabled(pipe), one_fit():
-        erasure = entry.fit(pipe, concepts, config)
+        erasure = entry.fit(pipe, concepts, config, *([training] if entry.trains else []))
     assert isinstance(erasure, Erasure)
     logger.info("Made an erasure of %d concepts by %s.", len(concepts), method)
     return erasure
+
+
+def recipe_of(erasure: Erasure) -> dict[str, Any]:
+    """The arguments of [`erase`] with which an erasure was made, its settings under `"settings"`.
+
+    Raises:
+        ErasureInputError: it is redacted, its list of retained prompts was too long to be recorded, it was published at
+            another strength, or it is none that `erase` made.
+    """
+    method = erasure.config.method
+    if erasure.config.redacted:
+        raise ErasureInputError(
+            "The erasure is redacted and no longer says what it removes, so it cannot be repeated."
+        )
+    if erasure.config.published_strength != 1:
+        raise ErasureInputError(
+            f"The erasure was published at {erasure.config.published_strength:g} of its strength; repeat the original one."
+        )
+    if method.name not in method_names():
+        raise ErasureInputError(f"The erasure was made by {method.name!r}, which is none of {sorted(method_names())}.")
+    settings = dict(method.settings)
+    count = settings.pop("retain_prompts", 0)
+    settings.pop("retain_excluded", None)
+    if count and "retain" not in settings:
+        raise ErasureInputError(
+            f"The erasure retained {count} prompts, too many to be recorded; it cannot be repeated."
+        )
+    retain = settings.pop("retain", None)
+    anchors = [concept.anchor or "" for concept in erasure.concepts]
+    return {
+        "targets": [str(concept.target) for concept in erasure.concepts],
+        "anchors": anchors,
+        "retain": retain or None,
+        "method": method.name,
+        "settings": settings,
+    }
 
 
 def _same(a: str | None, b: str | None) -> bool:

@@ -1,10 +1,13 @@
 """Loading a base model by name, for the command line: a folder, a repository, or the embedded model (`demo`)."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ErasureInputError, ErasureNotFoundError
 
+
+if TYPE_CHECKING:
+    import torch
 
 Offload = Literal["none", "model", "sequential"]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -19,6 +22,7 @@ def load_base(
     revision: str | None = None,
     token: str | None = None,
     offload: Offload = "none",
+    half: "torch.dtype | None" = None,
 ) -> Any:
     """Load a base model.
 
@@ -31,6 +35,7 @@ def load_base(
         revision (`str`, *optional*): branch, tag or commit.
         token (`str`, *optional*): token for private and gated repositories.
         offload (`"none"`, `"model"` or `"sequential"`, *optional*): offload to the CPU between uses.
+        half (`torch.dtype`, *optional*): what `"auto"` is on an accelerator instead of float16.
 
     Raises:
         ErasureInputError: a device, dtype or combination that does not exist.
@@ -47,8 +52,8 @@ def load_base(
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ErasureInputError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
-    half = kind != "cpu" and base != "demo"
-    torch_dtype = (torch.float16 if half else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    by_default = (half or torch.float16) if kind != "cpu" and base != "demo" else torch.float32
+    torch_dtype = by_default if dtype == "auto" else getattr(torch, dtype)
     if base == "demo":
         from .demo import load_pipeline
 

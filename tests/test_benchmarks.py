@@ -124,3 +124,16 @@ def test_closed_form_sdxl(tmp_path: Path) -> None:
     }
     for row in (*numbers["speed"], *numbers["rece"]):
         assert row["parts_s"]["edit"] > 0 and row["parts_s"]["encoding"] == 0
+
+
+@pytest.mark.slow
+def test_training(tmp_path: Path) -> None:
+    numbers = run("training", tmp_path)
+    (row,) = numbers["compare"]
+    assert set(row["ratio"]) == {"forwards", "passes", "seconds"}
+    # Two steps of two samples and two retained ones; the student's passes are the same in both ways.
+    assert (
+        row["plain"]["passes"] - row["plain"]["forwards"] == row["library"]["passes"] - row["library"]["forwards"] == 8
+    )
+    assert all(case["peak_gb"] > case["loaded_gb"] > 0 for case in numbers["memory"])
+    assert numbers["run"]["seconds"] > 0 and numbers["run"]["bytes"] > 0

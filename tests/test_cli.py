@@ -140,7 +140,7 @@ def test_errors_are_one_line(
 
 def test_usage_errors_version_and_debug(tmp_path: Path) -> None:
     assert invoke("--version").stdout.strip() == __version__
-    assert invoke("erase").exit_code == 2
+    assert invoke("erase").exit_code == 2  # no output folder
     assert invoke("nonsense").exit_code == 2
     debug = run("--debug", "info", "./missing", cwd=tmp_path)
     assert debug.returncode == 1 and "Traceback" in debug.stderr

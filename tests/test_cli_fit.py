@@ -267,3 +267,42 @@ def test_wrong_usage_and_help(parts: dict[str, str]) -> None:
     assert CliRunner().invoke(cli.app, ["cache", "empty"]).exit_code == 2
     for command, words in (("combine", "erasure of several"), ("lists", "lists that"), ("cache", "kept on disk")):
         assert words in invoke(command, "--help").stdout
+
+
+# ------------------------------------------------------------------------------------------- repeating, training
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--method", "uce", "--set", "templates=style", "--retain", "dog", "--retain", "fox"),
+        ("--method", "speed", "--retain", "list:objects", "--set", "preset=celebrity", "--set", "published=true"),
+        ("--method", "rece", "--retain", "dog", "--set", "epochs=2"),
+    ],
+)
+def test_config_repeats_a_closed_form_to_the_byte(how: tuple[str, ...]) -> None:
+    invoke("erase", "cat", "--anchor", "animal", "-o", "first", *how)
+    invoke("erase", "--config", "first", "-o", "second")
+    files = [{path.name: path.read_bytes() for path in Path(name).iterdir()} for name in ("first", "second")]
+    assert files[0] == files[1]
+    invoke("erase", "--config", "first", "-o", "third", "--set", "max_error=0.5")
+    assert Erasure.from_pretrained("third").config.method.settings["max_error"] == 0.5
+
+
+def test_what_cannot_be_repeated_or_is_no_option(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    invoke("erase", "cat", "--anchor", "animal", "-o", "named")
+    invoke("erase", "cat", "--anchor", "animal", "-o", "redacted", "--redact")
+    Erasure.from_pretrained("named").rescaled(0.5).save_pretrained("half")
+    for arguments, message in (
+        (("--config", "redacted"), "redacted"),
+        (("--config", "half"), "0.5 of its strength"),
+        (("--config", "named", "--anchor", "dog"), "--config"),
+        (("cat", "--config", "named"), "--config"),
+        ((), "Name the concepts"),
+        (("cat", "--resume"), "uce does not train"),
+        (("cat", "--method", "esd", "--sample-prompt", "x"), "--sample-every"),
+        (("cat", "--set", "retain=dog"), "an option of its own"),
+        (("cat", "--method", "esd", "--set", "rank=9999"), "`rank`"),
+    ):
+        assert message in fails(monkeypatch, capfd, "erase", "-o", "no", *arguments)
+    assert not Path("no").exists() and not Path("no.checkpoints").exists()

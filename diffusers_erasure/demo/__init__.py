@@ -33,6 +33,7 @@ __all__ = [
     "load_images",
     "load_judge",
     "load_pipeline",
+    "load_unseen_images",
     "prompt",
 ]
 
@@ -130,9 +131,23 @@ def load_images() -> Dataset:
     Returns:
         [`~diffusers_erasure.demo.dataset.Dataset`]: `images`, uint8 [64 objects, 5 styles, 64, 64, 3], and their words.
     """
+    return _load_images("emoji64")
+
+
+def load_unseen_images() -> Dataset:
+    """
+    Load 60 pictures of 12 other objects which the model has never seen: what a user's LoRA may be trained on.
+
+    Returns:
+        [`~diffusers_erasure.demo.dataset.Dataset`]: `images`, uint8 [12 objects, 5 styles, 64, 64, 3], and their words.
+    """
+    return _load_images("emoji64_unseen")
+
+
+def _load_images(name: str) -> Dataset:
     from diffusers_erasure.demo.dataset import load_dataset
 
-    with as_file(assets() / "emoji64.npz") as images, as_file(assets() / "emoji64.json") as labels:
+    with as_file(assets() / f"{name}.npz") as images, as_file(assets() / f"{name}.json") as labels:
         return load_dataset(images, labels)
 
 

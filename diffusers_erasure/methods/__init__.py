@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,17 @@ from ..errors import ErasureInputError
 
 
 # Name -> (module, one line for people). A module has `Config`, a dataclass of settings, `fit(pipe, concepts, config)`
-# and, where erasures can be solved again, `refit(pipe, concepts, config, rows)`.
+# (with a further `run` where it trains) and, where erasures can be solved again, `refit(pipe, concepts, config, rows)`.
 _REGISTRY: dict[str, tuple[str, str]] = {
+    "esd": (
+        "esd",
+        "ESD (ICCV 2023): fine-tuning away from the concept by the base's own guidance, as a LoRA; minutes",
+    ),
     "rece": ("rece", "RECE (ECCV 2024): UCE, then further closed-form edits against rows that still reach the target"),
+    "sdd": (
+        "sdd",
+        "SDD (ICML workshop 2023): self-distillation towards the empty prompt, averaged, as a LoRA; minutes",
+    ),
     "speed": (
         "speed",
         "SPEED (ICLR 2026): closed-form edit of the values in the null space of what is retained; seconds",
@@ -30,6 +39,7 @@ class MethodEntry:
         summary: one line for people.
         config: the dataclass of its settings.
         fit: `(pipe, concepts, config) -> Erasure`.
+        trains: whether `fit` takes a [`TrainingRun`] too, as it trains.
         refit: `(pipe, concepts, config, rows) -> Erasure` from the rows that erasures keep, for `combine`; `None` where the
             method keeps none.
     """
@@ -38,6 +48,7 @@ class MethodEntry:
     summary: str
     config: type[Any]
     fit: Callable[..., Any]
+    trains: bool = False
     refit: Callable[..., Any] | None = None
 
 
@@ -56,7 +67,8 @@ def get_method(name: str) -> MethodEntry:
         raise ErasureInputError(f"There is no method {name!r}; methods are {sorted(_REGISTRY)}.")
     module_name, summary = _REGISTRY[name]
     module = importlib.import_module(f".{module_name}", __name__)
-    return MethodEntry(name, summary, module.Config, module.fit, getattr(module, "refit", None))
+    trains = "run" in inspect.signature(module.fit).parameters
+    return MethodEntry(name, summary, module.Config, module.fit, trains, getattr(module, "refit", None))
 
 
 def make_config(entry: MethodEntry, settings: Mapping[str, Any]) -> Any:

@@ -50,4 +50,28 @@ CITATIONS: dict[str, Citation] = {
   year={2026}
 }""",
     ),
+    "esd": Citation(
+        title="Erasing Concepts from Diffusion Models",
+        year=2023,
+        url="https://arxiv.org/abs/2303.07345",
+        bibtex="""\
+@inproceedings{gandikota2023erasing,
+  title={Erasing Concepts from Diffusion Models},
+  author={Gandikota, Rohit and Materzy{\\'n}ska, Joanna and Fiotto-Kaufman, Jaden and Bau, David},
+  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year={2023}
+}""",
+    ),
+    "sdd": Citation(
+        title="Towards Safe Self-Distillation of Internet-Scale Text-to-Image Diffusion Models",
+        year=2023,
+        url="https://arxiv.org/abs/2307.05977",
+        bibtex="""\
+@inproceedings{kim2023towards,
+  title={Towards Safe Self-Distillation of Internet-Scale Text-to-Image Diffusion Models},
+  author={Kim, Sanghyun and Jung, Seohyeon and Kim, Balhae and Choi, Moonseok and Shin, Jinwoo and Lee, Juho},
+  booktitle={ICML 2023 Workshop on Challenges in Deployable Generative AI},
+  year={2023}
+}""",
+    ),
 }

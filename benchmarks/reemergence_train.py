@@ -1,0 +1,263 @@
+"""Fine-tuning a LoRA as users do, how far it undoes an erasure, and whether new objects were learnt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from reemergence_plan import TrainingSet
+
+from diffusers_erasure.demo.augment import Augmentation
+from diffusers_erasure.demo.dataset import Dataset
+from diffusers_erasure.demo.judge import Judge
+from diffusers_erasure.demo.train_judge import LATENT_NOISE, TEST_AUGMENTATION
+
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention, as diffusers' own LoRA scripts have it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a LoRA is trained."""
+
+    rank: int = 8
+    learning_rate: float = 5e-4  # twice as much costs the un-erased model most of its other objects
+    batch_size: int = 4
+    weight_decay: float = 1e-2
+    max_norm: float = 1.0
+
+
+def with_fast_sampling(pipe: Any) -> Any:
+    """What `fast_pipeline` does to the embedded model, done to any pipeline."""
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    for model in (pipe.unet, pipe.vae):
+        model.to(memory_format=torch.channels_last)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# --------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def train_lora(
+    pipe: Any, data: TrainingSet, checkpoints: Sequence[int], folder: Path, recipe: Recipe, seed: int
+) -> list[float]:
+    """
+    Train a LoRA on the pipeline's UNet with the loss that the model was trained with, and save it on the way.
+
+    Args:
+        pipe ([`StableDiffusionPipeline`]): The base; its own weights stay as they are.
+        data ([`TrainingSet`]): Pictures with captions.
+        checkpoints (sequence of `int`): After which steps to save, to `folder/<step>`; the last one ends the training.
+        folder (`Path`): Where to.
+        recipe ([`Recipe`]): Rank, rate and batch.
+        seed (`int`): Of the LoRA's start, the order of the pictures and flips, the captions, the noise.
+
+    Returns:
+        `list[float]`: The loss of each step.
+    """
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        model.requires_grad_(False)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
+    )
+    pipe.unet.add_adapter(config)
+    pipe.unet.to(memory_format=torch.contiguous_format)  # faster than channels last in small batches
+    parameters = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    means, deviations = encode_pictures(pipe.vae, data.images)
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    order: list[int] = []
+    losses = []
+    pipe.unet.train()
+    for step in range(1, max(checkpoints) + 1):
+        if len(order) < recipe.batch_size:
+            fresh = list(range(len(data.images)))
+            rng.shuffle(fresh)
+            order += fresh
+        batch, order = order[: recipe.batch_size], order[recipe.batch_size :]
+        with torch.no_grad():
+            captions = [data.caption(index, rng) for index in batch]
+            rows = pipe.text_encoder(tokens(pipe.tokenizer, captions))[0]
+        flips = [rng.randrange(2) for _ in batch]
+        mean, deviation = means[flips, batch], deviations[flips, batch]
+        latents = mean + deviation * torch.randn(mean.shape, generator=generator)
+        latents = latents * pipe.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        times = torch.randint(noise_scheduler.config.num_train_timesteps, (len(batch),), generator=generator)
+        noisy = noise_scheduler.add_noise(latents, noise, times)
+        loss = F.mse_loss(pipe.unet(noisy, times, rows).sample, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step in checkpoints:
+            StableDiffusionPipeline.save_lora_weights(
+                folder / str(step),
+                unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+                unet_lora_adapter_metadata=config.to_dict(),
+            )
+    pipe.unet.eval()
+    return losses
+
+
+@torch.no_grad()
+def noise_loss(pipe: Any, data: TrainingSet, times: Sequence[int] = (200, 500, 800)) -> float:
+    """The training's loss on (20 of) its pictures, with a plain caption, always the same noise and no flips."""
+    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    every = range(0, len(data.images), -(-len(data.images) // 20))
+    latents = encode_pictures(pipe.vae, data.images[list(every)])[0][0] * pipe.vae.config.scaling_factor
+    captions = [f"a {data.objects[i]} in {data.styles[i]} style" for i in every]
+    rows = pipe.text_encoder(tokens(pipe.tokenizer, captions))[0]
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for time in times:
+        noise, at = torch.randn(latents.shape, generator=generator), torch.full((len(latents),), time)
+        predicted = pipe.unet(noise_scheduler.add_noise(latents, noise, at), at, rows).sample
+        losses.append(F.mse_loss(predicted, noise).item())
+    return sum(losses) / len(losses)
+
+
+def tokens(tokenizer: Any, captions: Sequence[str]) -> torch.Tensor:
+    """Padded tokens, [n, positions]."""
+    length = tokenizer.model_max_length
+    return tokenizer(
+        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_pictures(vae: Any, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the latents of pictures as they are and flipped, [2, n, channels, height, width] each."""
+    pixels = to_pixels(images) * 2 - 1
+    both = [vae.encode(each).latent_dist for each in (pixels, pixels.flip(3))]
+    return torch.stack([each.mean for each in both]), torch.stack([each.std for each in both])
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 [n, size, size, 3] as floats in [0, 1], [n, 3, size, size]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+def lora_deltas(pipe: Any) -> dict[str, torch.Tensor]:
+    """What the loaded LoRA adds to each weight, by the name of the module in the UNet."""
+    deltas = {}
+    for name, module in pipe.unet.named_modules():
+        if hasattr(module, "get_delta_weight") and hasattr(module, "lora_A"):
+            (adapter,) = module.lora_A
+            deltas[name] = module.get_delta_weight(adapter).detach().double()
+    return deltas
+
+
+def weight_changes(erased: Any, clean: Any) -> dict[str, torch.Tensor]:
+    """What an exported erasure changed, by the name of the module in the UNet; unchanged weights are left out."""
+    before = dict(clean.unet.named_parameters())
+    changes = {}
+    for name, after in erased.unet.named_parameters():
+        if name.endswith(".weight") and not torch.equal(after, before[name]):
+            changes[name.removesuffix(".weight")] = (after - before[name]).detach().double()
+    return changes
+
+
+def undoing(fine_tuned: Mapping[str, torch.Tensor], safe: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """
+    How far fine-tuning points against an erasure, over the weights that both change, taken as one vector.
+
+    Args:
+        fine_tuned (`Mapping[str, torch.Tensor]`): What fine-tuning added to each weight.
+        safe (`Mapping[str, torch.Tensor]`): What the erasure added.
+
+    Returns:
+        `tuple[float, float]`: The cosine of `fine_tuned` and `-safe`, and the share of `safe` that `fine_tuned` takes back
+        (its projection on `-safe`, over the length of `safe`: 1 would be all of it).
+    """
+    common = sorted(set(fine_tuned) & set(safe))
+    if not common:
+        return float("nan"), float("nan")
+    against = -sum(float((fine_tuned[name] * safe[name]).sum()) for name in common)
+    length, safe_length = (
+        sum(float(each[name].square().sum()) for name in common) ** 0.5 for each in (fine_tuned, safe)
+    )
+    return against / max(length * safe_length, 1e-300), against / max(safe_length**2, 1e-300)
+
+
+# --------------------------------------------------------------------------------------------------- new objects
+
+
+class NewObjects:
+    """
+    Names new objects in pictures by the nearest centroid in the features of the judge, which has never seen them.
+
+    A centroid is the mean over augmented copies of one picture, so each object has one in each style: an object in ink
+    is farther from itself in colour than from another object in ink.
+
+    Args:
+        judge ([`~diffusers_erasure.demo.judge.Judge`]): Gives the features, the input of its two last layers.
+        dataset ([`~diffusers_erasure.demo.dataset.Dataset`]): The real pictures of the new objects.
+        copies (`int`, *optional*, defaults to 16): Augmented copies of each picture.
+    """
+
+    def __init__(self, judge: Judge, dataset: Dataset, copies: int = 16) -> None:
+        self.judge = judge
+        self.dataset = dataset
+        self.names = tuple(name for name in dataset.objects for _ in dataset.styles)
+        generator = torch.Generator().manual_seed(0)
+        pixels = to_pixels(dataset.images.reshape(-1, dataset.size, dataset.size, 3))
+        augmented = [self.features(Augmentation()(pixels, generator)) for _ in range(copies)]
+        every = torch.cat(augmented)
+        self.mean, self.deviation = every.mean(0), every.std(0).clamp(min=1e-3)
+        self.centroids = self.scaled(torch.stack(augmented).mean(0))
+
+    @torch.no_grad()
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Mean and maximum of the judge's last convolution, [n, 320]."""
+        features = self.judge.net.features(1 - pixels)
+        return torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
+
+    def scaled(self, features: torch.Tensor) -> torch.Tensor:
+        return (features - self.mean) / self.deviation
+
+    def predict(self, pixels: torch.Tensor) -> list[str]:
+        """The nearest object of each picture, [n, 3, size, size] in [0, 1]; always one of them."""
+        nearest = torch.cdist(self.scaled(self.features(pixels)), self.centroids).argmin(dim=1)
+        return [self.names[index] for index in nearest]
+
+    def right(self, images: Sequence[Image.Image], objects: Sequence[str]) -> list[bool]:
+        """Whether each image is nearest to the object that it should show."""
+        pixels = to_pixels(np.stack([np.array(image.convert("RGB")) for image in images]))
+        return [seen == wanted for seen, wanted in zip(self.predict(pixels), objects, strict=True)]
+
+    @torch.no_grad()
+    def validate(self, vae: Any, draws: int = 4) -> tuple[int, int]:
+        """
+        Try it on real pictures, changed harder than for the centroids and put through the autoencoder with noise.
+
+        Returns:
+            `tuple[int, int]`: How many were right, and of how many.
+        """
+        generator = torch.Generator().manual_seed(1)
+        pixels = to_pixels(self.dataset.images.reshape(-1, self.dataset.size, self.dataset.size, 3))
+        right = 0
+        for _ in range(draws):
+            latents = vae.encode(TEST_AUGMENTATION(pixels, generator) * 2 - 1).latent_dist.mean
+            level = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator) * latents.std()
+            latents = latents + level * torch.randn(latents.shape, generator=generator)
+            seen = self.predict((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
+            right += sum(name == wanted for name, wanted in zip(seen, self.names, strict=True))
+        return right, draws * len(pixels)

@@ -1,0 +1,142 @@
+"""ESD: erased Stable Diffusion (Gandikota et al., ICCV 2023, arXiv 2303.07345), trained as a LoRA.
+
+The student's prediction for the concept is trained to be the base's, guided away from it. At a noisy latent x_t:
+
+    paper:   L = | e(x_t, c) - (e*(x_t, 0) - eta (e*(x_t, c) - e*(x_t, 0))) |^2
+    newer:   L = | e(x_t, f) - (e*(x_t, f) - eta (e*(x_t, c) - e*(x_t, 0))) |^2
+
+e is the student (LoRA on), e* the base (LoRA off), c the concept, 0 the anchor (by default the empty prompt) and f what
+it is erased from, by default c itself. Then the second target is (1 - eta) e*(c) + eta e*(0), and the first one
+(1 + eta) e*(0) - eta e*(c): the newer eta is the paper's plus one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..artifact import Erasure
+from ..errors import ErasureInputError
+from ..schema import Concept
+from ..training import TrainConfig, TrainingRun, fit_by_training
+from ..training.objective import STUDENT, Step, squares
+from ..training.pool import Example
+from ..training.sampler import SAMPLE
+from .rows import number, one_of
+
+
+CONCEPT, NEUTRAL = "concept", "neutral"  # roles
+
+# What the authors run: full weights in 2023 and 2025, here as a LoRA with the learning rate of one.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    task: {
+        "train_set": train_set,
+        "rank": rank,
+        "templates": "none",
+        "formula": "paper",
+        "eta": 1.0,
+        "learning_rate": 1e-4,
+        "steps": 1000,
+        "batch_size": 1,
+        "policy": "student",
+        "trajectories": 0,
+        "num_inference_steps": 50,
+        "guidance_scale": 3.0,
+    }
+    for task, train_set, rank in (("style", "x", 4), ("object", "u", 8), ("nudity", "u", 16))
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    task: {
+        **PUBLISHED[task],
+        "train_set": {"style": "x-strict", "object": "x"}.get(task, "u"),
+        "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
+        "steps": None,
+        "batch_size": 4,
+        "policy": "base",
+        "trajectories": None,
+        "num_inference_steps": 20,
+    }
+    for task in PUBLISHED
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Settings of ESD, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
+
+    Args:
+        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the task.
+        published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (fresh on-policy
+            denoising of 50 steps for every sample, no templates) instead of this library's.
+        formula (`"paper"` or `"newer"`, *optional*): the target, see the module.
+        eta (`float`, *optional*): strength of the negative guidance, in the units of the formula.
+        erase_from (`str`, *optional*): with `"newer"`: erase the concept from what this prompt draws; one for all concepts.
+    """
+
+    preset: Literal["style", "object", "nudity"] = "object"
+    published: bool = False
+    formula: Literal["paper", "newer"] | None = None
+    eta: float | None = None
+    erase_from: str | None = None
+
+    def filled(self) -> dict[str, Any]:
+        one_of("preset", self.preset, tuple(PRESETS))
+        chosen = dict((PUBLISHED if self.published else PRESETS)[self.preset])
+        if self.erase_from is not None and self.formula is None:  # only the newer one knows it
+            chosen["formula"] = "newer"
+            chosen["eta"] = eta_of_paper(chosen["eta"])
+        elif self.formula == "newer":
+            chosen["eta"] = eta_of_paper(chosen["eta"])
+        return chosen
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("formula", self.formula, ("paper", "newer"))
+        number("eta", self.eta)
+        if self.erase_from is not None and self.formula != "newer":
+            raise ErasureInputError('`erase_from` needs `formula="newer"`.')
+        if self.erase_from is not None and not self.erase_from.strip():
+            raise ErasureInputError("`erase_from` must not be empty; leave it out to erase the concept from itself.")
+
+    def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        settings, secret = super().recorded()
+        return settings, tuple(sorted((*secret, "erase_from")))
+
+
+def eta_of_paper(eta: float) -> float:
+    """The newer formula's `eta` that means what the paper's `eta` does."""
+    return eta + 1
+
+
+class Objective:
+    """ESD's loss. Implements [`Objective`]."""
+
+    teacher_roles: tuple[str, ...] = (STUDENT, CONCEPT, NEUTRAL)
+
+    def __init__(self, eta: float, erase_from: str | None = None, newer: bool = False) -> None:
+        self.eta = eta if newer else eta_of_paper(eta)
+        self.erase_from = erase_from
+
+    def examples(self, concepts: Sequence[Concept], templates: Sequence[str]) -> list[Example]:
+        """Denoise with f, ask the student for f, and the base for f, c and the anchor."""
+        found = []
+        for template in templates:
+            for concept in concepts:
+                erased = template.format(concept.target)
+                source = template.format(self.erase_from) if self.erase_from else erased
+                neutral = template.format(concept.anchor) if concept.anchor else ""
+                found.append(Example({SAMPLE: source, STUDENT: source, CONCEPT: erased, NEUTRAL: neutral}))
+        return found
+
+    def loss(self, step: Step) -> torch.Tensor:
+        source, concept, neutral = step.teacher(STUDENT, CONCEPT, NEUTRAL)
+        return squares(step.student(), source - self.eta * (concept - neutral))
+
+
+def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun | None = None) -> Erasure:
+    """Make the erasure. Called by [`erase`], which has checked the concepts."""
+    assert config.eta is not None
+    concepts = [Concept(c.target, c.anchor or "") for c in concepts]
+    objective = Objective(config.eta, config.erase_from, config.formula == "newer")
+    return fit_by_training(pipe, "esd", concepts, objective, config, run)

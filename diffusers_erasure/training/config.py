@@ -1,0 +1,216 @@
+"""What all fine-tuning methods can be told: settings that decide about the result, and those that only run it."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from ..errors import ErasureInputError
+from ..lists import Retained
+from ..methods.rows import MOST_RECORDED, TEMPLATES, number, one_of
+from .sites import train_set_name
+
+
+Policy = Literal["base", "student", "ema"]
+POLICIES = ("base", "student", "ema")
+STEPS, MORE_STEPS = 300, 25  # for one concept, and for each further one
+TRAJECTORIES = 16  # in a pool, if these are enough for the concepts
+LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a training run. Those that are `None` come from the method's preset.
+
+    Args:
+        train_set (`str` or a tuple of `str`, *optional*): which layers get a LoRA: `"x"` (cross-attention), `"x-strict"` (its
+            keys and values), `"u"` (all but cross-attention), `"selfattn"`, `"full"`, or endings of module names.
+        rank (`int`, *optional*): rank of the LoRA; its alpha is the same, so that its scale is 1.
+        templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which it is trained:
+            `"none"` (the concept alone, as published), `"object"`, `"style"`, `"person"`, `"object_context"`,
+            `"style_context"`, or one's own.
+        retain (tuple of `str`, *optional*): prompts for which the prediction must stay that of the base.
+        retain_weight (`float`, *optional*): weight of that in the loss; no effect without `retain`.
+        retain_nearest (`int`, *optional*, defaults to 8): half of the retained samples are of the so many prompts that lie
+            nearest to a target; they are the ones that would change most.
+        steps (`int`, *optional*): optimiser steps. By default 300, and 25 for each further concept.
+        batch_size (`int`, *optional*): noisy latents of the concepts in a step, for each process; as many of retained
+            prompts come on top.
+        accumulation (`int`, *optional*, defaults to 1): batches whose gradients make one step.
+        learning_rate (`float`, *optional*): AdamW's.
+        weight_decay (`float`, *optional*): AdamW's.
+        lr_scheduler (`str`, *optional*): one of diffusers' schedules: `"constant"`, `"constant_with_warmup"`,
+            `"linear"`, `"cosine"`, `"cosine_with_restarts"` or `"polynomial"`.
+        lr_warmup_steps (`int`, *optional*, defaults to 0): steps over which the learning rate rises.
+        max_grad_norm (`float`, *optional*, defaults to 1.0): gradients are scaled down to this norm.
+        ema_decay (`float`, *optional*): decay of the moving average of the LoRA; none is kept without it.
+        save (`"student"` or `"ema"`, *optional*): which of the two becomes the erasure.
+        policy (`"base"`, `"student"` or `"ema"`, *optional*): whose denoising gives the noisy latents. With `"base"` the
+            base's predictions along it are also the teacher's, so that a step is one forward pass.
+        trajectories (`int`, *optional*): trajectories in the pool, each of `num_inference_steps` noisy latents; 0 for no
+            pool: every sample is denoised anew, as published. By default 16, or two a concept if these are more.
+        refresh_every (`int`, *optional*, defaults to 20): with the policies `"student"` and `"ema"`: steps after which the
+            oldest trajectories of the pool are drawn again.
+        refresh (`int`, *optional*, defaults to 4): how many of them.
+        num_inference_steps (`int`, *optional*): steps N of the DDIM sampler that denoises; a noisy latent lies after k of them.
+        guidance_scale (`float`, *optional*): of that sampler; 1 is none.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): half the memory for a third more time.
+        resolution (`int`, *optional*): pixels of a side; the base's own by default.
+        seed (`int`, *optional*, defaults to 0): everything random depends on it and on the step, nothing on the process.
+    """
+
+    train_set: str | Sequence[str] | None = None
+    rank: int | None = None
+    templates: str | Sequence[str] | None = None
+    retain: Retained | Sequence[str] = ()
+    retain_weight: float | None = None
+    retain_nearest: int = 8
+    steps: int | None = None
+    batch_size: int | None = None
+    accumulation: int = 1
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    lr_scheduler: str | None = None
+    lr_warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None
+    save: Literal["student", "ema"] | None = None
+    policy: Policy | None = None
+    trajectories: int | None = None
+    refresh_every: int = 20
+    refresh: int = 4
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    gradient_checkpointing: bool = False
+    resolution: int | None = None
+    seed: int = 0
+
+    def filled(self) -> dict[str, Any]:
+        """What stands for settings that are `None`; a method's config answers with its preset."""
+        return {}
+
+    def __post_init__(self) -> None:
+        for name, value in {**DEFAULTS, **self.filled()}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if not isinstance(self.retain, Retained):
+            prompts = tuple(self.retain)
+            object.__setattr__(self, "retain", Retained(prompts, prompts, ()))
+        assert self.train_set is not None
+        object.__setattr__(self, "train_set", train_set_name(self.train_set))
+        if not isinstance(self.templates, str):
+            assert self.templates is not None
+            object.__setattr__(self, "templates", tuple(self.templates))
+        for name in ("rank", "batch_size", "accumulation", "refresh_every", "refresh", "num_inference_steps"):
+            whole(name, getattr(self, name), least=1)
+        whole("lr_warmup_steps", self.lr_warmup_steps, least=0)
+        whole("seed", self.seed, least=0)
+        for name, least in (("steps", 1), ("trajectories", 0), ("resolution", 1), ("retain_nearest", 0)):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), least=least)
+        number("learning_rate", self.learning_rate, above=True)
+        number("max_grad_norm", self.max_grad_norm, above=True)
+        number("retain_weight", self.retain_weight)
+        number("weight_decay", self.weight_decay)
+        number("guidance_scale", self.guidance_scale)
+        number("ema_decay", self.ema_decay, below=1.0, optional=True)
+        one_of("policy", self.policy, POLICIES)
+        one_of("save", self.save, ("student", "ema"))
+        one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULES)
+        if self.ema_decay is None and "ema" in (self.policy, self.save):
+            raise ErasureInputError("`policy` or `save` is 'ema', but there is no moving average: give `ema_decay`.")
+        for template in self.template_list():
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise ErasureInputError(f"The template {template!r} must hold {{}} once, for the concept.")
+
+    def for_concepts(self, count: int) -> Self:
+        """The settings with those filled in that depend on the number of concepts."""
+        steps = STEPS + MORE_STEPS * (count - 1) if self.steps is None else self.steps
+        trajectories = max(TRAJECTORIES, 2 * count) if self.trajectories is None else self.trajectories
+        return dataclasses.replace(self, steps=steps, trajectories=trajectories)
+
+    def template_list(self) -> tuple[str, ...]:
+        """The templates themselves."""
+        if not isinstance(self.templates, str):
+            return tuple(self.templates or ()) or ("{}",)
+        if self.templates not in TEMPLATES:
+            raise ErasureInputError(f"`templates` must be one of {sorted(TEMPLATES)} or a list of prompts with {{}}.")
+        return TEMPLATES[self.templates]
+
+    def kept(self) -> Retained:
+        """What is retained."""
+        assert isinstance(self.retain, Retained)
+        return self.retain
+
+    def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The settings for the artefact, and the names of those that would reveal a concept."""
+        settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        kept: Retained = settings.pop("retain")
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+        settings["retain_prompts"] = len(kept.prompts)
+        secret = [] if isinstance(self.templates, str) else ["templates"]
+        if sum(map(len, (*kept.source, *kept.excluded))) > MOST_RECORDED:
+            return settings, tuple(secret)
+        settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
+        secret.append("retain_excluded")
+        if not all(source.startswith("list:") for source in kept.source):
+            secret.append("retain")
+        return settings, tuple(sorted(secret))
+
+
+# What stands for a setting that neither the caller nor the method's preset gives.
+DEFAULTS: dict[str, Any] = {
+    "train_set": "x",
+    "rank": 4,
+    "templates": "none",
+    "retain_weight": 1.0,
+    "batch_size": 4,
+    "learning_rate": 1e-4,
+    "weight_decay": 0.0,
+    "lr_scheduler": "constant",
+    "save": "student",
+    "policy": "base",
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """How a training run is carried out; nothing of it changes the result.
+
+    Args:
+        checkpoint_dir (`str` or `os.PathLike`, *optional*): folder for checkpoints and sample images. Without it an
+            interrupted run is lost.
+        checkpoint_every (`int`, *optional*, defaults to 100): steps between checkpoints; the last two are kept. Ctrl-C and
+            SIGTERM save one too.
+        resume (`bool`, *optional*, defaults to `False`): go on from the newest checkpoint, where there is one.
+        sample_every (`int`, *optional*): steps between sample images.
+        sample_prompts (sequence of `str`, *optional*): their prompts; the concepts and the first retained prompts by default.
+        release (`bool`, *optional*, defaults to `False`): take the text encoders (and, without sample images, the VAE) out
+            of the pipeline for good, as soon as they are not needed any more. Otherwise an accelerator's memory is freed
+            of them during the training, and they come back.
+        progress (`bool`, *optional*, defaults to `True`): show a bar.
+    """
+
+    checkpoint_dir: str | os.PathLike[str] | None = None
+    checkpoint_every: int = 100
+    resume: bool = False
+    sample_every: int | None = None
+    sample_prompts: Sequence[str] = ()
+    release: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        whole("checkpoint_every", self.checkpoint_every, least=1)
+        if self.sample_every is not None:
+            whole("sample_every", self.sample_every, least=1)
+        if self.checkpoint_dir is None and (self.resume or self.sample_every):
+            raise ErasureInputError("`resume` and `sample_every` need a `checkpoint_dir`.")
+
+
+def whole(name: str, value: Any, *, least: int) -> None:
+    """Check a whole number with a least value."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ErasureInputError(f"`{name}` must be a whole number of at least {least}, not {value!r}.")

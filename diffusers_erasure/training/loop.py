@@ -1,0 +1,379 @@
+"""The training loop of all fine-tuning methods: noisy latents in, a LoRA out."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import reduce
+from tqdm.auto import tqdm
+
+from .. import compat
+from ..base_model import component
+from ..errors import ErasureInputError, ErasureTrainingError
+from ..logging import get_logger
+from ..schema import BaseModel, Concept
+from .checkpoint import POOL_FILE, Checkpoints
+from .config import TrainConfig, TrainingRun
+from .interrupts import Interrupt, noted
+from .network import Network, check_trainable, in_training
+from .objective import RETAIN, Objective, Step
+from .pool import MOST_RETAINED, Example, Source
+from .prompts import Prompts, nearest
+from .sampler import SAMPLE, Predict, Sampler
+from .samples import write_samples
+from .sites import check_rank, find_sites
+from .state import State
+
+
+logger = get_logger(__name__)
+
+CONCEPTS, RETAINED = "concepts", "retained"  # the two sources of noisy latents
+NEAR_TEMPLATES = 2  # further templates for the retained prompts that are nearest to a target
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out of a run.
+
+    Attributes:
+        factors: `site.lora_A.weight` [r, in] and `site.lora_B.weight` [out, r] (convolutions: 4-d), float32, on the CPU.
+        sites: the trained modules, in model order.
+        losses: the mean loss of each step.
+        is_main: whether this process is the one that writes.
+    """
+
+    factors: dict[str, torch.Tensor]
+    sites: tuple[str, ...]
+    losses: list[float]
+    is_main: bool = True
+
+
+class Trainer:
+    """Trains a LoRA by a method's objective; the pipeline is afterwards as it was.
+
+    Args:
+        pipe: the base model.
+        concepts: what is erased.
+        objective ([`Objective`]): the method.
+        config ([`TrainConfig`]): settings that decide about the result.
+        run ([`TrainingRun`]): those that only carry it out.
+        identity: name and settings of the method, by which a checkpoint is known again.
+        base ([`BaseModel`]): the base model's fingerprint.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        concepts: Sequence[Concept],
+        objective: Objective,
+        config: TrainConfig,
+        run: TrainingRun,
+        identity: dict[str, Any],
+        base: BaseModel,
+    ) -> None:
+        self.pipe, self.objective, self.config, self.run = pipe, objective, config, run
+        check_trainable(pipe)
+        self.sites = find_sites(pipe, config.train_set or "x")
+        assert config.rank is not None and config.num_inference_steps is not None and config.steps is not None
+        check_rank(self.sites, config.rank)
+        unet = component(pipe, "unet")
+        self.device = compat.execution_device(unet)
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=config.accumulation, cpu=self.device.type == "cpu", device_placement=False
+        )
+        # SDXL's VAE has as many levels as Stable Diffusion's; a pipeline without one is trained all the same.
+        self.pixels = getattr(pipe, "vae_scale_factor", 8)
+        size = config.resolution // self.pixels if config.resolution else unet.config.sample_size
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.shape = unet.config.in_channels, *self.size
+        self.sampler = Sampler(pipe.scheduler.config, config.num_inference_steps)
+        self.examples = objective.examples(concepts, config.template_list())
+        targets = [str(concept.target) for concept in concepts]
+        kept = config.kept().prompts if config.retain_weight else ()
+        self.near = nearest(pipe, kept, targets, config.retain_nearest)
+        self.retained = retained_examples(kept, self.near, config.template_list())
+        self.sample_prompts = list(run.sample_prompts) or [
+            *(str(concept.target) for concept in concepts[:4]),
+            *config.kept().prompts[:4],
+        ]
+        self.checkpoints: Checkpoints | None = None
+        if run.checkpoint_dir is not None:
+            processes = {"processes": self.accelerator.num_processes, "dtype": str(unet.dtype)}
+            self.checkpoints = Checkpoints(
+                Path(run.checkpoint_dir).expanduser(), {**identity, **processes}, dataclasses.asdict(base)
+            )
+
+    # ------------------------------------------------------------------------------------------------- one run
+
+    def train(self) -> Trained:
+        """Train to the end.
+
+        Raises:
+            ErasureTrainingError: the loss is not finite, or a checkpoint cannot be written.
+            ErasureError: a checkpoint is damaged or belongs to another run; a prompt is too long.
+            KeyboardInterrupt: after a checkpoint was saved.
+        """
+        config = self.config
+        with ExitStack() as stack:
+            stack.enter_context(compat.accelerate_state_restored())
+            prompts = self._encode()
+            stack.enter_context(self._others_away())
+            network = stack.enter_context(
+                in_training(
+                    self.pipe,
+                    self.sites,
+                    config.rank or 1,
+                    config.seed,
+                    prompts,
+                    self.sampler,
+                    self.accelerator,
+                    config.gradient_checkpointing,
+                )
+            )
+            state = State(network, config, self._sources(network))
+            if self.checkpoints is not None:
+                self._resume(state, self.checkpoints)
+            interrupt = stack.enter_context(noted())
+            self._fill(state, interrupt)
+            self._steps(state, interrupt)
+            factors = state.factors(config.save or "student")
+            return Trained(factors, tuple(self.sites), state.losses, self.accelerator.is_main_process)
+
+    def _steps(self, state: State, interrupt: Interrupt) -> None:
+        """The loop itself."""
+        config, network = self.config, state.network
+        assert config.steps is not None and config.batch_size is not None
+        total = config.batch_size * self.accelerator.num_processes
+        own = slice(self.accelerator.process_index * config.batch_size, None)
+        own = slice(own.start, own.start + config.batch_size)
+        bar = self._bar("training", config.steps, state.step)
+        for number in range(state.step, config.steps):
+            self._refresh(state, number)
+            losses = []
+            for part in range(config.accumulation):
+                with self.accelerator.accumulate(network.student_module):
+                    step = self._draw(state, (number, part), total, own)
+                    loss = self._loss(step)
+                    losses.append(loss.detach())
+                    self._check(torch.stack(losses).mean(), number)
+                    self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(network.parameters, config.max_grad_norm)
+            state.optimizer.step()
+            state.schedule.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            if state.ema is not None:
+                state.ema.step(network.parameters)
+            mean, asked = self._everywhere(torch.stack(losses).mean(), interrupt)
+            state.losses.append(mean)
+            bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
+            bar.update()
+            self._after(state, asked, interrupt)
+        bar.close()
+
+    def _loss(self, step: Step) -> torch.Tensor:
+        loss = self.objective.loss(step).mean()
+        if step.retained is not None:
+            loss = loss + (self.config.retain_weight or 0.0) * step.retain_loss().mean()
+        return loss
+
+    def _draw(self, state: State, what: tuple[int, int], total: int, own: slice) -> Step:
+        drawn = state.sources[CONCEPTS].draw(what, total, own, lambda: self._predict(state, self.config.policy))
+        retained = None
+        if RETAINED in state.sources:
+            retained = state.sources[RETAINED].draw(what, total, own, lambda: state.network.teacher_rows)
+        return Step(state.network, drawn, retained)
+
+    def _check(self, loss: torch.Tensor, number: int) -> None:
+        """See that the loss is finite, before the weights are touched."""
+        if math.isfinite(float(reduce(loss, "mean"))):
+            return
+        good = self.checkpoints.steps() if self.checkpoints else []
+        raise ErasureTrainingError(
+            f"The loss of step {number + 1} is not finite. "
+            + (f"The last good checkpoint is of step {good[-1]}. " if good else "")
+            + "Check that the base model draws what it should in this dtype; if so, lower `learning_rate`, or train in float32."
+        )
+
+    def _everywhere(self, loss: torch.Tensor, interrupt: Interrupt) -> tuple[float, bool]:
+        """The mean loss over all processes, and whether one of them was asked to stop."""
+        both = torch.stack([loss.double(), torch.tensor(float(interrupt.signal is not None), device=loss.device)])
+        mean = reduce(both, "mean")
+        return float(mean[0]), float(mean[1]) > 0
+
+    def _after(self, state: State, asked_to_stop: bool, interrupt: Interrupt) -> None:
+        """Sample images, checkpoints and an end between two steps."""
+        run, step = self.run, state.step
+        if run.sample_every and step % run.sample_every == 0 and self.accelerator.is_main_process:
+            assert self.checkpoints is not None
+            write_samples(self.pipe, state.network, self.sampler, self.sample_prompts, self.shape, self.config,
+                          self.checkpoints.folder / "samples" / f"step-{step:07d}.png")  # fmt: skip
+        done = step == self.config.steps
+        if step % run.checkpoint_every == 0 or asked_to_stop or done:
+            self._save(state)
+        if step % max(1, (self.config.steps or 1) // 20) == 0:
+            logger.info("Step %d of %d, loss %.4g.", step, self.config.steps, state.losses[-1])
+        if asked_to_stop and not done:
+            self._stop(state, interrupt)
+
+    def _stop(self, state: State, interrupt: Interrupt) -> None:
+        if self.checkpoints is not None:
+            logger.warning(
+                "Stopped at step %d of %d; `resume=True` (`--resume`) goes on from there.",
+                state.step,
+                self.config.steps,
+            )
+        interrupt.stop()
+
+    # ------------------------------------------------------------------------------------------- noisy latents
+
+    def _sources(self, network: Network) -> dict[str, Source]:
+        config = self.config
+        count = config.trajectories or 0
+
+        def source(
+            name: str, examples: Sequence[Example], count: int, keep: Sequence[str], favoured: Sequence[int] = ()
+        ) -> Source:
+            scale, dtype = config.guidance_scale or 1.0, network.unet.dtype
+            return Source(self.sampler, examples, count, keep, self.shape, scale, config.seed, name, dtype, favoured)
+
+        keep = self.objective.teacher_roles if config.policy == "base" else ()
+        sources = {CONCEPTS: source(CONCEPTS, self.examples, count, keep)}
+        if self.retained:
+            wanted = len(self.retained)
+            of_retained = min(max(count, wanted), MOST_RETAINED) if count else 0
+            if count and wanted > of_retained:
+                logger.warning(
+                    "%d prompts are to be retained, but the pool has room for %d of them; the last are left out.",
+                    wanted,
+                    of_retained,
+                )
+            sources[RETAINED] = source(RETAINED, self.retained, of_retained, (RETAIN,), self._favoured())
+        return sources
+
+    def _favoured(self) -> list[int]:
+        """Retained examples about prompts that are near a target."""
+        texts = {template.format(prompt) for template in self.config.template_list() for prompt in self.near}
+        return [i for i, example in enumerate(self.retained) if example.prompts[RETAIN] in texts]
+
+    def _predict(self, state: State, policy: str | None) -> Predict:
+        """The network that denoises."""
+        if policy == "base":
+            return state.network.teacher_rows
+        if policy == "student" or state.ema is None:
+            return state.network.student_rows
+
+        def with_average(*arguments: Any) -> list[torch.Tensor]:
+            assert state.ema is not None
+            state.ema.store(state.network.parameters)
+            state.ema.copy_to(state.network.parameters)
+            try:
+                return state.network.student_rows(*arguments)
+            finally:
+                state.ema.restore(state.network.parameters)
+
+        return with_average
+
+    def _fill(self, state: State, interrupt: Interrupt) -> None:
+        """Fill the pools; the student is still the base then."""
+        missing = {name: source for name, source in state.sources.items() if not source.is_full}
+        if not missing:
+            return
+        wanted = sum(source.count - source.drawn_times for source in missing.values())
+        bar = self._bar("noisy latents", wanted, 0)
+        for source in missing.values():
+            while not source.is_full:
+                most = source.count - source.drawn_times
+                bar.update(source.extend(state.network.teacher_rows, self.accelerator, most))
+                _, asked = self._everywhere(torch.zeros((), device=self.device), interrupt)
+                if asked:
+                    interrupt.stop()
+        bar.close()
+        if self.checkpoints is not None and self.accelerator.is_main_process:
+            self.checkpoints.write(POOL_FILE, state.pools(changing=False) or {"empty": torch.zeros(1)}, {})
+
+    def _refresh(self, state: State, number: int) -> None:
+        """Draw the oldest trajectories again, where they follow the student."""
+        source = state.sources[CONCEPTS]
+        if self.config.policy == "base" or not source.count or not number or number % self.config.refresh_every:
+            return
+        left = min(self.config.refresh, source.count)
+        predict = self._predict(state, self.config.policy)
+        while left:
+            left -= source.extend(predict, self.accelerator, left)
+
+    # --------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, state: State) -> None:
+        if self.checkpoints is not None and self.accelerator.is_main_process:
+            self.checkpoints.save(state.step, *state.saved())
+
+    def _resume(self, state: State, checkpoints: Checkpoints) -> None:
+        """Go on from the newest checkpoint; without `resume` see that none would be lost."""
+        if not self.run.resume:
+            if checkpoints.steps():
+                raise ErasureInputError(
+                    f"{checkpoints.folder} holds the checkpoint of step {checkpoints.steps()[-1]} of an earlier run. Go on "
+                    "from it with `resume=True` (`--resume`), name another folder, or delete this one."
+                )
+            return
+        found = checkpoints.latest()
+        if found is None:
+            logger.warning("There is no checkpoint in %s to go on from; starting anew.", checkpoints.folder)
+            return
+        state.restore(*found)
+        tensors: dict[str, torch.Tensor] = {}
+        if (checkpoints.folder / POOL_FILE).exists():
+            tensors, _ = checkpoints.read(POOL_FILE)
+        for name, source in state.sources.items():
+            prefix = f"pool.{name}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if own:  # else it is drawn again, to the same values
+                source.restore(own, source.count)
+        logger.info("Going on from step %d of %d.", state.step, self.config.steps)
+
+    # ------------------------------------------------------------------------------------------------- the rest
+
+    def _encode(self) -> Prompts:
+        wanted = [prompt for example in (*self.examples, *self.retained) for prompt in example.prompts.values()]
+        return Prompts(self.pipe, [*wanted, *self.sample_prompts], self.size[0] * self.pixels)
+
+    @contextmanager
+    def _others_away(self) -> Iterator[None]:
+        """Text encoders and VAE leave the accelerator's memory; for good, where the run may release them."""
+        names = ("text_encoder", "text_encoder_2", "vae", "image_encoder", "safety_checker")
+        found = {name: getattr(self.pipe, name, None) for name in names}
+        models = {name: model for name, model in found.items() if isinstance(model, torch.nn.Module)}
+        if self.run.release:
+            for name in models:
+                if name != "vae" or not self.run.sample_every:
+                    self.pipe.register_modules(**{name: None})
+            yield
+            return
+        places = {model: compat.execution_device(model) for model in models.values()}
+        moved = {model: device for model, device in places.items() if device.type != "cpu"}
+        for model in moved:
+            model.to("cpu")
+        try:
+            yield
+        finally:
+            for model, device in moved.items():
+                model.to(device)
+
+    def _bar(self, what: str, total: int, done: int) -> tqdm:
+        hidden = not self.run.progress or not self.accelerator.is_local_main_process
+        return tqdm(total=total, initial=done, desc=what, disable=hidden, dynamic_ncols=True)
+
+
+def retained_examples(prompts: Sequence[str], near: Sequence[str], templates: Sequence[str]) -> list[Example]:
+    """Each retained prompt in one template, in turn, those near a target first; these then in further ones."""
+    ordered = list(dict.fromkeys((*near, *prompts)))
+    wanted = [(prompt, i) for i, prompt in enumerate(ordered)]
+    wanted += [(prompt, i + j) for j in range(1, NEAR_TEMPLATES + 1) for i, prompt in enumerate(near)]
+    filled = [templates[i % len(templates)].format(prompt) for prompt, i in wanted]
+    return [Example(dict.fromkeys((SAMPLE, RETAIN), text)) for text in dict.fromkeys(filled)]

@@ -1,0 +1,90 @@
+"""What a fine-tuning method is: prompts for its samples, and a loss. The loop does the rest."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ..schema import Concept
+from .network import Network
+from .pool import Drawn, Example
+
+
+STUDENT, RETAIN = "student", "retain"  # roles
+
+
+class Step:
+    """One batch, as a loss sees it. Predictions are float32 [B, C, H, W].
+
+    Args:
+        network ([`Network`]): teacher and student.
+        drawn ([`Drawn`]): the noisy latents of the concepts.
+        retained ([`Drawn`], *optional*): those of retained prompts, which join the student's forward pass.
+    """
+
+    def __init__(self, network: Network, drawn: Drawn, retained: Drawn | None = None) -> None:
+        self.network, self.drawn, self.retained = network, drawn, retained
+        self._student: torch.Tensor | None = None
+
+    def _prompts(self, role: str, drawn: Drawn) -> list[str]:
+        return [example.prompts[role] for example in drawn.examples]
+
+    def teacher(self, *roles: str) -> list[torch.Tensor]:
+        """The base's predictions for the prompts of some roles: those of the pool, and one batch of all others."""
+        return self._teacher(self.drawn, roles)
+
+    def _teacher(self, drawn: Drawn, roles: Sequence[str]) -> list[torch.Tensor]:
+        rows = {role: tuple(self._prompts(role, drawn)) for role in roles}
+        unknown = list(dict.fromkeys(row for role, row in rows.items() if role not in drawn.known))
+        found = {}
+        if unknown:
+            outputs = self.network.teacher_rows(drawn.latents, drawn.timesteps, unknown)
+            found = dict(zip(unknown, outputs, strict=True))
+        device = self.network.unet.device
+        return [drawn.known[role].to(device) if role in drawn.known else found[rows[role]] for role in roles]
+
+    def student(self) -> torch.Tensor:
+        """The student's predictions for the role `"student"`, with gradients; one forward pass with the retained prompts."""
+        if self._student is None:
+            latents, timesteps = self.drawn.latents, self.drawn.timesteps
+            prompts = self._prompts(STUDENT, self.drawn)
+            if self.retained is not None:
+                latents = torch.cat([latents, self.retained.latents])
+                timesteps = torch.cat([timesteps, self.retained.timesteps])
+                prompts += self._prompts(RETAIN, self.retained)
+            self._student = self.network.student(latents, timesteps, prompts)
+        return self._student[: len(self.drawn.latents)]
+
+    def student_now(self, role: str) -> torch.Tensor:
+        """The student's predictions for another role, without gradients."""
+        rows = [self._prompts(role, self.drawn)]
+        return self.network.student_rows(self.drawn.latents, self.drawn.timesteps, rows)[0]
+
+    def retain_loss(self) -> torch.Tensor:
+        """How far the student is from the base for the retained prompts: mean squares, [B]."""
+        assert self.retained is not None and self._student is not None
+        (kept,) = self._teacher(self.retained, (RETAIN,))
+        return squares(self._student[len(self.drawn.latents) :], kept)
+
+
+class Objective(Protocol):
+    """A fine-tuning method.
+
+    Attributes:
+        teacher_roles: roles of which the loss asks the teacher; with the policy `"base"` they are known from the denoising.
+    """
+
+    teacher_roles: tuple[str, ...]
+
+    def examples(self, concepts: Sequence[Concept], templates: Sequence[str]) -> list[Example]:
+        """Prompts by role, for each concept in each template; all concepts in the first template come first."""
+        ...
+
+    def loss(self, step: Step) -> torch.Tensor:
+        """The loss of each sample, float32 [B]."""
+        ...
+
+
+def squares(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean square of the difference for each sample, [B]."""
+    return (prediction - target).square().flatten(1).mean(1)

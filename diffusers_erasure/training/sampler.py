@@ -1,0 +1,148 @@
+"""Noisy latents by partial denoising, aligned: a latent after k sampler steps, with the timestep at which it now lies.
+
+    k ~ U{0 .. N-1};  x ~ N(0, I);  k steps of DDIM (eta 0) with classifier-free guidance;  t = timesteps[k]
+
+k = 0 gives the untouched noise at the largest timestep. DDIM has no memory of earlier steps, so that one trajectory of N
+steps gives N such pairs. The published codes are off by one or more timesteps here (docs/methods/esd.md).
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+
+
+# (latents [B, ...], timesteps [B], lists of prompts of length B) -> a prediction for each list, all in one batch
+Predict = Callable[[torch.Tensor, torch.Tensor, Sequence[Sequence[str]]], list[torch.Tensor]]
+SAMPLE, EMPTY = "sample", "empty"  # roles: the prompt that is denoised with, and the unconditional half
+
+
+def generator_for(seed: int, *what: object) -> torch.Generator:
+    """A generator of its own for everything that is drawn: what comes out does not depend on what was drawn before."""
+    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Sampler:
+    """Deterministic DDIM over N timesteps, for ε- and v-prediction.
+
+    Args:
+        config: the base's scheduler configuration, from which betas and prediction type are taken.
+        num_inference_steps: N. They are spaced so that the first is the largest timestep ("trailing").
+    """
+
+    def __init__(self, config: Mapping[str, Any], num_inference_steps: int) -> None:
+        self.scheduler = DDIMScheduler.from_config(  # clipping would be wrong for latents, and is DDIM's default
+            dict(config), clip_sample=False, thresholding=False, timestep_spacing="trailing"
+        )
+        self.scheduler.set_timesteps(num_inference_steps)
+        self.timesteps = torch.as_tensor(self.scheduler.timesteps, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def noise(self, seed: int, what: Sequence[object], shape: Sequence[int]) -> torch.Tensor:
+        """Where a trajectory begins, float32 `shape`, on the CPU."""
+        noise = torch.randn(tuple(shape), generator=generator_for(seed, "noise", *what))
+        return noise * self.scheduler.init_noise_sigma
+
+    def model_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Latents as the network takes them."""
+        return self.scheduler.scale_model_input(latents, timestep)
+
+    def step(self, prediction: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+        """One step, from `timesteps[index]` to the next, in float32."""
+        return self.scheduler.step(prediction, int(self.timesteps[index]), latents, eta=0.0).prev_sample
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Noisy latents along trajectories, and what was predicted there.
+
+    Attributes:
+        latents: [B, N, C, H, W].
+        predictions: by role, [B, N, C, H, W].
+    """
+
+    latents: torch.Tensor
+    predictions: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def trajectories(
+    predict: Predict,
+    sampler: Sampler,
+    noise: torch.Tensor,
+    prompts: Mapping[str, Sequence[str]],
+    guidance_scale: float,
+    keep: Sequence[str] = (),
+) -> Pairs:
+    """Denoise B latents to the end, and keep all that lie on the way.
+
+    Args:
+        predict: the network.
+        sampler ([`Sampler`]): gives the timesteps and the step.
+        noise: [B, C, H, W].
+        prompts: by role, one a latent. `"sample"` is denoised with.
+        guidance_scale: 1 for none.
+        keep: roles of which the predictions are kept; those that guidance needs anyhow cost nothing.
+    """
+    asked = {SAMPLE: prompts[SAMPLE], **({} if guidance_scale == 1 else {EMPTY: [""] * len(noise)})}
+    asked |= {role: prompts[role] for role in keep}
+    # Roles with the same prompts are one row of the batch.
+    rows = list(dict.fromkeys(tuple(value) for value in asked.values()))
+    place = {role: rows.index(tuple(value)) for role, value in asked.items()}
+    latents: list[torch.Tensor] = []
+    found: dict[str, list[torch.Tensor]] = {role: [] for role in keep}
+    x = noise.float()
+    for index, timestep in enumerate(sampler.timesteps):
+        latents.append(x)
+        last = index == len(sampler) - 1
+        if last and not keep:
+            break
+        outputs = predict(x, timestep.expand(len(x)), rows)
+        for role in keep:
+            found[role].append(outputs[place[role]])
+        if not last:
+            x = sampler.step(guided(outputs, place, guidance_scale), index, x)
+    return Pairs(torch.stack(latents, 1), {role: torch.stack(values, 1) for role, values in found.items()})
+
+
+@torch.no_grad()
+def partial(
+    predict: Predict,
+    sampler: Sampler,
+    noise: torch.Tensor,
+    taken: Sequence[int],
+    prompts: Sequence[str],
+    guidance_scale: float,
+) -> torch.Tensor:
+    """Denoise each of B latents by its own number of steps; those that are done leave the batch.
+
+    Args:
+        noise: [B, C, H, W].
+        taken: k of each latent, from 0 to N - 1.
+        prompts: one a latent.
+    """
+    x = noise.float().clone()
+    steps = torch.tensor(list(taken))
+    for index in range(int(steps.max()) if len(steps) else 0):
+        going = (steps > index).nonzero().flatten().tolist()
+        own = tuple(prompts[i] for i in going)
+        rows = [own] if guidance_scale == 1 else [own, ("",) * len(going)]
+        outputs = predict(x[going], sampler.timesteps[index].expand(len(going)), rows)
+        place = {SAMPLE: 0, EMPTY: len(rows) - 1}
+        x[going] = sampler.step(guided(outputs, place, guidance_scale), index, x[going])
+    return x
+
+
+def guided(outputs: Sequence[torch.Tensor], place: Mapping[str, int], guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance, in float32."""
+    conditional = outputs[place[SAMPLE]].float()
+    if guidance_scale == 1:
+        return conditional
+    empty = outputs[place[EMPTY]].float()
+    return empty + guidance_scale * (conditional - empty)

@@ -1,0 +1,101 @@
+"""Train sets: on which Linears and convolutions of a UNet a LoRA is trained."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .. import compat
+from ..base_model import component, family_of
+from ..errors import ErasureCompatibilityError, ErasureInputError
+
+
+# Not trained by ESD-u: what embeds the timestep (and SDXL's sizes) and the last convolution, which serve every prompt.
+_NEVER_U = ("time_embedding", "add_embedding", "conv_out")
+
+# Names of ESD's paper and code; each rule reads a module's name.
+TRAIN_SETS: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "x": ("cross-attention", lambda name: ".attn2." in name),
+    "x-strict": ("keys and values of cross-attention", lambda name: name.endswith((".attn2.to_k", ".attn2.to_v"))),
+    "u": (
+        "all but cross-attention, time embedding and last convolution (noxattn)",
+        lambda name: ".attn2." not in name and name.partition(".")[0] not in _NEVER_U,
+    ),
+    "selfattn": ("self-attention", lambda name: ".attn1." in name),
+    "full": ("every Linear and convolution", lambda name: True),
+}
+SAME = {"xattn": "x", "noxattn": "u", "all": "full", "esd-x": "x", "esd-x-strict": "x-strict", "esd-u": "u"}
+
+
+def train_set_name(train_set: str | Sequence[str]) -> str | tuple[str, ...]:
+    """The set by this library's name, or endings of module names.
+
+    Raises:
+        ErasureInputError: there is no such set, or an ending is empty.
+    """
+    if isinstance(train_set, str):
+        name = SAME.get(train_set, train_set)
+        if name not in TRAIN_SETS:
+            raise ErasureInputError(
+                f"There is no train set {train_set!r}; sets are {sorted(TRAIN_SETS)}, or give endings of module names, "
+                "such as ('attn2.to_v',)."
+            )
+        return name
+    endings = tuple(train_set)
+    if not endings or not all(isinstance(ending, str) and ending.strip(".") for ending in endings):
+        raise ErasureInputError(f"`train_set` must be a name or a list of endings of module names, not {train_set!r}.")
+    return endings
+
+
+def find_sites(pipe: Any, train_set: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of a train set by name, in model order.
+
+    Raises:
+        ErasureCompatibilityError: the base is no UNet, its attention projections are fused, or no module matches.
+    """
+    family = family_of(pipe)
+    if family.denoiser != "unet":
+        raise ErasureCompatibilityError(
+            f"Fine-tuning is there for Stable Diffusion 1.x, 2.x and XL; this pipeline is {family.name}."
+        )
+    wanted = train_set_name(train_set)
+    unet = component(pipe, family.denoiser)
+    sites: dict[str, nn.Module] = {}
+    for name, module in unet.named_modules():
+        if compat.has_fused_projections(module):
+            raise ErasureCompatibilityError(
+                f"The attention projections of {name!r} are fused; call `pipe.unfuse_qkv_projections()` first."
+            )
+        if not isinstance(module, nn.Linear | nn.Conv2d) or "erasure_modules" in name:
+            continue
+        if isinstance(wanted, str):
+            matches = TRAIN_SETS[wanted][1](name)
+        else:
+            matches = any(name == ending or name.endswith("." + ending.lstrip(".")) for ending in wanted)
+        if matches:
+            sites[name] = module
+    if not sites:
+        raise ErasureCompatibilityError(
+            f"No Linear or convolution of this pipeline's {type(unet).__name__} is in the train set {train_set!r}; its "
+            "modules are named like 'down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k'."
+        )
+    return sites
+
+
+def check_rank(sites: dict[str, nn.Module], rank: int) -> None:
+    """A LoRA of a rank above a layer's own says nothing more than one of that rank, and is larger than the layer.
+
+    Raises:
+        ErasureInputError: it is.
+    """
+    for name, module in sites.items():
+        if isinstance(module, nn.Conv2d):
+            largest = min(module.out_channels, module.in_channels * module.kernel_size[0] * module.kernel_size[1])
+        else:
+            assert isinstance(module, nn.Linear)
+            largest = min(module.out_features, module.in_features)
+        if rank > largest:
+            raise ErasureInputError(
+                f"`rank` is {rank}, but {name!r} has a matrix of rank {largest}; use at most {largest}, or a train set "
+                "without that layer."
+            )

@@ -1,0 +1,105 @@
+"""All that changes during a training run, and how it is saved and restored."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from .config import TrainConfig
+from .network import Network
+from .pool import Source
+
+
+class State:
+    """The LoRA, its optimiser, learning rate and moving average, and the losses so far.
+
+    Args:
+        network ([`Network`]): has the LoRA.
+        config ([`TrainConfig`]): the settings.
+        sources: by name, where noisy latents come from.
+    """
+
+    def __init__(self, network: Network, config: TrainConfig, sources: Mapping[str, Source]) -> None:
+        assert config.learning_rate is not None and config.lr_scheduler is not None
+        self.network, self.sources = network, dict(sources)
+        parameters = network.parameters
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay or 0.0
+        )
+        self.schedule = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.steps,
+        )
+        self.ema = None if config.ema_decay is None else EMAModel(parameters, decay=config.ema_decay)
+        self.losses: list[float] = []
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps so far."""
+        return len(self.losses)
+
+    def factors(self, which: str) -> dict[str, torch.Tensor]:
+        """The factors `site.lora_A.weight` and `site.lora_B.weight` of the `"student"` or the `"ema"`, float32, on the CPU."""
+        values = self.ema.shadow_params if which == "ema" and self.ema is not None else self.network.parameters
+        names = self.network.factors
+        return {name: value.detach().float().cpu() for name, value in zip(names, values, strict=True)}
+
+    def pools(self, changing: bool) -> dict[str, torch.Tensor]:
+        """The tensors of the pools that are drawn again and again, or of those that are not."""
+        return {
+            f"pool.{name}.{key}": value
+            for name, source in self.sources.items()
+            if self.is_changing(name) == changing
+            for key, value in source.tensors().items()
+        }
+
+    def is_changing(self, name: str) -> bool:
+        """Whether a pool follows the student."""
+        return not self.sources[name].keep
+
+    def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and plain values, but for the pools that never change."""
+        tensors: dict[str, torch.Tensor] = {f"lora.{name}": value for name, value in self.network.factors.items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        for name, parameter in self.network.factors.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        if self.ema is not None:
+            averages = zip(self.network.factors, self.ema.shadow_params, strict=True)
+            tensors.update({f"ema.{name}": value for name, value in averages})
+        tensors.update(self.pools(changing=True))
+        return tensors, {
+            "schedule": self.schedule.state_dict(),  # plain values: diffusers' schedules are functions of the step
+            "ema_step": None if self.ema is None else self.ema.optimization_step,
+            "drawn_times": {name: source.drawn_times for name, source in self.sources.items()},
+        }
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Take what [`saved`] gave."""
+        device = self.network.unet.device
+        self.losses = tensors["losses"].tolist()
+        with torch.no_grad():
+            for name, parameter in self.network.factors.items():
+                parameter.copy_(tensors[f"lora.{name}"])
+        if self.step:
+            states = {
+                index: {key: tensors[f"optimizer.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                for index, name in enumerate(self.network.factors)
+            }
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        self.schedule.load_state_dict(dict(values["schedule"]))
+        for group, rate in zip(self.optimizer.param_groups, values["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        if self.ema is not None:
+            self.ema.optimization_step = values["ema_step"]
+            self.ema.shadow_params = [tensors[f"ema.{name}"].to(device) for name in self.network.factors]
+        for name, source in self.sources.items():
+            if self.is_changing(name):
+                prefix = f"pool.{name}."
+                own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                source.restore(own, values["drawn_times"][name])

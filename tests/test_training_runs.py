@@ -1,0 +1,427 @@
+"""Whole training runs: resumed, killed, interrupted, in two processes, with full disks and losses that are no numbers."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_erasure import (
+    Erasure,
+    ErasureCompatibilityError,
+    ErasureError,
+    ErasureFileError,
+    ErasureInputError,
+    ErasureTrainingError,
+    erase,
+)
+from diffusers_erasure.training import TrainingRun, loop
+from diffusers_erasure.training.checkpoint import POOL_FILE, Checkpoints
+from diffusers_erasure.training.state import State
+from tests.helpers import equal, images, tiny_sd_pipe
+
+
+SMALL: dict[str, Any] = {
+    "steps": 6,
+    "rank": 2,
+    "batch_size": 2,
+    "trajectories": 3,
+    "num_inference_steps": 3,
+    "learning_rate": 1e-2,
+    "refresh_every": 2,
+    "refresh": 1,
+    "templates": "none",
+}
+# What differs in what a checkpoint must hold.
+KINDS: dict[str, dict[str, Any]] = {
+    "base": {"method": "esd", "retain": ["dog", "fox"], "lr_scheduler": "linear", "lr_warmup_steps": 2},
+    "student": {"method": "esd", "policy": "student", "weight_decay": 0.1},
+    "fresh": {"method": "esd", "policy": "student", "trajectories": 0, "accumulation": 2},
+    "ema": {"method": "sdd", "ema_decay": 0.8},
+}
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return tiny_sd_pipe()
+
+
+def make(pipe: Any, kind: str = "base", folder: Path | None = None, *, resume: bool = False, **more: Any) -> Erasure:
+    run = TrainingRun(checkpoint_dir=folder, checkpoint_every=more.pop("every", 1), resume=resume, progress=False)
+    return erase(pipe, "cat", training=run, **{**SMALL, **KINDS[kind], **more})
+
+
+def flat(erasure: Erasure) -> torch.Tensor:
+    """All factors in a row."""
+    tensors = erasure.tensors["pytorch_lora_weights.safetensors"]
+    return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
+
+
+class Cut(BaseException):
+    """Stands for whatever ends a process."""
+
+
+def cut_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the run end when the given step's checkpoint is written."""
+    save = loop.Trainer._save
+
+    def cut(self: Any, state: State) -> None:
+        save(self, state)
+        if state.step == step:
+            raise Cut
+
+    monkeypatch.setattr(loop.Trainer, "_save", cut)
+
+
+# -------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    pipe: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(pipe, kind)
+    assert make(tiny_sd_pipe(), kind).to_files() == whole.to_files()  # and so does a second one
+    for step in (2, 5):
+        with monkeypatch.context() as patch:
+            cut_after(patch, step)
+            with pytest.raises(Cut):
+                make(pipe, kind, tmp_path, resume=True)
+    assert make(pipe, kind, tmp_path, resume=True).to_files() == whole.to_files()
+    assert make(pipe, kind, tmp_path, resume=True).to_files() == whole.to_files()  # it is finished: nothing to do
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name != POOL_FILE)
+    assert names == ["checkpoint-0000005.safetensors", "checkpoint-0000006.safetensors"]
+
+
+def test_a_lost_pool_is_drawn_again(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make(pipe)
+    with monkeypatch.context() as patch:
+        cut_after(patch, 3)
+        with pytest.raises(Cut):
+            make(pipe, folder=tmp_path)
+    (tmp_path / POOL_FILE).unlink()
+    assert make(pipe, folder=tmp_path, resume=True).to_files() == whole.to_files()
+
+
+def test_what_a_run_depends_on(pipe: Any) -> None:
+    base = make(pipe)
+    assert make(pipe, seed=1).content_hash != base.content_hash
+    assert make(pipe, retain_weight=3.0).content_hash != base.content_hash
+    assert make(pipe, max_grad_norm=1e-3).content_hash != base.content_hash
+    assert make(pipe, "base", batch_size=1, accumulation=2).content_hash != base.content_hash
+
+
+def test_accumulated_batches_are_one_large_one(pipe: Any) -> None:
+    """Two batches of one give the mean of their gradients, as a batch of two does, if both see the same samples."""
+    state: dict[str, torch.Tensor] = {}
+    drawn = loop.Trainer._draw
+
+    def halves(self: Any, found: State, what: tuple[int, int], total: int, own: slice) -> Any:
+        return drawn(self, found, (what[0], 0), 2, slice(what[1] * total, what[1] * total + total))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_draw", halves)
+        for name, settings in (("large", {"batch_size": 2}), ("small", {"batch_size": 1, "accumulation": 2})):
+            erasure = make(pipe, "base", lr_scheduler="constant", **settings)
+            state[name] = flat(erasure)
+    # Adam divides by the gradient's own size, so that rounding of tiny gradients shows.
+    assert float((state["large"] - state["small"]).norm() / state["large"].norm()) < 1e-3
+
+
+def command(output: Path, *arguments: str) -> list[str]:
+    small = [f"--set={key}={value}" for key, value in SMALL.items()]
+    return ["-m", "diffusers_erasure.cli", "erase", "cat", "-o", str(output), "--method", "esd", *small, *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    found = subprocess.run(
+        [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.005)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The erasure of a run of 12 steps on the embedded model, by the command."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    run(*command(folder, "--set=steps=12"))
+    assert not folder.with_name("out.checkpoints").exists()  # they have done their work
+    return contents(folder)
+
+
+def test_killed_twice_the_resumed_run_is_bit_identical(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    folder = tmp_path / "out"
+    arguments = command(folder, "--set=steps=12", "--checkpoint-every=1", "--resume")
+    for step in (2, 7):
+        process = subprocess.Popen([sys.executable, *arguments], env=environment(), stderr=subprocess.DEVNULL)
+        wait_for(tmp_path / "out.checkpoints" / f"checkpoint-{step:07d}.safetensors", process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and not folder.exists()
+    run(*arguments)
+    assert contents(folder) == uninterrupted
+
+
+def test_ctrl_c_saves_and_a_forgotten_resume_loses_nothing(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    folder = tmp_path / "out"
+    arguments = command(folder, "--set=steps=12", "--checkpoint-every=1000")
+    process = subprocess.Popen([sys.executable, *arguments], env=environment(), stderr=subprocess.PIPE)
+    wait_for(tmp_path / "out.checkpoints" / POOL_FILE, process)  # the next thing is the first step
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=200)
+    assert process.returncode == 130, messages.decode()[-2000:]
+    assert b"--resume" in messages and b"Traceback" not in messages and not folder.exists()
+    saved = [path for path in (tmp_path / "out.checkpoints").iterdir() if path.name.startswith("checkpoint")]
+    assert len(saved) == 1
+    forgotten = subprocess.run(
+        [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert forgotten.returncode == 1 and "--resume" in forgotten.stderr and saved[0].exists()
+    run(*arguments, "--resume")
+    assert contents(folder) == uninterrupted
+
+
+def test_config_repeats_an_erasure_to_the_byte(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    for name, data in uninterrupted.items():
+        (first / name).write_bytes(data)
+    run("-m", "diffusers_erasure.cli", "erase", "-o", str(second), "--config", str(first))
+    assert contents(second) == uninterrupted
+
+
+def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = ("--set=policy=student", "--retain=dog", "--set=trajectories=3", "--set=refresh=2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(*command(one, *shared, "--set=batch_size=2"))
+    # What `torchrun` is; `accelerate launch` starts several processes on GPUs only.
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    module, (_, _, _, *rest) = ["-m", "diffusers_erasure.training"], command(two, *shared, "--set=batch_size=1")
+    run(*launch, *module, *rest)
+    erasures = [Erasure.from_pretrained(folder) for folder in (one, two)]
+    losses = [erasure.config.diagnostics["loss"] for erasure in erasures]
+    assert len(losses[0]) == SMALL["steps"] and losses[0][-1] != losses[0][0]
+    # Sums over other batches, in another order; Adam makes more of it where gradients are tiny.
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    one_flat, two_flat = (flat(erasure) for erasure in erasures)
+    assert float((one_flat - two_flat).norm() / one_flat.norm()) < 5e-3
+
+
+def test_a_second_signal_stops_at_once_and_sigterm_exits(pipe: Any, tmp_path: Path) -> None:
+    from diffusers_erasure.training.interrupts import noted
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with noted() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with noted() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as stopped:
+            interrupt.stop()
+        assert stopped.value.code == 143
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    drawn, save = images(pipe), loop.Trainer._everywhere
+    with pytest.MonkeyPatch.context() as patch:
+
+        def asked(self: Any, loss: torch.Tensor, interrupt: Any) -> tuple[float, bool]:
+            if float(loss):  # not while the pool is filled
+                signal.raise_signal(signal.SIGTERM)
+            return save(self, loss, interrupt)
+
+        patch.setattr(loop.Trainer, "_everywhere", asked)
+        with pytest.raises(SystemExit):
+            make(pipe, folder=tmp_path, every=1000)
+    assert (tmp_path / "checkpoint-0000001.safetensors").exists() and equal(images(pipe), drawn)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def stopped_at(pipe: Any, folder: Path, step: int = 3, kind: str = "base") -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, step)
+        with pytest.raises(Cut):
+            make(pipe, kind, folder)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [cut_short, flipped, emptied])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_good(
+    pipe: Any, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    stopped_at(pipe, tmp_path)
+    newest = tmp_path / "checkpoint-0000003.safetensors"
+    harm(newest)
+    with pytest.raises(ErasureFileError, match="damaged.*delete it to go on from step 2"):
+        make(pipe, folder=tmp_path, resume=True)
+    newest.unlink()
+    assert make(pipe, folder=tmp_path, resume=True).to_files() == make(pipe).to_files()
+
+
+def test_a_checkpoint_of_another_run_or_base_is_refused(pipe: Any, tmp_path: Path) -> None:
+    stopped_at(pipe, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ErasureInputError, match="`learning_rate` was 0.01, and is now 0.5"):
+        make(pipe, folder=tmp_path, resume=True, learning_rate=0.5)
+    with pytest.raises(ErasureInputError, match="`method` was esd, and is now sdd"):
+        make(pipe, "ema", tmp_path, resume=True)
+    with pytest.raises(ErasureCompatibilityError, match="another base model"):
+        make(tiny_sd_pipe(seed=5), folder=tmp_path, resume=True)
+    with pytest.raises(ErasureInputError, match="resume=True"):
+        make(pipe, folder=tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(pipe: Any, tmp_path: Path) -> None:
+    stopped_at(pipe, tmp_path)
+    before = contents(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ErasureTrainingError, match=r"No space left.*of step 3.*resume"):
+            make(pipe, folder=tmp_path, resume=True)
+    assert contents(tmp_path) == before
+    assert make(pipe, folder=tmp_path, resume=True).to_files() == make(pipe).to_files()
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(pipe: Any, tmp_path: Path) -> None:
+    drawn, loss = images(pipe), loop.Trainer._loss
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+
+        def broken(self: Any, step: Any) -> torch.Tensor:
+            calls.append(1)
+            return loss(self, step) * (float("nan") if len(calls) == 4 else 1.0)
+
+        patch.setattr(loop.Trainer, "_loss", broken)
+        with pytest.raises(
+            ErasureTrainingError, match=r"step 4 is not finite.*good checkpoint is of step 3.*learning_rate"
+        ):
+            make(pipe, folder=tmp_path)
+    assert equal(images(pipe), drawn)
+    assert make(pipe, folder=tmp_path, resume=True).to_files() == make(pipe).to_files()
+
+
+def test_nan_in_the_base_is_told(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ErasureError, match="not finite"):
+        make(pipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"rank": 500}, ErasureInputError, "rank"),
+        ({"train_set": ("nothing",)}, ErasureCompatibilityError, "No Linear"),
+        ({"anchors": " CAT "}, ErasureInputError, "its own anchor"),
+        ({"erase_from": "word " * 40, "formula": "newer"}, ErasureInputError, "tokens"),
+        ({"retain": ["word " * 40]}, ErasureInputError, "tokens"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_trained(
+    pipe: Any, settings: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    drawn = images(pipe)
+    with pytest.raises(error, match=message):
+        make(pipe, folder=tmp_path / "x", **settings)
+    assert equal(images(pipe), drawn) and not (tmp_path / "x").exists()
+
+
+def test_pipelines_that_cannot_be_trained(pipe: Any) -> None:
+    from tests.helpers import style_lora
+
+    pipe.load_lora_weights(style_lora(pipe))
+    with pytest.raises(ErasureInputError, match="LoRA"):
+        make(pipe)
+    pipe.unload_lora_weights()
+    with pytest.raises(ErasureInputError, match="bfloat16"):
+        half = tiny_sd_pipe()
+        half.unet.half()
+        make(half)
+    with pytest.raises(ErasureInputError, match="does not train|closed form"):
+        erase(pipe, "cat", method="uce", training=TrainingRun())
+
+
+def test_a_loaded_erasure_is_off_while_another_is_trained(pipe: Any) -> None:
+    first = make(pipe)
+    pipe.load_erasure(make(pipe, "student"))
+    assert make(pipe).to_files() == first.to_files()
+
+
+# ------------------------------------------------------------------------------------------------ samples, memory
+
+
+def test_sample_images(pipe: Any, tmp_path: Path) -> None:
+    run = TrainingRun(checkpoint_dir=tmp_path, sample_every=3, sample_prompts=("cat", "a dog"), progress=False)
+    erasure = erase(pipe, "cat", training=run, **{**SMALL, **KINDS["base"]})
+    sheets = sorted((tmp_path / "samples").iterdir())
+    assert [sheet.name for sheet in sheets] == ["step-0000003.png", "step-0000006.png"]
+    first, second = (Image.open(sheet).convert("RGB") for sheet in sheets)
+    assert first.size == second.size and first.tobytes() != second.tobytes()
+    assert erasure.to_files() == make(pipe).to_files()  # samples do not change the run
+
+
+def test_released_components_leave_and_the_erasure_knows_them(pipe: Any) -> None:
+    fingerprint = make(pipe).config
+    run = TrainingRun(release=True, progress=False)
+    erasure = erase(pipe, "cat", training=run, **{**SMALL, **KINDS["base"]})
+    assert pipe.text_encoder is None and pipe.vae is None
+    assert erasure.config == fingerprint and "text_encoder" in erasure.config.layers[0].derived_from
+
+
+def test_files_of_a_checkpoint_are_whole_or_not_there(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "new", {"a": 1}, {})
+    assert checkpoints.steps() == [] and checkpoints.latest() is None
+    for step in (1, 2, 30):
+        checkpoints.save(step, {"x": torch.full((2,), float(step))}, {"note": step})
+    assert checkpoints.steps() == [2, 30]
+    tensors, state = checkpoints.latest() or ({}, {})
+    assert tensors["x"].tolist() == [30.0, 30.0] and state == {"note": 30, "step": 30}
+    (tmp_path / "new" / "checkpoint-0000099.safetensors.part").write_text("half")
+    assert checkpoints.steps() == [2, 30]
