@@ -446,10 +446,13 @@ def test_presets_conversion_and_what_is_recorded() -> None:
     assert SDDConfig(published=True).ema_decay == 0.999 and SDDConfig().save == "ema"
     settings, secret = Config(erase_from="pet", templates=("x {}",), retain=("dog",)).recorded()
     assert secret == ("erase_from", "retain", "retain_excluded", "templates") and settings["templates"] == ["x {}"]
-    assert None not in [settings[key] for key in ("rank", "eta", "policy", "train_set", "learning_rate")]
-    assert (Config().steps, Config().for_concepts(1).steps, Config(steps=7).for_concepts(9).steps) == (None, 300, 7)
-    many = Config().for_concepts(32)
-    assert (many.steps, many.trajectories, Config(trajectories=0).for_concepts(32).trajectories) == (1075, 64, 0)
+    assert None not in [settings[key] for key in ("rank", "eta", "policy", "train_set", "retain_weight")]
+    assert (Config().steps, Config(steps=7).resolved(9, 2.0).steps) == (None, 7)
+    many = Config().resolved(32, 750.0)
+    assert (many.steps, many.trajectories, many.learning_rate) == (1075, 64, 1e-4)
+    few = Config(trajectories=0).resolved(1, 7.5)
+    assert (few.steps, few.trajectories, few.learning_rate) == (300, 0, 1e-3)
+    assert Config(learning_rate=0.5).resolved(1, 7.5).learning_rate == 0.5
 
 
 @pytest.mark.parametrize(

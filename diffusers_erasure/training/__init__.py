@@ -6,6 +6,7 @@ from typing import Any
 from ..artifact import Erasure
 from ..base_model import describe_base
 from ..compat import accelerate_state_restored
+from ..encoding import last_rows
 from ..schema import Concept
 from .config import TrainConfig, TrainingRun
 from .loop import Trainer
@@ -35,7 +36,8 @@ def fit_by_training(
         run ([`TrainingRun`], *optional*): checkpoints, progress and samples.
     """
     run = run or TrainingRun()
-    config = config.for_concepts(len(concepts))
+    squares = float(last_rows(pipe, [str(concept.target) for concept in concepts]).double().square().sum(1).mean())
+    config = config.resolved(len(concepts), squares)
     base = describe_base(pipe)
     settings, _ = config.recorded()
     pairs = [[concept.target, concept.anchor] for concept in concepts]

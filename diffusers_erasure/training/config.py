@@ -15,6 +15,7 @@ from .sites import train_set_name
 Policy = Literal["base", "student", "ema"]
 POLICIES = ("base", "student", "ema")
 STEPS, MORE_STEPS = 300, 25  # for one concept, and for each further one
+RATE, SQUARES = 1e-4, 750.0  # the learning rate for Stable Diffusion 1.x, and the |x|^2 of its text rows
 TRAJECTORIES = 16  # in a pool, if these are enough for the concepts
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -38,7 +39,8 @@ class TrainConfig:
         batch_size (`int`, *optional*): noisy latents of the concepts in a step, for each process; as many of retained
             prompts come on top.
         accumulation (`int`, *optional*, defaults to 1): batches whose gradients make one step.
-        learning_rate (`float`, *optional*): AdamW's.
+        learning_rate (`float`, *optional*): AdamW's. By default 1e-4 for text rows as large as those of Stable Diffusion 1.x,
+            and more in proportion where they are smaller: a LoRA does in proportion to what it reads.
         weight_decay (`float`, *optional*): AdamW's.
         lr_scheduler (`str`, *optional*): one of diffusers' schedules: `"constant"`, `"constant_with_warmup"`,
             `"linear"`, `"cosine"`, `"cosine_with_restarts"` or `"polynomial"`.
@@ -109,7 +111,7 @@ class TrainConfig:
         for name, least in (("steps", 1), ("trajectories", 0), ("resolution", 1), ("retain_nearest", 0)):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=least)
-        number("learning_rate", self.learning_rate, above=True)
+        number("learning_rate", self.learning_rate, above=True, optional=True)
         number("max_grad_norm", self.max_grad_norm, above=True)
         number("retain_weight", self.retain_weight)
         number("weight_decay", self.weight_decay)
@@ -124,11 +126,13 @@ class TrainConfig:
             if not isinstance(template, str) or template.count("{}") != 1:
                 raise ErasureInputError(f"The template {template!r} must hold {{}} once, for the concept.")
 
-    def for_concepts(self, count: int) -> Self:
-        """The settings with those filled in that depend on the number of concepts."""
+    def resolved(self, count: int, squares: float) -> Self:
+        """The settings with those filled in that depend on the number of concepts and the mean |x|^2 of their text rows."""
+        relative = float(f"{RATE * (SQUARES / max(squares, 1e-12)) ** 0.5:.2g}")
+        rate = relative if self.learning_rate is None else self.learning_rate
         steps = STEPS + MORE_STEPS * (count - 1) if self.steps is None else self.steps
         trajectories = max(TRAJECTORIES, 2 * count) if self.trajectories is None else self.trajectories
-        return dataclasses.replace(self, steps=steps, trajectories=trajectories)
+        return dataclasses.replace(self, steps=steps, trajectories=trajectories, learning_rate=rate)
 
     def template_list(self) -> tuple[str, ...]:
         """The templates themselves."""
@@ -166,7 +170,6 @@ DEFAULTS: dict[str, Any] = {
     "templates": "none",
     "retain_weight": 1.0,
     "batch_size": 4,
-    "learning_rate": 1e-4,
     "weight_decay": 0.0,
     "lr_scheduler": "constant",
     "save": "student",
