@@ -19,9 +19,10 @@ from diffusers_erasure.methods.sdd import Config as SDDConfig
 from diffusers_erasure.methods.sdd import Objective as SDD
 from diffusers_erasure.schema import Concept
 from diffusers_erasure.training.config import TrainConfig, TrainingRun
+from diffusers_erasure.training.loop import retained_examples
 from diffusers_erasure.training.network import ADAPTER, Network, in_training
 from diffusers_erasure.training.objective import RETAIN, STUDENT, Step
-from diffusers_erasure.training.pool import Drawn, Example, Source
+from diffusers_erasure.training.pool import MOST_RETAINED, Drawn, Example, Source
 from diffusers_erasure.training.prompts import Prompts, nearest
 from diffusers_erasure.training.sampler import SAMPLE, Sampler, generator_for, partial, trajectories
 from diffusers_erasure.training.sites import TRAIN_SETS, check_rank, find_sites
@@ -332,6 +333,15 @@ def test_half_of_the_samples_are_favoured(pipe: Any) -> None:
         source = source_of(network, 6, favoured=[2])
         chosen = source._chosen(6, 4000, torch.Generator().manual_seed(0))
         assert set(chosen[::2].tolist()) == {2, 5} and set(chosen[1::2].tolist()) == set(range(6))
+
+
+def test_most_retained_prompts_are_the_nearest_first() -> None:
+    names = [f"thing {i}" for i in range(300)]
+    found = [example.prompts[RETAIN] for example in retained_examples(names, names[280:283], ("{}", "a {}"))]
+    assert len(found) == MOST_RETAINED and found[:4] == ["thing 280", "a thing 281", "thing 282", "a thing 0"]
+    few = [example.prompts[RETAIN] for example in retained_examples(("dog", "fox"), ["fox"], ("{}", "a {}"))]
+    assert few == ["fox", "a dog", "a fox"]
+    assert retained_examples((), (), ("{}",)) == []
 
 
 def test_nearest_retained_prompts() -> None:

@@ -102,6 +102,26 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert names == ["checkpoint-0000005.safetensors", "checkpoint-0000006.safetensors"]
 
 
+def test_stopped_while_the_pool_is_filled(pipe: Any, tmp_path: Path) -> None:
+    whole = make(pipe, "student", trajectories=40, steps=2)
+    everywhere, chunks = loop.Trainer._everywhere, []
+
+    def asked(self: Any, loss: torch.Tensor, interrupt: Any) -> tuple[float, bool]:
+        chunks.append(1)
+        return everywhere(self, loss, interrupt)[0], len(chunks) == 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_everywhere", asked)
+        with pytest.raises(KeyboardInterrupt):
+            make(pipe, "student", tmp_path, trajectories=40, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        chunks.clear()
+        chunks += [1, 1, 1]  # 32 trajectories are there, so that one chunk is missing, and two steps follow
+        patch.setattr(loop.Trainer, "_everywhere", asked)
+        resumed = make(pipe, "student", tmp_path, resume=True, trajectories=40, steps=2)
+    assert len(chunks) == 6 and resumed.to_files() == whole.to_files()
+
+
 def test_a_lost_pool_is_drawn_again(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make(pipe)
     with monkeypatch.context() as patch:

@@ -45,13 +45,11 @@ class Trained:
         factors: `site.lora_A.weight` [r, in] and `site.lora_B.weight` [out, r] (convolutions: 4-d), float32, on the CPU.
         sites: the trained modules, in model order.
         losses: the mean loss of each step.
-        is_main: whether this process is the one that writes.
     """
 
     factors: dict[str, torch.Tensor]
     sites: tuple[str, ...]
     losses: list[float]
-    is_main: bool = True
 
 
 class Trainer:
@@ -89,6 +87,8 @@ class Trainer:
         )
         # SDXL's VAE has as many levels as Stable Diffusion's; a pipeline without one is trained all the same.
         self.pixels = getattr(pipe, "vae_scale_factor", 8)
+        if config.resolution and config.resolution % self.pixels:
+            raise ErasureInputError(f"`resolution` must be a multiple of {self.pixels}, not {config.resolution}.")
         size = config.resolution // self.pixels if config.resolution else unet.config.sample_size
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.shape = unet.config.in_channels, *self.size
@@ -98,6 +98,12 @@ class Trainer:
         kept = config.kept().prompts if config.retain_weight else ()
         self.near = nearest(pipe, kept, targets, config.retain_nearest)
         self.retained = retained_examples(kept, self.near, config.template_list())
+        if len(kept) > len({example.prompts[RETAIN] for example in self.retained}):
+            logger.warning(
+                "%d prompts are retained, but only %d of them, the nearest to a target first, are trained on.",
+                len(kept),
+                len(self.retained),
+            )
         self.sample_prompts = list(run.sample_prompts) or [
             *(str(concept.target) for concept in concepts[:4]),
             *config.kept().prompts[:4],
@@ -143,7 +149,7 @@ class Trainer:
             self._fill(state, interrupt)
             self._steps(state, interrupt)
             factors = state.factors(config.save or "student")
-            return Trained(factors, tuple(self.sites), state.losses, self.accelerator.is_main_process)
+            return Trained(factors, tuple(self.sites), state.losses)
 
     def _steps(self, state: State, interrupt: Interrupt) -> None:
         """The loop itself."""
@@ -245,14 +251,7 @@ class Trainer:
         keep = self.objective.teacher_roles if config.policy == "base" else ()
         sources = {CONCEPTS: source(CONCEPTS, self.examples, count, keep)}
         if self.retained:
-            wanted = len(self.retained)
-            of_retained = min(max(count, wanted), MOST_RETAINED) if count else 0
-            if count and wanted > of_retained:
-                logger.warning(
-                    "%d prompts are to be retained, but the pool has room for %d of them; the last are left out.",
-                    wanted,
-                    of_retained,
-                )
+            of_retained = max(count, len(self.retained)) if count else 0
             sources[RETAINED] = source(RETAINED, self.retained, of_retained, (RETAIN,), self._favoured())
         return sources
 
@@ -292,10 +291,13 @@ class Trainer:
                 bar.update(source.extend(state.network.teacher_rows, self.accelerator, most))
                 _, asked = self._everywhere(torch.zeros((), device=self.device), interrupt)
                 if asked:
+                    self._save_pools(state)
+                    logger.warning(
+                        "Stopped while drawing noisy latents; `resume=True` (`--resume`) goes on from there."
+                    )
                     interrupt.stop()
         bar.close()
-        if self.checkpoints is not None and self.accelerator.is_main_process:
-            self.checkpoints.write(POOL_FILE, state.pools(changing=False) or {"empty": torch.zeros(1)}, {})
+        self._save_pools(state)
 
     def _refresh(self, state: State, number: int) -> None:
         """Draw the oldest trajectories again, where they follow the student."""
@@ -313,6 +315,10 @@ class Trainer:
         if self.checkpoints is not None and self.accelerator.is_main_process:
             self.checkpoints.save(state.step, *state.saved())
 
+    def _save_pools(self, state: State) -> None:
+        if self.checkpoints is not None and self.accelerator.is_main_process:
+            self.checkpoints.write(POOL_FILE, *state.saved_pools())
+
     def _resume(self, state: State, checkpoints: Checkpoints) -> None:
         """Go on from the newest checkpoint; without `resume` see that none would be lost."""
         if not self.run.resume:
@@ -323,19 +329,13 @@ class Trainer:
                 )
             return
         found = checkpoints.latest()
-        if found is None:
-            logger.warning("There is no checkpoint in %s to go on from; starting anew.", checkpoints.folder)
-            return
-        state.restore(*found)
-        tensors: dict[str, torch.Tensor] = {}
-        if (checkpoints.folder / POOL_FILE).exists():
-            tensors, _ = checkpoints.read(POOL_FILE)
-        for name, source in state.sources.items():
-            prefix = f"pool.{name}."
-            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if own:  # else it is drawn again, to the same values
-                source.restore(own, source.count)
-        logger.info("Going on from step %d of %d.", state.step, self.config.steps)
+        if (checkpoints.folder / POOL_FILE).exists():  # else it is drawn again, to the same values
+            state.restore_pools(*checkpoints.read(POOL_FILE))
+        if found is not None:
+            state.restore(*found)
+            logger.info("Going on from step %d of %d.", state.step, self.config.steps)
+        else:
+            logger.warning("There is no checkpoint in %s to go on from; starting with step 1.", checkpoints.folder)
 
     # ------------------------------------------------------------------------------------------------- the rest
 
@@ -376,4 +376,5 @@ def retained_examples(prompts: Sequence[str], near: Sequence[str], templates: Se
     wanted = [(prompt, i) for i, prompt in enumerate(ordered)]
     wanted += [(prompt, i + j) for j in range(1, NEAR_TEMPLATES + 1) for i, prompt in enumerate(near)]
     filled = [templates[i % len(templates)].format(prompt) for prompt, i in wanted]
-    return [Example(dict.fromkeys((SAMPLE, RETAIN), text)) for text in dict.fromkeys(filled)]
+    texts = list(dict.fromkeys(filled))[:MOST_RETAINED]
+    return [Example(dict.fromkeys((SAMPLE, RETAIN), text)) for text in texts]

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from .sampler import SAMPLE, Pairs, Predict, Sampler, generator_for, partial, trajectories
 
 
-MOST_RETAINED = 256  # trajectories of retained prompts
+MOST_RETAINED = 256  # retained prompts that are trained on
 LATENT_CELLS = 32_768  # of the latents that are denoised together: 8 of 64 x 64
 
 

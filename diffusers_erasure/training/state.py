@@ -48,14 +48,28 @@ class State:
         names = self.network.factors
         return {name: value.detach().float().cpu() for name, value in zip(names, values, strict=True)}
 
-    def pools(self, changing: bool) -> dict[str, torch.Tensor]:
-        """The tensors of the pools that are drawn again and again, or of those that are not."""
-        return {
-            f"pool.{name}.{key}": value
-            for name, source in self.sources.items()
-            if self.is_changing(name) == changing
-            for key, value in source.tensors().items()
-        }
+    def saved_pools(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All pools, as far as they are filled, for a file of their own."""
+        tensors = {"nothing": torch.zeros(1)}  # a file has at least one tensor
+        for name in self.sources:
+            tensors.update(self._pool(name))
+        return tensors, {"drawn_times": self._drawn_times()}
+
+    def restore_pools(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Take what [`saved_pools`] gave."""
+        for name in self.sources:
+            self._restore_pool(name, tensors, values)
+
+    def _pool(self, name: str) -> dict[str, torch.Tensor]:
+        return {f"pool.{name}.{key}": value for key, value in self.sources[name].tensors().items()}
+
+    def _restore_pool(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        prefix = f"pool.{name}."
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        self.sources[name].restore(own, values["drawn_times"][name])
+
+    def _drawn_times(self) -> dict[str, int]:
+        return {name: source.drawn_times for name, source in self.sources.items()}
 
     def is_changing(self, name: str) -> bool:
         """Whether a pool follows the student."""
@@ -71,11 +85,12 @@ class State:
         if self.ema is not None:
             averages = zip(self.network.factors, self.ema.shadow_params, strict=True)
             tensors.update({f"ema.{name}": value for name, value in averages})
-        tensors.update(self.pools(changing=True))
+        for name in self.sources:
+            tensors.update(self._pool(name) if self.is_changing(name) else {})
         return tensors, {
             "schedule": self.schedule.state_dict(),  # plain values: diffusers' schedules are functions of the step
             "ema_step": None if self.ema is None else self.ema.optimization_step,
-            "drawn_times": {name: source.drawn_times for name, source in self.sources.items()},
+            "drawn_times": self._drawn_times(),
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
@@ -98,8 +113,6 @@ class State:
         if self.ema is not None:
             self.ema.optimization_step = values["ema_step"]
             self.ema.shadow_params = [tensors[f"ema.{name}"].to(device) for name in self.network.factors]
-        for name, source in self.sources.items():
+        for name in self.sources:
             if self.is_changing(name):
-                prefix = f"pool.{name}."
-                own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                source.restore(own, values["drawn_times"][name])
+                self._restore_pool(name, tensors, values)
