@@ -31,11 +31,13 @@ from typing import Any
 import torch
 from common import arguments, finish, make_pipeline, make_unet, print_table, start
 from diffusers import DDIMScheduler
+from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 
 from diffusers_erasure import Erasure, demo, erase
 from diffusers_erasure.demo.command import BATCH, GUIDANCE_SCALE, STEPS, fast_pipeline
 from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS
+from diffusers_erasure.encoding import last_rows
 from diffusers_erasure.methods import esd
 from diffusers_erasure.training import TrainingRun
 from diffusers_erasure.training.prompts import nearest
@@ -85,6 +87,7 @@ def plain_esd(pipe: Any, target: str, anchor: str, retain: Sequence[str], config
     )
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=config.steps)
     near, draw, rows = nearest(pipe, retain, [target], config.retain_nearest), Random(config.seed), {}
 
     def predict(x: torch.Tensor, t: Any, prompt: str) -> torch.Tensor:
@@ -109,7 +112,7 @@ def plain_esd(pipe: Any, target: str, anchor: str, retain: Sequence[str], config
         finally:
             unet.enable_adapters()
 
-    for step in range(config.steps):
+    for _ in range(config.steps):
         optimizer.zero_grad()
         for sample in range(config.batch_size):
             template = draw.choice(config.template_list())
@@ -126,6 +129,7 @@ def plain_esd(pipe: Any, target: str, anchor: str, retain: Sequence[str], config
             (config.retain_weight * loss / config.batch_size).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
+        schedule.step()
 
 
 def judged(pipe: Any, target: str, images: int) -> tuple[float, float]:
@@ -152,12 +156,13 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     settings: dict[str, Any] = {"preset": "object", "steps": options.steps}
     if options.smoke:
         settings |= {"batch_size": 2, "trajectories": 2, "num_inference_steps": 4}
-    config = esd.Config(**settings)
     images = 5 if options.smoke else IMAGES
     found = []
     for target in options.concepts:
         anchor = HYPERNYMS[target]
         retain = ["dog", "pizza"] if options.smoke else [name for name in OBJECTS if name != target]
+        squares = float(last_rows(fast_pipeline(), [target]).square().sum())
+        config = esd.Config(**settings).resolved(1, squares)  # as `erase` does
         row: dict[str, Any] = {"concept": target, "steps": options.steps}
         for name in ("plain", "library"):
             pipe = fast_pipeline()
@@ -182,7 +187,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         row["ratio"] = {key: row["library"][key] / row["plain"][key] for key in ("forwards", "passes", "seconds")}
         found.append(row)
     print_table(
-        f"ESD on the embedded model, {options.steps} updates of {config.batch_size} samples and as many retained ones, for each "
+        f"ESD on the embedded model, {options.steps} updates of {esd.Config(**settings).batch_size} samples and as many retained ones, for each "
         "update; processor time, encoding and pool included (aims: forwards <= 0.20, seconds <= 0.33)",
         ["", "forwards", "with backward", "seconds", "acc_e", "acc_r"],
         [
@@ -214,9 +219,9 @@ def memory_of(case: str, smoke: bool) -> dict[str, float]:
     pipe = make_pipeline(smoke, make_unet(smoke, dtype=torch.bfloat16))
     pipe.text_encoder.to(torch.bfloat16)
     loaded = peak()
-    # Few steps of a short sampler: the memory of one is that of all.
+    # One step after one of a sampler of one: the memory of these is that of all.
     settings: dict[str, Any] = {
-        **{"train_set": "x", "templates": "none", "steps": 2, "trajectories": 2, "num_inference_steps": 2},
+        **{"train_set": "x", "templates": "none", "steps": 1, "trajectories": 1, "num_inference_steps": 1},
         **CASES[case],
     }
     begin = time.perf_counter()
