@@ -27,7 +27,7 @@ from diffusers_erasure import (
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.checkpoint import POOL_FILE, Checkpoints
 from diffusers_erasure.training.state import State
-from tests.helpers import equal, images, tiny_sd_pipe
+from tests.helpers import TOLERANCE, equal, far, images, tiny_sd_pipe
 
 
 SMALL: dict[str, Any] = {
@@ -406,6 +406,47 @@ def test_pipelines_that_cannot_be_trained(pipe: Any) -> None:
         make(half)
     with pytest.raises(ErasureInputError, match="does not train|closed form"):
         erase(pipe, "cat", method="uce", training=TrainingRun())
+
+
+def test_accelerate_is_left_as_it_was(pipe: Any) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import PartialState
+
+    from diffusers_erasure.compat import accelerate_state_restored
+
+    with accelerate_state_restored():  # whatever ran in this process before
+        pass
+    assert not PartialState._shared_state
+    make(pipe)
+    assert not PartialState._shared_state
+    with accelerate_state_restored():
+        Accelerator(cpu=True, mixed_precision="bf16")
+        with pytest.raises(ErasureInputError, match="mixed precision"):
+            make(pipe)
+        assert PartialState._shared_state  # the user's own stays
+
+
+@pytest.mark.parametrize("train_set", ["x", "u", "full"])
+def test_stock_diffusers_loads_what_was_trained(pipe: Any, train_set: str, tmp_path: Path) -> None:
+    erasure = make(pipe, train_set=train_set, learning_rate=0.05)
+    erasure.save_pretrained(tmp_path)
+    assert erasure.config.stock is not None and erasure.config.stock.max_error == 0
+    base, ours, stock = tiny_sd_pipe(), tiny_sd_pipe(), tiny_sd_pipe()
+    ours.load_erasure(tmp_path)
+    stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    drawn = images(ours)
+    assert far(drawn, images(base)) > 0.02
+    assert far(drawn, images(stock)) < TOLERANCE  # B (A x) is added in both, in another order of sums
+
+
+@pytest.mark.parametrize(("method", "preset"), [("esd", "object"), ("esd", "nudity"), ("sdd", "style")])
+def test_published_presets_run(pipe: Any, method: str, preset: str) -> None:
+    run = TrainingRun(progress=False)
+    few: dict[str, Any] = {"steps": 1, "num_inference_steps": 3, "rank": 2}
+    erasure = erase(pipe, ["cat", "dog"], method=method, preset=preset, published=True, training=run, **few)
+    settings = erasure.config.method.settings
+    assert (settings["trajectories"], settings["batch_size"], settings["learning_rate"]) == (0, 1, 1e-4)
+    assert [concept.anchor for concept in erasure.concepts] == ["", ""]
 
 
 def test_a_loaded_erasure_is_off_while_another_is_trained(pipe: Any) -> None:

@@ -82,9 +82,7 @@ class Trainer:
         check_rank(self.sites, config.rank)
         unet = component(pipe, "unet")
         self.device = compat.execution_device(unet)
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=config.accumulation, cpu=self.device.type == "cpu", device_placement=False
-        )
+        self.accelerator = _accelerator(config.accumulation, self.device)
         # SDXL's VAE has as many levels as Stable Diffusion's; a pipeline without one is trained all the same.
         self.pixels = getattr(pipe, "vae_scale_factor", 8)
         if config.resolution and config.resolution % self.pixels:
@@ -208,7 +206,7 @@ class Trainer:
 
     def _everywhere(self, loss: torch.Tensor, interrupt: Interrupt) -> tuple[float, bool]:
         """The mean loss over all processes, and whether one of them was asked to stop."""
-        both = torch.stack([loss.double(), torch.tensor(float(interrupt.signal is not None), device=loss.device)])
+        both = torch.stack([loss.float(), torch.tensor(float(interrupt.signal is not None), device=loss.device)])
         mean = reduce(both, "mean")
         return float(mean[0]), float(mean[1]) > 0
 
@@ -368,6 +366,22 @@ class Trainer:
     def _bar(self, what: str, total: int, done: int) -> tqdm:
         hidden = not self.run.progress or not self.accelerator.is_local_main_process
         return tqdm(total=total, initial=done, desc=what, disable=hidden, dynamic_ncols=True)
+
+
+def _accelerator(accumulation: int, device: torch.device) -> Accelerator:
+    """An accelerator without mixed precision: base and LoRA have dtypes of their own, and the loss is not scaled."""
+    try:
+        return Accelerator(
+            gradient_accumulation_steps=accumulation,
+            cpu=device.type == "cpu",
+            device_placement=False,
+            mixed_precision="no",
+        )
+    except ValueError as error:  # its options cannot be changed any more
+        raise ErasureInputError(
+            f"accelerate is set up in this process in another way ({str(error).splitlines()[0]}). Train before making an "
+            "`Accelerator` of your own, or without mixed precision."
+        ) from error
 
 
 def retained_examples(prompts: Sequence[str], near: Sequence[str], templates: Sequence[str]) -> list[Example]:

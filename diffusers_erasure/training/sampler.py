@@ -99,11 +99,13 @@ def trajectories(
     found: dict[str, list[torch.Tensor]] = {role: [] for role in keep}
     x = noise.float()
     for index, timestep in enumerate(sampler.timesteps):
-        latents.append(x)
         last = index == len(sampler) - 1
         if last and not keep:
+            latents.append(x)
             break
         outputs = predict(x, timestep.expand(len(x)), rows)
+        x = x.to(outputs[0].device)
+        latents.append(x)
         for role in keep:
             found[role].append(outputs[place[role]])
         if not last:
@@ -135,7 +137,8 @@ def partial(
         rows = [own] if guidance_scale == 1 else [own, ("",) * len(going)]
         outputs = predict(x[going], sampler.timesteps[index].expand(len(going)), rows)
         place = {SAMPLE: 0, EMPTY: len(rows) - 1}
-        x[going] = sampler.step(guided(outputs, place, guidance_scale), index, x[going])
+        moved = sampler.step(guided(outputs, place, guidance_scale), index, x[going].to(outputs[0].device))
+        x[going] = moved.to(x.device)
     return x
 
 

@@ -47,6 +47,9 @@ def write_samples(
 @torch.no_grad()
 def _decoded(pipe: Any, latents: torch.Tensor) -> list[Any]:
     vae = component(pipe, "vae")
+    place = vae.device
+    vae.to(latents.device)  # it is away while the training lasts
     scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    images = [vae.decode(each[None].to(vae.device, vae.dtype)).sample.float() for each in scaled]
+    images = [vae.decode(each[None].to(vae.dtype)).sample.float().cpu() for each in scaled]
+    vae.to(place)
     return list(pipe.image_processor.postprocess(torch.cat(images), output_type="pil"))
