@@ -34,6 +34,7 @@ class Entry:
         drawing (`Callable`, *optional*): From the targets to further keyword arguments of the pipeline's call.
         says_anchor (`bool`, *optional*, defaults to `False`): Put the anchor into the prompts instead of the target: what
             an edit would draw that maps the one to the other perfectly.
+        trains (`bool`, *optional*, defaults to `False`): Whether the method trains; it then shows no bar of its own.
         version (`int`, *optional*, defaults to 1): Raise it when code that the fields above do not show changes, so that
             stored results are not taken any more.
     """
@@ -50,6 +51,7 @@ class Entry:
     max_targets: int | None = None
     drawing: Callable[[Sequence[str]], dict[str, Any]] | None = None
     says_anchor: bool = False
+    trains: bool = False
     version: int = 1
 
     def anchors(self, targets: Sequence[str]) -> list[str]:
@@ -90,11 +92,11 @@ class Entry:
         if self.method is None:
             return None
         from diffusers_erasure import erase
-        from diffusers_erasure.methods import get_method
-        from diffusers_erasure.training import TrainingRun
 
         settings = self.settings_for(targets)
-        if get_method(self.method).trains:
+        if self.trains:
+            from diffusers_erasure.training import TrainingRun
+
             settings["training"] = TrainingRun(progress=False)
         if self.gives_retain:
             settings["retain"] = list(retain)
@@ -184,6 +186,7 @@ _ENTRIES = (
         "esd",
         {"preset": "object"},
         style_settings={"preset": "style"},
+        trains=True,
     ),
     Entry(
         "sdd",
@@ -191,6 +194,7 @@ _ENTRIES = (
         "sdd",
         {"preset": "object"},
         style_settings={"preset": "style"},
+        trains=True,
     ),
 )
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
