@@ -23,12 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the workers inherit it
-
-import torch  # noqa: E402
-from common import machine, print_table  # noqa: E402
-from reemergence_parts import (  # noqa: E402
+import torch
+from common import machine, print_table
+from reemergence_parts import (
     CHECKPOINTS,
     MODULAR,
     NONE,
@@ -44,12 +41,12 @@ from reemergence_parts import (  # noqa: E402
     new_objects,
     run_all,
 )
-from reemergence_plan import CONCEPTS, DATA, ERASED, KEPT, LEARNT, NEAR, NEW, Counts, related  # noqa: E402
-from reemergence_report import concept_tables, discordant, markdown, replace_between, share, tables  # noqa: E402
-from reemergence_train import Recipe  # noqa: E402
+from reemergence_plan import CONCEPTS, DATA, ERASED, KEPT, LEARNT, NEAR, NEW, Counts, related
+from reemergence_report import concept_tables, discordant, markdown, replace_between, share, tables
+from reemergence_train import Recipe
 
-from diffusers_erasure.demo import load_pipeline  # noqa: E402
-from diffusers_erasure.demo.words import OBJECTS  # noqa: E402
+from diffusers_erasure.demo import load_pipeline
+from diffusers_erasure.demo.words import OBJECTS
 
 
 ROOT = Path(__file__).resolve().parents[1]

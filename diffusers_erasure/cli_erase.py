@@ -82,7 +82,8 @@ def erase(
         raise ErasureInputError(f"`--set {own[0]}=...` is no setting of a method; it has an option of its own.")
     settings = {**recipe.pop("settings", {}), **settings}
     trains = get_method(recipe["method"]).trains
-    run = _run(output, checkpoints, checkpoint_every, resume, sample_every, sample_prompt or ()) if trains else None
+    folder = checkpoints or _beside(output)
+    run = _run(folder, checkpoint_every, resume, sample_every, sample_prompt or ()) if trains else None
     if not trains and (checkpoints or resume or sample_every or sample_prompt):
         raise ErasureInputError(
             f"{recipe['method']} does not train: there is nothing to checkpoint, resume or sample."
@@ -103,23 +104,24 @@ def erase(
     if not _is_main():
         return
     files = erasure.save_pretrained(output, dtype=torch.float16 if half else None, redact_concepts=redact)
-    if run is not None:
-        _clear(run)
+    if trains:
+        from .training.checkpoint import clear
+
+        clear(folder)  # the erasure is saved: they have done their work
     print_made(erasure, output, files, redact=redact, as_json=as_json)
 
 
+def _beside(output: Path) -> Path:
+    """The folder of the checkpoints, beside that of the erasure."""
+    whole = output.expanduser().resolve()  # "." has no name
+    return whole.with_name(whole.name + ".checkpoints")
+
+
 def _run(
-    output: Path,
-    checkpoints: Path | None,
-    every: int,
-    resume: bool,
-    sample_every: int | None,
-    sample_prompts: Sequence[str],
+    folder: Path, every: int, resume: bool, sample_every: int | None, sample_prompts: Sequence[str]
 ) -> "TrainingRun":
-    """Checkpoints lie beside the erasure's folder; those of an unfinished run are never overwritten."""
     from .training import TrainingRun
 
-    folder = checkpoints or output.with_name(output.name + ".checkpoints")
     if sample_prompts and not sample_every:
         raise ErasureInputError("`--sample-prompt` needs `--sample-every`.")
     return TrainingRun(
@@ -130,14 +132,6 @@ def _run(
         sample_prompts=tuple(sample_prompts),
         release=True,
     )
-
-
-def _clear(run: "TrainingRun") -> None:
-    """The erasure is saved: its checkpoints have done their work."""
-    from .training.checkpoint import clear
-
-    assert run.checkpoint_dir is not None
-    clear(Path(run.checkpoint_dir))
 
 
 def _is_main() -> bool:

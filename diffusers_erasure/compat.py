@@ -56,6 +56,12 @@ def is_group_offloaded(module: nn.Module) -> bool:
     return bool(_is_group_offload_enabled(module))
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers keeps a module's weights elsewhere between its calls."""
+    on_disk_or_cpu = any(parameter.device.type == "meta" for parameter in module.parameters())
+    return on_disk_or_cpu or hasattr(module, "_hf_hook") or is_group_offloaded(module)
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes: under accelerate's offloading not where its weights lie."""
     hook: Any = getattr(module, "_hf_hook", None)

@@ -404,7 +404,7 @@ def test_pipelines_that_cannot_be_trained(pipe: Any) -> None:
         half = tiny_sd_pipe()
         half.unet.half()
         make(half)
-    with pytest.raises(ErasureInputError, match="does not train|closed form"):
+    with pytest.raises(ErasureInputError, match="closed form"):
         erase(pipe, "cat", method="uce", training=TrainingRun())
 
 

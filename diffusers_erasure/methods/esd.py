@@ -139,7 +139,7 @@ class Objective:
 
 def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun | None = None) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
-    assert config.eta is not None
+    assert config.eta is not None  # the preset has filled it in
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
     objective = Objective(config.eta, config.erase_from, config.formula == "newer")
     return fit_by_training(pipe, "esd", concepts, objective, config, run)

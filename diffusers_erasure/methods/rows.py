@@ -62,28 +62,15 @@ class TextConfig:
     max_error: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.retain, Retained):
-            prompts = tuple(self.retain)
-            object.__setattr__(self, "retain", Retained(prompts, prompts, ()))
-        if isinstance(self.templates, Sequence) and not isinstance(self.templates, str):
-            object.__setattr__(self, "templates", tuple(self.templates))
+        tidy_texts(self)
         one_of("rows", self.rows, WHICH)
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise ErasureInputError(f"`rank` must be a whole number above 0, not {self.rank!r}.")
         number("max_error", self.max_error, below=1.0, optional=True)
-        for template in self.template_list():
-            if not isinstance(template, str) or template.count("{}") != 1:
-                raise ErasureInputError(f"The template {template!r} must hold {{}} once, for the concept.")
 
     def template_list(self) -> tuple[str, ...]:
         """The templates themselves."""
-        if self.templates is None or isinstance(self.templates, str):
-            if (self.templates or "none") not in TEMPLATES:
-                raise ErasureInputError(
-                    f"`templates` must be one of {sorted(TEMPLATES)} or a list of prompts with {{}}."
-                )
-            return TEMPLATES[self.templates or "none"]
-        return tuple(self.templates) or ("{}",)
+        return template_list(self.templates)
 
     def kept(self) -> Retained:
         """What is retained."""
@@ -92,17 +79,47 @@ class TextConfig:
 
     def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The settings for the artefact, and the names of those that would reveal a concept."""
-        settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        kept: Retained = settings.pop("retain")
-        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-        settings["retain_prompts"] = len(kept.prompts)
-        if sum(map(len, (*kept.source, *kept.excluded))) > MOST_RECORDED:
-            return settings, ("templates",)  # whoever joins the erasure gives the list again
-        settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
-        secret = ["retain_excluded"] if isinstance(self.templates, str | None) else ["retain_excluded", "templates"]
-        if not all(source.startswith("list:") for source in kept.source):
-            secret.append("retain")
-        return settings, tuple(sorted(secret))
+        return recorded_settings(self)
+
+
+def tidy_texts(config: Any) -> None:
+    """Bring a config's `templates` and `retain` into one form, and check the templates.
+
+    Raises:
+        ErasureInputError: there is no such set of templates, or one does not hold {} once.
+    """
+    if not isinstance(config.retain, Retained):
+        prompts = tuple(config.retain)
+        object.__setattr__(config, "retain", Retained(prompts, prompts, ()))
+    if isinstance(config.templates, Sequence) and not isinstance(config.templates, str):
+        object.__setattr__(config, "templates", tuple(config.templates))
+    for template in template_list(config.templates):
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ErasureInputError(f"The template {template!r} must hold {{}} once, for the concept.")
+
+
+def template_list(templates: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The templates of a set by its name, or one's own."""
+    if templates is None or isinstance(templates, str):
+        if (templates or "none") not in TEMPLATES:
+            raise ErasureInputError(f"`templates` must be one of {sorted(TEMPLATES)} or a list of prompts with {{}}.")
+        return TEMPLATES[templates or "none"]
+    return tuple(templates) or ("{}",)
+
+
+def recorded_settings(config: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A config's settings for the artefact, and the names of those that would reveal a concept."""
+    settings = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    kept: Retained = settings.pop("retain")
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    settings["retain_prompts"] = len(kept.prompts)
+    if sum(map(len, (*kept.source, *kept.excluded))) > MOST_RECORDED:
+        return settings, ("templates",)  # whoever joins the erasure gives the list again
+    settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
+    secret = ["retain_excluded"] if isinstance(config.templates, str | None) else ["retain_excluded", "templates"]
+    if not all(source.startswith("list:") for source in kept.source):
+        secret.append("retain")
+    return settings, tuple(sorted(secret))
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from ..errors import ErasureInputError
 from ..lists import Retained
-from ..methods.rows import MOST_RECORDED, TEMPLATES, number, one_of
+from ..methods.rows import number, one_of, recorded_settings, template_list, tidy_texts
 from .sites import train_set_name
 
 
@@ -57,7 +57,7 @@ class TrainConfig:
         refresh (`int`, *optional*, defaults to 4): how many of them.
         num_inference_steps (`int`, *optional*): steps N of the DDIM sampler that denoises; a noisy latent lies after k of them.
         guidance_scale (`float`, *optional*): of that sampler; 1 is none.
-        gradient_checkpointing (`bool`, *optional*, defaults to `False`): half the memory for a third more time.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): less memory, for more time.
         resolution (`int`, *optional*): pixels of a side; the base's own by default.
         seed (`int`, *optional*, defaults to 0): everything random depends on it and on the step, nothing on the process.
     """
@@ -96,14 +96,9 @@ class TrainConfig:
         for name, value in {**DEFAULTS, **self.filled()}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if not isinstance(self.retain, Retained):
-            prompts = tuple(self.retain)
-            object.__setattr__(self, "retain", Retained(prompts, prompts, ()))
-        assert self.train_set is not None
+        tidy_texts(self)
+        assert self.train_set is not None  # filled in above
         object.__setattr__(self, "train_set", train_set_name(self.train_set))
-        if not isinstance(self.templates, str):
-            assert self.templates is not None
-            object.__setattr__(self, "templates", tuple(self.templates))
         for name in ("rank", "batch_size", "accumulation", "refresh_every", "refresh", "num_inference_steps"):
             whole(name, getattr(self, name), least=1)
         whole("lr_warmup_steps", self.lr_warmup_steps, least=0)
@@ -122,9 +117,6 @@ class TrainConfig:
         one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULES)
         if self.ema_decay is None and "ema" in (self.policy, self.save):
             raise ErasureInputError("`policy` or `save` is 'ema', but there is no moving average: give `ema_decay`.")
-        for template in self.template_list():
-            if not isinstance(template, str) or template.count("{}") != 1:
-                raise ErasureInputError(f"The template {template!r} must hold {{}} once, for the concept.")
 
     def resolved(self, count: int, squares: float) -> Self:
         """The settings with those filled in that depend on the number of concepts and the mean |x|^2 of their text rows."""
@@ -136,11 +128,7 @@ class TrainConfig:
 
     def template_list(self) -> tuple[str, ...]:
         """The templates themselves."""
-        if not isinstance(self.templates, str):
-            return tuple(self.templates or ()) or ("{}",)
-        if self.templates not in TEMPLATES:
-            raise ErasureInputError(f"`templates` must be one of {sorted(TEMPLATES)} or a list of prompts with {{}}.")
-        return TEMPLATES[self.templates]
+        return template_list(self.templates)
 
     def kept(self) -> Retained:
         """What is retained."""
@@ -149,18 +137,7 @@ class TrainConfig:
 
     def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The settings for the artefact, and the names of those that would reveal a concept."""
-        settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        kept: Retained = settings.pop("retain")
-        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-        settings["retain_prompts"] = len(kept.prompts)
-        secret = [] if isinstance(self.templates, str) else ["templates"]
-        if sum(map(len, (*kept.source, *kept.excluded))) > MOST_RECORDED:
-            return settings, tuple(secret)
-        settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
-        secret.append("retain_excluded")
-        if not all(source.startswith("list:") for source in kept.source):
-            secret.append("retain")
-        return settings, tuple(sorted(secret))
+        return recorded_settings(self)
 
 
 # What stands for a setting that neither the caller nor the method's preset gives.

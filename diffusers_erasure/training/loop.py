@@ -78,8 +78,11 @@ class Trainer:
         self.pipe, self.objective, self.config, self.run = pipe, objective, config, run
         check_trainable(pipe)
         self.sites = find_sites(pipe, config.train_set or "x")
-        assert config.rank is not None and config.num_inference_steps is not None and config.steps is not None
-        check_rank(self.sites, config.rank)
+        # Filled in by the preset and by `resolved`; the asserts tell the type checker.
+        assert config.rank is not None and config.num_inference_steps is not None
+        assert config.steps is not None and config.batch_size is not None
+        self.steps, self.batch_size, self.rank = config.steps, config.batch_size, config.rank
+        check_rank(self.sites, self.rank)
         unet = component(pipe, "unet")
         self.device = compat.execution_device(unet)
         self.accelerator = _accelerator(config.accumulation, self.device)
@@ -112,6 +115,11 @@ class Trainer:
             self.checkpoints = Checkpoints(
                 Path(run.checkpoint_dir).expanduser(), {**identity, **processes}, dataclasses.asdict(base)
             )
+            if not run.resume and self.checkpoints.steps():
+                raise ErasureInputError(
+                    f"{self.checkpoints.folder} holds the checkpoint of step {self.checkpoints.steps()[-1]} of an earlier "
+                    "run. Go on from it with `resume=True` (`--resume`), name another folder, or delete this one."
+                )
 
     # ------------------------------------------------------------------------------------------------- one run
 
@@ -125,14 +133,13 @@ class Trainer:
         """
         config = self.config
         with ExitStack() as stack:
-            stack.enter_context(compat.accelerate_state_restored())
             prompts = self._encode()
             stack.enter_context(self._others_away())
             network = stack.enter_context(
                 in_training(
                     self.pipe,
                     self.sites,
-                    config.rank or 1,
+                    self.rank,
                     config.seed,
                     prompts,
                     self.sampler,
@@ -141,7 +148,7 @@ class Trainer:
                 )
             )
             state = State(network, config, self._sources(network))
-            if self.checkpoints is not None:
+            if self.checkpoints is not None and self.run.resume:
                 self._resume(state, self.checkpoints)
             interrupt = stack.enter_context(noted())
             self._fill(state, interrupt)
@@ -152,12 +159,11 @@ class Trainer:
     def _steps(self, state: State, interrupt: Interrupt) -> None:
         """The loop itself."""
         config, network = self.config, state.network
-        assert config.steps is not None and config.batch_size is not None
-        total = config.batch_size * self.accelerator.num_processes
-        own = slice(self.accelerator.process_index * config.batch_size, None)
-        own = slice(own.start, own.start + config.batch_size)
-        bar = self._bar("training", config.steps, state.step)
-        for number in range(state.step, config.steps):
+        total = self.batch_size * self.accelerator.num_processes
+        first = self.batch_size * self.accelerator.process_index
+        own = slice(first, first + self.batch_size)
+        bar = self._bar("training", self.steps, state.step)
+        for number in range(state.step, self.steps):
             self._refresh(state, number)
             losses = []
             for part in range(config.accumulation):
@@ -214,14 +220,15 @@ class Trainer:
         """Sample images, checkpoints and an end between two steps."""
         run, step = self.run, state.step
         if run.sample_every and step % run.sample_every == 0 and self.accelerator.is_main_process:
-            assert self.checkpoints is not None
-            write_samples(self.pipe, state.network, self.sampler, self.sample_prompts, self.shape, self.config,
-                          self.checkpoints.folder / "samples" / f"step-{step:07d}.png")  # fmt: skip
-        done = step == self.config.steps
+            assert self.checkpoints is not None  # `TrainingRun` asks for a folder with `sample_every`
+            file = self.checkpoints.folder / "samples" / f"step-{step:07d}.png"
+            drawing = (self.sample_prompts, self.shape, self.config)
+            write_samples(self.pipe, state.network, self.sampler, *drawing, file)
+        done = step == self.steps
         if step % run.checkpoint_every == 0 or asked_to_stop or done:
             self._save(state)
-        if step % max(1, (self.config.steps or 1) // 20) == 0:
-            logger.info("Step %d of %d, loss %.4g.", step, self.config.steps, state.losses[-1])
+        if step % max(1, self.steps // 20) == 0:
+            logger.info("Step %d of %d, loss %.4g.", step, self.steps, state.losses[-1])
         if asked_to_stop and not done:
             self._stop(state, interrupt)
 
@@ -230,7 +237,7 @@ class Trainer:
             logger.warning(
                 "Stopped at step %d of %d; `resume=True` (`--resume`) goes on from there.",
                 state.step,
-                self.config.steps,
+                self.steps,
             )
         interrupt.stop()
 
@@ -318,20 +325,13 @@ class Trainer:
             self.checkpoints.write(POOL_FILE, *state.saved_pools())
 
     def _resume(self, state: State, checkpoints: Checkpoints) -> None:
-        """Go on from the newest checkpoint; without `resume` see that none would be lost."""
-        if not self.run.resume:
-            if checkpoints.steps():
-                raise ErasureInputError(
-                    f"{checkpoints.folder} holds the checkpoint of step {checkpoints.steps()[-1]} of an earlier run. Go on "
-                    "from it with `resume=True` (`--resume`), name another folder, or delete this one."
-                )
-            return
+        """Go on from the newest checkpoint, where there is one."""
         found = checkpoints.latest()
         if (checkpoints.folder / POOL_FILE).exists():  # else it is drawn again, to the same values
             state.restore_pools(*checkpoints.read(POOL_FILE))
         if found is not None:
             state.restore(*found)
-            logger.info("Going on from step %d of %d.", state.step, self.config.steps)
+            logger.info("Going on from step %d of %d.", state.step, self.steps)
         else:
             logger.warning("There is no checkpoint in %s to go on from; starting with step 1.", checkpoints.folder)
 

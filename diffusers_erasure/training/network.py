@@ -101,8 +101,7 @@ def check_trainable(pipe: Any) -> None:
             "The UNet carries LoRAs, but an erasure is trained on the clean base model. Call `pipe.unload_lora_weights()` "
             "first, and load them again afterwards: they compose with the erasure."
         )
-    offloaded = compat.is_group_offloaded(unet) or any(p.device.type == "meta" for p in unet.parameters())
-    if offloaded or hasattr(unet, "_hf_hook"):
+    if compat.is_offloaded(unet):
         raise ErasureInputError(
             "The UNet is offloaded, but training needs it in memory. Load the pipeline without offloading, or call "
             "`pipe.remove_all_hooks()`; the text encoders and the VAE are moved away while training."

@@ -59,10 +59,10 @@ class Source:
         favoured: Sequence[int] = (),
     ) -> None:
         self.sampler, self.examples, self.count, self.keep = sampler, list(examples), count, tuple(keep)
-        self.shape, self.guidance_scale, self.seed, self.name, self.dtype = (
-            tuple(shape), guidance_scale, seed, name, dtype,
-        )  # fmt: skip
-        self.favoured = list(favoured)
+        self.shape, self.guidance_scale, self.dtype = tuple(shape), guidance_scale, dtype
+        self.seed, self.name = seed, name
+        wanted, places = set(favoured), range(self.count or len(self.examples))
+        self.liked = torch.tensor([place for place in places if place % len(self.examples) in wanted])
         self.drawn_times = 0  # trajectories that were drawn so far; those after the first `count` replace the oldest
         self.latents = torch.empty(0)
         self.predictions: dict[str, torch.Tensor] = {}
@@ -141,11 +141,11 @@ class Source:
         k = k[torch.randperm(total, generator=generator)][own]
         timesteps = self.sampler.timesteps[k]
         if self.count:
-            places = self._chosen(self.count, total, generator)[own]
+            places = self._chosen(total, generator)[own]
             known = {role: value[places, k].float() for role, value in self.predictions.items()}
             examples = [self._example_at(place) for place in places.tolist()]
             return Drawn(self.latents[places, k].float(), timesteps, examples, known)
-        chosen = self._chosen(len(self.examples), total, generator)[own].tolist()
+        chosen = self._chosen(total, generator)[own].tolist()
         examples = [self.examples[i] for i in chosen]
         numbers = range(total)[own]
         noise = torch.stack([self.sampler.noise(self.seed, (self.name, *what, n), self.shape) for n in numbers])
@@ -153,12 +153,11 @@ class Source:
         latents = partial(predict(), self.sampler, noise, k.tolist(), prompts, self.guidance_scale)
         return Drawn(latents, timesteps, examples)
 
-    def _chosen(self, count: int, total: int, generator: torch.Generator) -> torch.Tensor:
-        """Places of `total` samples among `count` trajectories or examples, every second one a favoured one."""
-        chosen = torch.randint(count, (total,), generator=generator)
-        liked = torch.tensor([place for place in range(count) if place % len(self.examples) in set(self.favoured)])
-        if len(liked):
-            chosen[::2] = liked[torch.randint(len(liked), (total,), generator=generator)][::2]
+    def _chosen(self, total: int, generator: torch.Generator) -> torch.Tensor:
+        """Places of `total` samples in the pool, or among the examples where there is none; every second one favoured."""
+        chosen = torch.randint(self.count or len(self.examples), (total,), generator=generator)
+        if len(self.liked):
+            chosen[::2] = self.liked[torch.randint(len(self.liked), (total,), generator=generator)][::2]
         return chosen
 
     # --------------------------------------------------------------------------------------------------- state

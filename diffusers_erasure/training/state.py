@@ -108,7 +108,7 @@ class State:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         self.schedule.load_state_dict(dict(values["schedule"]))
-        for group, rate in zip(self.optimizer.param_groups, values["schedule"]["_last_lr"], strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.ema is not None:
             self.ema.optimization_step = values["ema_step"]
