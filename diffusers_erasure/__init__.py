@@ -3,6 +3,7 @@
 from ._binding import install, install_unless_opted_out, uninstall
 from ._version import __version__
 from .artifact import Erasure
+from .attention_processor import ActEraseAttnProcessor
 from .combining import combine
 from .errors import (
     ErasureCompatibilityError,
@@ -18,6 +19,7 @@ from .errors import (
 from .exporting import export_erased, push_erased_model
 from .fitting import erase
 from .kohya import save_kohya, to_kohya
+from .modifying import with_gate, with_schedule, without_gate, without_schedule
 from .pipeline import (
     ErasablePipeline,
     ErasureInfo,
@@ -37,6 +39,7 @@ from .prompt_guard import prompt_embeds_are_erased
 
 
 __all__ = [
+    "ActEraseAttnProcessor",
     "ErasablePipeline",
     "Erasure",
     "ErasureCompatibilityError",
@@ -70,6 +73,10 @@ __all__ = [
     "unfuse_erasures",
     "uninstall",
     "unload_erasure",
+    "with_gate",
+    "with_schedule",
+    "without_gate",
+    "without_schedule",
 ]
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +11,16 @@ import torch
 
 from . import tensors as tensor_io
 from .cards import render_card
-from .errors import ErasureConfigError, ErasureError, ErasureFileError, ErasureInputError, ErasureNotFoundError
+from .errors import ErasureConfigError, ErasureFileError, ErasureInputError, ErasureNotFoundError
+from .folders import read_folder, write_folder
 from .layers import layer_kind
 from .logging import get_logger
 from .schema import (
     CARD_FILE,
     CONFIG_FILE,
     LORA_FILE,
-    MAX_CONFIG_BYTES,
-    TENSOR_FILES,
+    MODIFIER_PREFIX,
+    TENSOR_FILE,
     Concept,
     ErasureConfig,
     FileRecord,
@@ -60,7 +59,13 @@ class Erasure:
         used: dict[str, set[str]] = {name: set() for name in expected}
         for layer in self.config.layers:
             own = self.layer_tensors(layer)
-            layer_kind(layer.kind).validate(layer, own)
+            kind = layer_kind(layer.kind)
+            kind.validate(layer, own)
+            check_modifiers(layer, self.modifier_tensors(layer))
+            used.setdefault(TENSOR_FILE, set()).update(layer.modifier_names)
+            integers = [layer.prefix + name for name, value in own.items() if not value.dtype.is_floating_point]
+            if integers and not kind.packed:
+                raise ErasureFileError(f"{layer.file}: {integers[0][:200]!r} holds no floating-point numbers.")
             used[layer.file] |= {layer.prefix + name for name in own}
             odd = [layer.prefix + name for name, value in own.items() if not bool(torch.isfinite(value).all())]
             if odd:
@@ -69,8 +74,8 @@ class Erasure:
             rows = self.solve_tensors()
             check_solve(self.config.solve, rows)
             used[self.config.solve.file] |= {self.config.solve.prefix + name for name in rows}
-        for name, names in used.items():
-            strangers = sorted(set(self.tensors[name]) - names)
+        for name in expected:
+            strangers = sorted(set(self.tensors[name]) - used[name])
             if strangers:
                 raise ErasureFileError(f"{name} holds tensors that no layer uses: {[s[:120] for s in strangers[:3]]}.")
 
@@ -87,8 +92,23 @@ class Erasure:
 
     def layer_tensors(self, layer: LayerSpec) -> dict[str, torch.Tensor]:
         """Return the tensors of one layer, their names without the layer's prefix."""
-        items = self.tensors[layer.file].items()
-        return {key.removeprefix(layer.prefix): value for key, value in items if key.startswith(layer.prefix)}
+        return {
+            key.removeprefix(layer.prefix): value
+            for key, value in self.tensors[layer.file].items()
+            if key.startswith(layer.prefix) and not key.startswith(MODIFIER_PREFIX)
+        }
+
+    def modifier_tensors(self, layer: LayerSpec) -> dict[str, torch.Tensor]:
+        """Return the tensors of one layer's schedule and gate, by name.
+
+        Raises:
+            ErasureFileError: one is missing.
+        """
+        items = self.tensors[TENSOR_FILE] if layer.is_modified else {}
+        missing = [name for name in layer.modifier_names if name not in items]
+        if missing:
+            raise ErasureFileError(f"{TENSOR_FILE} lacks {missing[0]!r}, a layer's schedule or gate.")
+        return {name: items[name] for name in layer.modifier_names}
 
     def solve_tensors(self) -> dict[str, torch.Tensor]:
         """Return the text rows that were kept for a joint solve, their names without the prefix; empty where none were."""
@@ -120,7 +140,14 @@ class Erasure:
         Targets, anchors, and the method's settings that hold concept text go, and so do diagnostics and results, which
         are reported by name. The weights remain: who holds the text encoder can test guesses against them. An erasure
         made from a redacted one's settings is no longer possible.
+
+        Raises:
+            ErasureInputError: a gate compares prompts with the concepts' tokens, which name them.
         """
+        if any(layer.gate is not None and layer.gate.tokens for layer in self.config.layers):
+            raise ErasureInputError(
+                "A gate of this erasure holds the concepts' tokens, so it cannot be published without their names."
+            )
         settings = {
             key: value
             for key, value in self.config.method.settings.items()
@@ -147,7 +174,10 @@ class Erasure:
         """
         if dtype not in tensor_io.DTYPES:
             raise ErasureInputError(f"Tensors can be saved as float32, float16 or bfloat16, not as {dtype}.")
-        tensors = {name: {k: v.to(dtype) for k, v in items.items()} for name, items in self.tensors.items()}
+        tensors = {
+            name: {k: v.to(dtype) if v.dtype.is_floating_point else v for k, v in items.items()}
+            for name, items in self.tensors.items()
+        }
         if not all(bool(torch.isfinite(v).all()) for items in tensors.values() for v in items.values()):
             raise ErasureInputError(f"Some values are too large for {dtype}; save as float32 (dtype=None).")
         config = self.config
@@ -333,6 +363,30 @@ class Erasure:
         return erasure
 
 
+def check_modifiers(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check the tensors of a layer's schedule and gate.
+
+    Raises:
+        ErasureFileError: one is not finite, or of a shape that cannot be right.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point or not bool(torch.isfinite(tensor).all()):
+            raise ErasureFileError(f"{TENSOR_FILE}: {name!r} has values that are not finite numbers.")
+    if layer.schedule is not None:
+        shape, sites = tuple(tensors[layer.schedule.name].shape), len(layer.sites)
+        if shape not in ((layer.schedule.bins, sites), (layer.schedule.bins, 1)):
+            raise ErasureFileError(
+                f"{TENSOR_FILE}: a schedule of {layer.schedule.bins} bins for {sites} sites has the shape {shape}."
+            )
+    if layer.gate is not None:
+        rows, tokens = tensors[layer.gate.name], layer.gate.tokens
+        if rows.ndim != 3 or (tokens is not None and len(tokens) != len(rows)):
+            raise ErasureFileError(
+                f"{TENSOR_FILE}: a gate's rows have the shape {tuple(rows.shape)}; expected [concepts, length, width], with "
+                "tokens for each concept or for none."
+            )
+
+
 def check_solve(spec: SolveSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     """Check names and shapes of the rows that are kept for a joint solve.
 
@@ -383,96 +437,3 @@ def low_rank_error(exact: Mapping[str, torch.Tensor], other: Mapping[str, torch.
         if norm > 0:
             worst = max(worst, max(square, 0.0) ** 0.5 / norm**0.5)
     return worst
-
-
-def read_folder(folder: Path, subfolder: str | None = None) -> dict[str, bytes]:
-    """Read an erasure's files from a local folder; only the schema's names, and nothing outside the folder.
-
-    Raises:
-        ErasureNotFoundError: there is no configuration.
-        ErasureFileError: a file is missing, lies outside the folder, or is larger than stated.
-    """
-    root = folder.resolve()
-    place = (root / subfolder).resolve() if subfolder else root
-    if not place.is_relative_to(root):
-        raise ErasureInputError(f"`subfolder` must lie inside {folder}, not at {subfolder!r}.")
-    if not (place / CONFIG_FILE).is_file():
-        hint = (
-            ' It holds a plain LoRA; load it as one with `load_erasure(..., method="lora")`.'
-            if any(place.glob("*.safetensors"))
-            else ""
-        )
-        raise ErasureNotFoundError(f"{place} holds no erasure: there is no {CONFIG_FILE}.{hint}")
-    files = {CONFIG_FILE: _read_inside(place, CONFIG_FILE, MAX_CONFIG_BYTES)}
-    for name, record in ErasureConfig.from_json(files[CONFIG_FILE]).files.items():
-        files[name] = _read_inside(place, name, record.size)
-    missing = ErasureConfig.from_json(files[CONFIG_FILE]).tensor_files - set(files)
-    if missing:
-        raise ErasureConfigError(f"`files` does not name {sorted(missing)}, where tensors lie.")
-    return files
-
-
-def _read_inside(folder: Path, name: str, limit: int) -> bytes:
-    path = folder / name
-    try:
-        real = path.resolve(strict=True)
-        if not real.is_file() or not (real.is_relative_to(folder) or real.parent == _blobs(folder)):
-            raise ErasureFileError(f"{path} is no plain file, or a link that leads out of its folder.")
-        size = real.stat().st_size
-        if size > limit:
-            raise ErasureFileError(f"{path} has {size} bytes; at most {limit} were expected.")
-        with open(real, "rb") as handle:
-            return handle.read(limit + 1)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise ErasureFileError(f"{path} is missing or cannot be read: {error}") from error
-
-
-def _blobs(folder: Path) -> Path | None:
-    """Where the Hub's cache keeps the content of a snapshot's files: `models--x--y/snapshots/<commit>` links there."""
-    for place in (folder, *folder.parents):
-        repo = place.parent.parent
-        if place.parent.name == "snapshots" and repo.name.startswith("models--"):
-            return repo / "blobs"
-    return None
-
-
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Write files so that the folder holds all of them or none: a temporary folder beside it, then a rename."""
-    folder = folder.expanduser().resolve()  # behind a link, so that the link stays
-    if folder.exists() and not folder.is_dir():
-        raise ErasureInputError(f"{folder} is a file; name a folder.")
-    if folder.exists() and folder.samefile(Path.cwd()):
-        raise ErasureInputError("The current folder cannot be replaced as a whole; name a new folder in it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        fresh, old = work / "new", work / "old"
-        fresh.mkdir()
-        for name, data in files.items():
-            with open(fresh / name, "wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-        for name, data in files.items():
-            if (fresh / name).read_bytes() != data:
-                raise ErasureFileError(f"{fresh / name} does not read back as it was written; nothing was saved.")
-        if folder.exists():
-            os.rename(folder, old)
-            foreign = [e.name for e in old.iterdir() if e.name not in (*TENSOR_FILES, CONFIG_FILE, CARD_FILE)]
-            try:
-                for name in foreign:  # what is not ours stays
-                    os.rename(old / name, fresh / name)
-                os.rename(fresh, folder)
-            except BaseException:
-                for name in foreign:
-                    if not os.path.lexists(old / name):
-                        os.rename(fresh / name, old / name)
-                os.rename(old, folder)
-                raise
-        else:
-            os.rename(fresh, folder)
-    except OSError as error:
-        raise ErasureError(f"Saving to {folder} failed, nothing was changed there: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return [folder / name for name in files]

@@ -13,6 +13,10 @@ from .artifact import Erasure
 from .errors import ErasureInactiveError, ErasureTrainingError
 from .kept import Kept
 from .layers import Layer, layer_kind
+from .layers.base import PartKey
+from .layers.gate import Gate
+from .layers.modifiers import Conditions, Modifier
+from .schema import LayerSpec
 
 
 CHILD = "erasure_modules"
@@ -36,6 +40,7 @@ class ErasureModules(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleDict()
+        self.conditions = Conditions()
         self.loaded: dict[str, Loaded] = {}
         self.disabled = 0
         self.training_allowed = 0
@@ -131,26 +136,58 @@ def attach(components: Mapping[str, nn.Module], guarded: Iterable[str], item: Lo
     reset_compiled(components[name] for name in names)
 
 
-def attach_layers(components: Mapping[str, nn.Module], item: Loaded) -> None:
-    """Attach the layers of an erasure on those of `components` that it acts on, at strength 0 until `fold`."""
+def attach_layers(
+    components: Mapping[str, nn.Module], item: Loaded, beside: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Attach the layers of an erasure on those of `components` that it acts on, at strength 0 until `fold`.
+
+    `beside` are all components of the pipeline, by default the same ones: a gate may listen to a text encoder.
+    """
+    encoder = (components if beside is None else beside).get("text_encoder")
     for index, layer in enumerate(item.erasure.config.layers):
         if layer.component not in components:
             continue
         state = ensure_state(components[layer.component])
         if layer.kind not in state.layers:
-            state.layers[layer.kind] = layer_kind(layer.kind)()
+            made = layer_kind(layer.kind)()
+            made.bind(state.conditions)
+            state.layers[layer.kind] = made
         runtime = state.layers[layer.kind]
         assert isinstance(runtime, Layer)
-        tensors = item.erasure.layer_tensors(layer)
-        runtime.attach(components[layer.component], (item.name, index), layer, tensors)
+        if runtime.by_timestep or layer.is_modified:
+            state.conditions.watch(components[layer.component])
+        key, tensors = (item.name, index), item.erasure.layer_tensors(layer)
+        if layer.is_modified:
+            runtime.modifiers[key] = _modifier(state.conditions, key, layer, item.erasure, encoder)
+        runtime.attach(components[layer.component], key, layer, tensors)
+
+
+def _modifier(
+    conditions: Conditions, key: PartKey, layer: LayerSpec, erasure: Erasure, encoder: nn.Module | None
+) -> Modifier:
+    """The schedule and gate of a layer; its gate joins the conditions."""
+    tensors, schedule, gate = erasure.modifier_tensors(layer), layer.schedule, layer.gate
+    if gate is not None:
+        live = Gate(gate, tensors[gate.name])
+        conditions.add_gate(key, live)
+        if encoder is not None:
+            live.listen(encoder)
+    if schedule is None:
+        return Modifier(key, gated=gate is not None)
+    return Modifier(key, tensors[schedule.name].float(), schedule.span, gate is not None)
 
 
 def detach_layers(state: ErasureModules, name: str) -> None:
     """Detach the layers of one erasure from a component, on which it stays listed."""
     for layer in state.kinds():
         layer.detach(name)
+        for key in [key for key in layer.modifiers if key[0] == name]:
+            del layer.modifiers[key]
+    state.conditions.drop_gates(name)
     for kind in [kind for kind, layer in state.layers.items() if isinstance(layer, Layer) and layer.is_empty()]:
         del state.layers[kind]
+    if not any(layer.by_timestep or layer.modifiers for layer in state.kinds()):
+        state.conditions.unwatch()
 
 
 def detach(components: Iterable[nn.Module], name: str) -> None:

@@ -148,8 +148,8 @@ def sampled_values(model: nn.Module, *, as_fused: bool = False) -> list[Sample]:
     before = {} if as_fused else originals(compat.unwrap_compiled(model))
     samples = []
     for _, owner, local, tensor in parameters[:: max(1, len(parameters) // SAMPLES)]:
-        if local == "weight" and owner in before:
-            tensor = nn.Parameter(before[owner], requires_grad=False)
+        if (owner, local) in before:
+            tensor = nn.Parameter(before[owner, local], requires_grad=False)
         samples.append(_sample(owner, local, tensor, count))
     return samples
 

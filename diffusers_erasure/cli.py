@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import cli_erase, cli_fit, cli_hub
+from . import cli_convert, cli_erase, cli_fit, cli_hub
 from .cli_export import export
 from .cli_options import Base, Device, Dtype, Json, Offload, Revision, Token, Variant, err, out
 from .cli_report import print_diagnostics, size_text
@@ -186,6 +186,7 @@ def generate(
 def info(
     source: Annotated[str, typer.Argument(help="Folder or repository of an erasure.")],
     subfolder: Annotated[str | None, typer.Option(help="A folder within it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw its schedules to this picture (PNG).")] = None,
     revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
@@ -195,6 +196,13 @@ def info(
 
     erasure = Erasure.from_pretrained(source, subfolder=subfolder, revision=revision, token=token)
     config = erasure.config
+    if plot is not None:
+        from .plotting import plot_schedules
+
+        picture = plot_schedules(erasure)
+        if picture is None:
+            raise ErasureInputError("There is nothing to plot: no layer of this erasure has a schedule.")
+        picture.save(plot, format="PNG")
     if as_json:
         print(config.to_json(), end="")
         return
@@ -211,8 +219,12 @@ def info(
         if config.stock
         else "no",
     }
-    for layer in config.layers:
-        rows[f"layer {layer.kind}"] = f"{layer.component}, {len(layer.sites)} sites, in {layer.file}"
+    for index, layer in enumerate(config.layers, start=1):
+        modified = f"; strength by timestep ({layer.schedule.bins} bins)" if layer.schedule else ""
+        modified += "; strength by prompt (a gate, which weakens it)" if layer.gate else ""
+        rows[f"layer {index}, {layer.kind}"] = (
+            f"{layer.component}, {len(layer.sites)} sites, in {layer.file}{modified}"
+        )
     for name, record in config.files.items():
         rows[name] = f"{size_text(record.size)}, sha256 {record.sha256[:12]}…"
     for label, value in rows.items():
@@ -225,6 +237,7 @@ def info(
 cli_erase.register(app)
 cli_fit.register(app)
 cli_hub.register(app)
+cli_convert.register(app)
 
 
 def _bar() -> Progress:

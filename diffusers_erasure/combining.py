@@ -56,7 +56,7 @@ def combine(
 
     Raises:
         ErasureInputError: fewer than two erasures; a target twice; other methods or settings (joint); kept rows or retained
-            prompts missing (joint); a layer that is neither `lora` nor `text_map` (sum).
+            prompts missing (joint); a layer that is neither `lora` nor `text_map` (sum); a schedule or a gate.
         ErasureCompatibilityError: they were made for different base models, or for another one than `pipe`.
 
     Examples:
@@ -71,6 +71,9 @@ def combine(
         raise ErasureInputError(f"`combine` takes two or more erasures, not {len(parts)}.")
     if mode not in ("joint", "sum"):
         raise ErasureInputError(f'`mode` must be "joint" or "sum", not {mode!r}.')
+    modified = [i for i, part in enumerate(parts, start=1) if any(layer.is_modified for layer in part.config.layers)]
+    if modified:
+        raise ErasureInputError(f"Erasure number {modified[0]} has a schedule or a gate, which no combined edit has.")
     TextConfig(rank=rank, max_error=max_error)  # checks them
     _check_one_base(parts)
     names = [concept.target for part in parts for concept in part.concepts if concept.target is not None]

@@ -3,7 +3,8 @@
 The change of each weight is computed in float64 from all erasures that are fused and added once, so that the order of
 loading does not matter; the original is kept and put back bit for bit. Nothing acts twice: the hooks of a fused erasure
 are taken off. A `text_map` T is fused in its LoRA form W (T - I), together with any `lora` on the same weight:
-(W + B A) T, which is what the hooks give.
+(W + B A) T, which is what the hooks give. An `activation` that is the same at all timesteps, x -> keep x + add, is fused as
+(W + B A) diag(keep) and, into the bias, (W + B A) add.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from .base_model import denoiser_name, text_readers
 from .errors import ErasureCompatibilityError, ErasureError, ErasureInputError
 from .kept import Kept, digest
 from .layers import layer_kind
+from .layers.activation import ActivationLayer, Part, is_static, static_rows
+from .layers.base import Tensors
 from .layers.lora import DOWN, UP, attention_of, find_site
 from .logging import get_logger
 from .peft_backend import PeftAdapters
@@ -34,24 +37,35 @@ logger = get_logger(__name__)
 
 @dataclass
 class _Weight:
-    """One weight to be changed: by low-rank deltas, then by maps of what it reads. Factors come with their strengths."""
+    """One weight to be changed: by low-rank deltas, then by maps or patches of what it reads, all with their strengths."""
 
     component: str
     site: str
     module: nn.Module
     deltas: list[tuple[float, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     maps: list[tuple[float, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    patches: list[tuple[float, Part]] = field(default_factory=list)
 
-    def merged(self, original: torch.Tensor) -> torch.Tensor:
-        """(W + sum s B A) (I + sum s D^T A), in float64 and rounded once."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The module's parameters that change."""
+        return ("weight", "bias") if self.patches else ("weight",)
+
+    def merged(self, originals: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """(W + sum s B A) (I + sum s D^T A), or with patches the weight and bias, in float64 and rounded once."""
+        original = originals["weight"]
         device = original.device if original.device.type in ("cpu", "cuda") else torch.device("cpu")
         weight = original.to(device, torch.float64)
         for strength, down, up in self.deltas:
             delta = _double(up, device).flatten(1) @ _double(down, device).flatten(1)
             weight = weight + strength * delta.reshape(weight.shape)
         changes = [strength * (weight @ _double(d, device).T) @ _double(a, device) for strength, a, d in self.maps]
-        result = sum(changes, weight).to(original.dtype)
-        if not bool(torch.isfinite(result).all()):
+        exact = {"weight": sum(changes, weight)}
+        if self.patches:
+            keep, add = static_rows(self.patches, weight.shape[1]).to(device)
+            exact = {"weight": weight * keep, "bias": originals["bias"].to(device, torch.float64) + weight @ add}
+        result = {name: value.to(originals[name].dtype) for name, value in exact.items()}
+        if not all(bool(torch.isfinite(value).all()) for value in result.values()):
             raise ErasureInputError(
                 f"The fused weight of {self.site!r} has values that {original.dtype} cannot hold; nothing was changed. "
                 "Use the pipeline in another dtype, or leave the erasure unfused."
@@ -133,9 +147,9 @@ def unfuse_erasures(pipe: Any) -> None:
         for item in state.loaded.values():  # all of them, for the order of loading is that of the sums
             if item.backend == "hook":
                 attachment.detach_layers(state, item.name)
-                attachment.attach_layers({name: live[name]}, item)
+                attachment.attach_layers({name: live[name]}, item, live)
         for kept in state.fused.values():
-            _write(kept.module, kept.original)
+            _write(kept)
         state.fused, state.merged = {}, []
         state.fold()
     attachment.reset_compiled(live[name] for name in held)
@@ -152,9 +166,8 @@ def kept_bytes(pipe: Any, name: str) -> int:
     if name not in fused_names(pipe):
         return 0
     held = states(pipe)
-    weights = _weights(pipe, [loaded(pipe)[name]])
-    kept = {each.module: each.bytes for state in held.values() for each in state.fused.values()}
-    return sum(kept.get(weight.module, 0) for weight in weights)
+    modules = {weight.module for weight in _weights(pipe, [loaded(pipe)[name]])}
+    return sum(each.bytes for state in held.values() for each in state.fused.values() if each.module in modules)
 
 
 @contextmanager
@@ -216,13 +229,14 @@ def check_beside_fused(pipe: Any, erasure: Erasure) -> None:
     """Refuse to load an erasure that would not add to the fused ones as it adds to unfused ones.
 
     Raises:
-        ErasureInputError: a text map is fused, and the erasure maps the same rows or changes what reads them.
+        ErasureInputError: a text map or an activation patch is fused, and the erasure works on the same values or changes
+            what reads them.
     """
     items = [loaded(pipe)[name] for name in fused_names(pipe)]
-    if any(_has_map(item.erasure) for item in items) and _touches_rows(pipe, erasure):
+    if any(_only_together(pipe, item.erasure, erasure) for item in items):
         raise ErasureInputError(
-            f"The fused erasures {[item.name for item in items]} map the text rows; this one works on the same rows, and "
-            "the two add exactly only where both are fused or neither is. Call `pipe.unfuse_erasures()`, load it, and "
+            f"The fused erasures {[item.name for item in items]} change what a module reads; this one works on the same values, "
+            "and the two are exact only where both are fused or neither is. Call `pipe.unfuse_erasures()`, load it, and "
             "then `pipe.fuse_erasures()`."
         )
 
@@ -243,22 +257,21 @@ def plan(pipe: Any, names: Sequence[str], *, alone: bool = False) -> list[_Weigh
                 '(`pipe.fuse_lora()`). Unload it, and load it with `backend="merge"`.'
             )
     beside = [item for name, item in loaded(pipe).items() if name not in names]
-    if not alone and any(_has_map(item.erasure) for item in items):
-        both = [item.name for item in beside if _touches_rows(pipe, item.erasure)]
-        if both:
-            raise ErasureInputError(
-                f"{list(names)} map the text rows on which {both} work too; they add exactly only where all are fused or "
-                f"none is. Fuse them together: `pipe.fuse_erasures({[*names, *both]})`."
-            )
+    both = [each.name for each in beside if any(_only_together(pipe, item.erasure, each.erasure) for item in items)]
+    if both and not alone:
+        raise ErasureInputError(
+            f"{list(names)} change what a module reads on which {both} work too; they are exact only where all are fused or "
+            f"none is. Fuse them together: `pipe.fuse_erasures({[*names, *both]})`."
+        )
     weights = _weights(pipe, items)
     parameters: dict[int, str] = {}
     for weight in weights:
-        parameter = _plain_parameter(components(pipe)[weight.component], weight)
-        if id(parameter) in parameters:
-            raise ErasureCompatibilityError(
-                f"{weight.site!r} and {parameters[id(parameter)]!r} share one weight, which cannot be fused."
-            )
-        parameters[id(parameter)] = weight.site
+        for parameter in _plain_parameters(components(pipe)[weight.component], weight).values():
+            if id(parameter) in parameters:
+                raise ErasureCompatibilityError(
+                    f"{weight.site!r} and {parameters[id(parameter)]!r} share one weight, which cannot be fused."
+                )
+            parameters[id(parameter)] = weight.site
     return weights
 
 
@@ -270,18 +283,35 @@ def _weights(pipe: Any, items: Sequence[Loaded]) -> list[_Weight]:
             tensors = item.erasure.layer_tensors(layer)
             component = live[layer.component]
             layer_kind(layer.kind).check(component, layer, tensors)
-            for site, module in _sites(pipe, layer).items():
+            for index, (site, module) in enumerate(_sites(pipe, layer, tensors).items()):
                 weight = weights.setdefault(module, _Weight(layer.component, site, module))
                 if layer.kind == "lora":
                     weight.deltas.append((item.strength, tensors[site + DOWN], tensors[site + UP]))
+                elif layer.kind == ActivationLayer.kind:
+                    weight.patches.append((item.strength, Part.of(tensors, site, None, index)))
                 else:
                     weight.maps.append((item.strength, tensors["A"], tensors["D"]))
     return list(weights.values())
 
 
-def _sites(pipe: Any, layer: LayerSpec) -> Mapping[str, nn.Module]:
+def _sites(pipe: Any, layer: LayerSpec, tensors: Tensors) -> Mapping[str, nn.Module]:
     """The modules whose weights a layer changes when it is fused."""
-    if layer.kind == "lora":
+    if layer.is_modified:
+        raise ErasureCompatibilityError(
+            f"A layer {layer.kind!r} acts by timestep or by prompt (a schedule or a gate), which no change of weights does, so "
+            "it cannot be fused. Leave the erasure unfused."
+        )
+    if layer.kind == ActivationLayer.kind and not is_static(layer, tensors):
+        raise ErasureCompatibilityError(
+            "An `activation` layer that acts by timestep is no change of weights, so it cannot be fused. Leave the erasure "
+            "unfused, or make one that is the same at all timesteps (method `acterase`: `by_timestep=False`)."
+        )
+    if layer.kind == "skip":
+        raise ErasureCompatibilityError(
+            "A `skip` layer is a network beside the UNet, and no change of its weights, so it cannot be fused. Leave the erasure "
+            "unfused."
+        )
+    if layer.kind in ("lora", ActivationLayer.kind):
         component = components(pipe)[layer.component]
         return {site: find_site(component, site) for site in layer.sites}
     if layer.kind == "text_map" and layer.sites == ("encoder_hidden_states",):
@@ -294,23 +324,41 @@ def _sites(pipe: Any, layer: LayerSpec) -> Mapping[str, nn.Module]:
     )
 
 
-def _has_map(erasure: Erasure) -> bool:
-    return any(layer.kind == "text_map" for layer in erasure.config.layers)
+def _only_together(pipe: Any, fused: Erasure, other: Erasure) -> bool:
+    """Whether an erasure, once it is fused, meets another one otherwise than by its hooks."""
+    maps = any(layer.kind == "text_map" for layer in fused.config.layers)
+    patched = _sites_of(fused, ActivationLayer.kind)
+    return (maps and _touches_rows(pipe, other)) or bool(patched & _sites_of(other, "lora", ActivationLayer.kind))
+
+
+def _sites_of(erasure: Erasure, *kinds: str) -> set[tuple[str, str]]:
+    return {(layer.component, site) for layer in erasure.config.layers if layer.kind in kinds for site in layer.sites}
 
 
 def _touches_rows(pipe: Any, erasure: Erasure) -> bool:
     """Whether an erasure maps the text rows, or changes a weight that reads them."""
     readers = set(text_readers(pipe).values())
     for layer in erasure.config.layers:
-        if layer.kind != "lora":
+        if layer.kind not in ("lora", ActivationLayer.kind):
             return True
-        if layer.component == denoiser_name(pipe) and readers & set(_sites(pipe, layer).values()):
-            return True
+        if layer.kind == "lora" and layer.component == denoiser_name(pipe):
+            component = components(pipe)[layer.component]
+            if readers & {find_site(component, site) for site in layer.sites}:
+                return True
     return False
 
 
-def _plain_parameter(component: nn.Module, weight: _Weight) -> nn.Parameter:
-    parameter = weight.module._parameters.get("weight")
+def _plain_parameters(component: nn.Module, weight: _Weight) -> dict[str, nn.Parameter]:
+    if weight.patches and weight.module._parameters.get("bias") is None:
+        raise ErasureCompatibilityError(
+            f"{weight.site!r} has no bias, into which an `activation` layer is fused; nothing was changed. Leave the erasure "
+            "unfused."
+        )
+    return {name: _plain_parameter(component, weight, name) for name in weight.names}
+
+
+def _plain_parameter(component: nn.Module, weight: _Weight, name: str) -> nn.Parameter:
+    parameter = weight.module._parameters.get(name)
     if parameter is not None and parameter.device.type == "meta" or compat.is_group_offloaded(component):
         raise ErasureCompatibilityError(
             f"The weight of {weight.site!r} is offloaded, so an erasure cannot be fused into it; nothing was changed. "
@@ -334,18 +382,18 @@ def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
     done: list[tuple[str, Kept]] = []
     try:
         for weight in plan(pipe, names, alone=alone):
-            parameter = _plain_parameter(live[weight.component], weight)
-            merged = weight.merged(parameter.detach())
-            original = parameter.detach().to("cpu", copy=True)
-            kept = Kept(weight.site, weight.module, original, merged.dtype, digest(merged))
-            done.append((weight.component, kept))
-            _write(weight.module, merged)
+            parameters = _plain_parameters(live[weight.component], weight)
+            for name, merged in weight.merged({key: value.detach() for key, value in parameters.items()}).items():
+                original = parameters[name].detach().to("cpu", copy=True)
+                kept = Kept(weight.site, weight.module, original, merged.dtype, digest(merged), name)
+                done.append((weight.component, kept))
+                _write(kept, merged)
     except BaseException:
         for _, kept in done:
-            _write(kept.module, kept.original)
+            _write(kept)
         raise
     for component, kept in done:
-        held[component].fused[kept.site.removeprefix("text_model.")] = kept
+        held[component].fused[f"{kept.site.removeprefix('text_model.')}.{kept.name}"] = kept
     for state in held.values():
         merged_here = [name for name in names if name in state.loaded]
         state.merged.extend(merged_here)
@@ -355,11 +403,12 @@ def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
     attachment.reset_compiled(live.values())
 
 
-def _write(module: nn.Module, value: torch.Tensor) -> None:
-    parameter = module._parameters["weight"]
+def _write(kept: Kept, value: torch.Tensor | None = None) -> None:
+    """Write a value, by default the original, into the parameter of which the original is kept."""
+    parameter = kept.module._parameters[kept.name]
     assert parameter is not None
     with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-        parameter.data.copy_(value)
+        parameter.data.copy_(kept.original if value is None else value)
 
 
 def _check_restorable(component: nn.Module, name: str, kept: Kept) -> None:
@@ -373,7 +422,7 @@ def _check_restorable(component: nn.Module, name: str, kept: Kept) -> None:
         found: nn.Module | None = find_site(component, kept.site)
     except ErasureCompatibilityError:
         found = None
-    parameter = None if found is None else found._parameters.get("weight")
+    parameter = None if found is None else found._parameters.get(kept.name)
     if found is not kept.module or parameter is None or parameter.device.type == "meta":
         raise ErasureError(
             f"The weight of {place!r} was offloaded, or its module replaced, after erasures were fused into it. Undo that "

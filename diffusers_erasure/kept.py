@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass
 class Kept:
-    """One weight into which erasures are fused.
+    """One weight or bias into which erasures are fused.
 
     Attributes:
         site: its module's name within the component.
@@ -17,6 +17,7 @@ class Kept:
         original: the weight as it was, on the CPU.
         dtype: the dtype of the fused weight.
         digest: SHA-256 of the fused weight: what must be found there to be replaced by the original.
+        name: of the parameter in its module.
     """
 
     site: str
@@ -24,6 +25,7 @@ class Kept:
     original: torch.Tensor
     dtype: torch.dtype
     digest: str
+    name: str = "weight"
 
     @property
     def bytes(self) -> int:
@@ -37,7 +39,7 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(plain.numpy().data).hexdigest()
 
 
-def originals(component: nn.Module) -> dict[nn.Module, torch.Tensor]:
-    """The weights of a component as they were before erasures were fused into them, by module."""
+def originals(component: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
+    """The parameters of a component as they were before erasures were fused into them, by module and name."""
     kept = getattr(component._modules.get("erasure_modules"), "fused", {})
-    return {each.module: each.original for each in kept.values()}
+    return {(each.module, each.name): each.original for each in kept.values()}

@@ -40,8 +40,9 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype = torch.float32) -> dict[st
     family = erasure.config.base_model.family
     prefixes = _PREFIXES.get(family)
     others = sorted({layer.kind for layer in erasure.config.layers if layer.kind != "lora"})
-    if prefixes is None or others:
-        why = f"it is for {family}" if prefixes is None else f"it has layers of the kinds {others}"
+    if prefixes is None or others or any(layer.is_modified for layer in erasure.config.layers):
+        why = f"it is for {family}" if prefixes is None else "it has a schedule or a gate"
+        why = f"it has layers of the kinds {others}" if prefixes and others else why
         raise ErasureInputError(
             f"This erasure has no kohya form: {why}. Only LoRA layers for {sorted(_PREFIXES)} have one; others are loaded "
             "with `load_erasure`."

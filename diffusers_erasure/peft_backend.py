@@ -130,10 +130,11 @@ def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Mo
         ErasureCompatibilityError: the pipeline loads no LoRAs, or not on these components.
     """
     others = sorted({layer.kind for layer in erasure.config.layers if layer.kind != "lora"})
-    if others:
+    if others or any(layer.is_modified for layer in erasure.config.layers):
+        what = f"layers of the kinds {others}" if others else "a schedule or a gate"
         raise ErasureInputError(
-            f'`backend="peft"` takes erasures that are LoRAs and nothing else; this one has layers of the kinds {others}. '
-            'Use the default `backend="hook"`.'
+            f'`backend="peft"` takes erasures that are LoRAs and nothing else; this one has {what}. Use the default '
+            '`backend="hook"`.'
         )
     loadable = getattr(pipe, "_lora_loadable_modules", ())
     strange = sorted({layer.component for layer in erasure.config.layers} - set(loadable))

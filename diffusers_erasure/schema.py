@@ -26,6 +26,7 @@ CARD_FILE = "README.md"
 GRID_FILE = "before_after.png"
 TENSOR_FILES = (LORA_FILE, TENSOR_FILE)
 SOLVE_PREFIX = "solve."
+MODIFIER_PREFIX = "modifiers."
 
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_DEPTH = 12
@@ -33,6 +34,7 @@ MAX_FILE_BYTES = 4 * 2**30
 MAX_LAYERS = 64
 MAX_SITES = 8192
 MAX_CONCEPTS = 10_000
+MAX_BINS = 1000
 
 _SITE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?|tokenizer(_[23])?)", re.ASCII)
@@ -142,6 +144,62 @@ class Concept:
     anchor: str | None = None
 
 
+def _require_modifier_name(name: str) -> None:
+    valid = name.startswith(MODIFIER_PREFIX) and len(name) <= 128 and bool(_SITE.fullmatch(name))
+    _require(valid, f"A modifier's tensor must be named {MODIFIER_PREFIX}…, not {name[:80]!r}.")
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """Strength by timestep and site: a table that multiplies a layer's strength.
+
+    Attributes:
+        name: its tensor [bins, sites] in `erasure.safetensors`; [bins, 1] is the same for all sites.
+        bins: the timesteps from 0 to `span` are divided into so many; row `floor(t * bins / span)`.
+        span: the base model's number of training timesteps.
+    """
+
+    name: str
+    bins: int
+    span: float = 1000.0
+
+    def __post_init__(self) -> None:
+        _require_modifier_name(self.name)
+        _require(0 < self.bins <= MAX_BINS, f"A schedule must have 1 to {MAX_BINS} `bins`.")
+        _require(0 < self.span <= 1e6, "A schedule's `span` must be above 0, and at most a million.")
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """Strength by the prompt: a factor for each row of the batch. It weakens an erasure, for prompts that seem unrelated.
+
+    The factor is `factor` times the largest cosine between the prompt's text rows, flattened, and those of the concepts;
+    1 where the text is not known.
+
+    Attributes:
+        name: its tensor [concepts, length, width] in `erasure.safetensors`: the encoded concepts.
+        factor: multiplies the cosine.
+        layout: `"row"`: each row of the batch by its own text; `"uncond_first"`: the first half of the batch holds the
+            unconditional rows, and they get the factor of the conditional ones.
+        tokens: token ids of each concept, without special ones. With them the factor is at least the share of a
+            concept's tokens that the prompt holds; where no text encoder was seen to encode the prompt, it is 1.
+    """
+
+    name: str
+    factor: float = 1.0
+    layout: str = "row"
+    tokens: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        _require_modifier_name(self.name)
+        _require(0 < self.factor < math.inf, "A gate's `factor` must be a finite number above 0.")
+        _require(self.layout in ("row", "uncond_first"), "A gate's `layout` must be 'row' or 'uncond_first'.")
+        for ids in self.tokens or ():
+            plain = 0 < len(ids) <= 1000 and all(0 <= each < 2**24 for each in ids)
+            _require(plain, "A gate's `tokens` must be lists of token ids.")
+        _require(self.tokens is None or len(self.tokens) > 0, "A gate's `tokens` must not be empty; leave it out.")
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """One layer of an erasure.
@@ -153,8 +211,8 @@ class LayerSpec:
         file: the tensor file that holds its tensors.
         prefix: what its tensors' names start with.
         derived_from: components whose weights the tensors were computed from; another one there is an error.
-        schedule: strength by timestep and site. None is defined in schema 1.0.
-        gate: strength by prompt. None is defined in schema 1.0.
+        schedule: strength by timestep and site.
+        gate: strength by prompt.
     """
 
     kind: str
@@ -163,8 +221,8 @@ class LayerSpec:
     file: str
     prefix: str
     derived_from: tuple[str, ...] = ()
-    schedule: None = None
-    gate: None = None
+    schedule: ScheduleSpec | None = None
+    gate: GateSpec | None = None
 
     def __post_init__(self) -> None:
         known = bool(_COMPONENT.fullmatch(self.component))
@@ -182,6 +240,18 @@ class LayerSpec:
         )
         for name in self.derived_from:
             _require(bool(_COMPONENT.fullmatch(name)), f"`derived_from` names unknown component {name[:80]!r}.")
+        denoises = self.component in ("unet", "transformer")
+        _require(denoises or not self.is_modified, "Only a layer on the denoiser can have a `schedule` or a `gate`.")
+
+    @property
+    def is_modified(self) -> bool:
+        """Whether it has a schedule or a gate."""
+        return self.schedule is not None or self.gate is not None
+
+    @property
+    def modifier_names(self) -> list[str]:
+        """Names of the tensors of its schedule and gate, in `erasure.safetensors`."""
+        return [modifier.name for modifier in (self.schedule, self.gate) if modifier is not None]
 
 
 @dataclass(frozen=True)
@@ -275,15 +345,24 @@ class ErasureConfig:
             "`redacted` is set, but `concepts` are named.",
         )
         whole = all(layer.kind == "lora" and layer.file == LORA_FILE for layer in self.layers)
-        _require(self.stock is None or whole, "`stock` is set, but a layer lies outside the LoRA file.")
+        whole = whole and not any(layer.is_modified for layer in self.layers)
+        _require(
+            self.stock is None or whole, "`stock` is set, but a layer lies outside the LoRA file, or is modified."
+        )
         prefixes = [(layer.file, layer.prefix) for layer in self.layers]
         prefixes += [(self.solve.file, self.solve.prefix)] if self.solve else []
         _require(len(set(prefixes)) == len(prefixes), "Two layers have the same `file` and `prefix`.")
+        reserved = any(prefix.startswith(MODIFIER_PREFIX) for _, prefix in prefixes)
+        names = [name for layer in self.layers for name in layer.modifier_names]
+        _require(
+            not reserved and len(set(names)) == len(names), "Modifiers share a tensor, or a layer has their prefix."
+        )
 
     @property
     def tensor_files(self) -> set[str]:
         """Names of the files in which the layers, and the rows of `solve`, lie."""
-        return {layer.file for layer in self.layers} | ({self.solve.file} if self.solve else set())
+        modified = {TENSOR_FILE for layer in self.layers if layer.is_modified}
+        return {layer.file for layer in self.layers} | modified | ({self.solve.file} if self.solve else set())
 
     def to_json(self) -> str:
         """Write the configuration as JSON: sorted keys, two spaces, one newline at the end."""

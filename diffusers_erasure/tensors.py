@@ -12,6 +12,7 @@ from .errors import ErasureFileError
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PACKED = torch.uint8  # bit masks
 MAX_TENSORS = 65_536
 MAX_HEADER_BYTES = 8 * 2**20
 
@@ -20,7 +21,7 @@ def dump(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Serialise tensors to safetensors with a canonical header.
 
     Args:
-        tensors: names and tensors, any device; float16, bfloat16 or float32.
+        tensors: names and tensors, any device; float16, bfloat16, float32 or uint8.
 
     Returns:
         `bytes`: the file's content. safetensors itself writes the header's metadata in a random order, so the header
@@ -52,8 +53,10 @@ def parse(data: bytes, name: str) -> dict[str, torch.Tensor]:
     if not 0 < len(tensors) <= MAX_TENSORS:
         raise ErasureFileError(f"{name} holds {len(tensors)} tensors; expected 1 to {MAX_TENSORS}.")
     for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise ErasureFileError(f"{name}: {key[:200]!r} is {tensor.dtype}; expected float16, bfloat16 or float32.")
+        if tensor.dtype not in (*DTYPES, PACKED):
+            raise ErasureFileError(
+                f"{name}: {key[:200]!r} is {tensor.dtype}; expected float16, bfloat16 or float32 (uint8 for masks)."
+            )
         if tensor.numel() == 0 or tensor.ndim > 4:
             raise ErasureFileError(f"{name}: {key[:200]!r} has the shape {tuple(tensor.shape)}.")
         if not bool(torch.isfinite(tensor).all()):

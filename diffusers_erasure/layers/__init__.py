@@ -1,12 +1,14 @@
 """Layer kinds: how an erasure acts while images are made. A new kind is one new file here and one line below."""
 
 from ..errors import ErasureConfigError
+from .activation import ActivationLayer
 from .base import Layer
 from .lora import LoraLayer
+from .skip import SkipLayer
 from .text_map import TextMapLayer
 
 
-LAYERS: dict[str, type[Layer]] = {layer.kind: layer for layer in (LoraLayer, TextMapLayer)}
+LAYERS: dict[str, type[Layer]] = {layer.kind: layer for layer in (LoraLayer, TextMapLayer, ActivationLayer, SkipLayer)}
 
 
 def layer_kind(kind: str) -> type[Layer]:
@@ -23,4 +25,4 @@ def layer_kind(kind: str) -> type[Layer]:
     return LAYERS[kind]
 
 
-__all__ = ["LAYERS", "Layer", "LoraLayer", "TextMapLayer", "layer_kind"]
+__all__ = ["LAYERS", "ActivationLayer", "Layer", "LoraLayer", "SkipLayer", "TextMapLayer", "layer_kind"]

@@ -2,13 +2,16 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..schema import LayerSpec
 
+
+if TYPE_CHECKING:
+    from .modifiers import Conditions, Modifier
 
 # An erasure's name and the index of the layer within it.
 PartKey = tuple[str, int]
@@ -24,6 +27,27 @@ class Layer(nn.Module):
     """
 
     kind: ClassVar[str]
+    by_timestep: ClassVar[bool] = False  # whether it always asks for the timestep, and not only for a schedule
+    packed: ClassVar[bool] = False  # whether its tensors may be bit masks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modifiers: dict[PartKey, Modifier] = {}  # put there before `attach`
+        self._conditions: tuple[Conditions, ...] = ()  # a tuple, because it is the child of the component's state
+
+    @property
+    def conditions(self) -> "Conditions":
+        """What the denoiser is called with, for layers that act by it."""
+        (conditions,) = self._conditions
+        return conditions
+
+    def bind(self, conditions: "Conditions") -> None:
+        """Give the layer its component's conditions, before anything is attached."""
+        self._conditions = (conditions,)
+
+    def modifier_of(self, key: PartKey) -> "Modifier | None":
+        """The schedule and gate of one layer of an erasure."""
+        return self.modifiers.get(key)
 
     @classmethod
     @abstractmethod

@@ -17,6 +17,7 @@ from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..schema import LayerSpec
 from .base import Layer, PartKey, Tensors, live_buffer, placement, set_buffer
+from .modifiers import Conditions, Factors, Modifier, spread
 
 
 MAX_RANK = 4096
@@ -28,17 +29,25 @@ class LowRankDelta(nn.Module):
 
     down: torch.Tensor
     up: torch.Tensor
+    owner: torch.Tensor  # the part of each rank, [R]
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, conditions: Conditions) -> None:
         super().__init__()
+        self.factors = Factors(conditions)
         self.convolution: dict[str, Any] | None = None
         if isinstance(module, nn.Conv2d):
             self.convolution = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
         self.parts: dict[PartKey, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.modified: dict[PartKey, tuple[Modifier | None, int]] = {}
 
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
         """Concatenate the factors of all parts; the strengths are 0 until `fold`."""
         downs, ups = zip(*self.parts.values(), strict=True)
+        self.modified = {key: self.modified[key] for key in self.parts}
+        self.factors.rebuild(list(self.modified.values()), device)
+        if self.factors.acts:
+            owner = torch.cat([torch.full((len(down),), part) for part, down in enumerate(downs)])
+            live_buffer(self, "owner", owner, device, torch.int64)
         live_buffer(self, "down", torch.zeros_like(torch.cat(downs)), device, dtype)
         live_buffer(self, "up", torch.cat(ups, dim=1), device, dtype)
 
@@ -50,8 +59,15 @@ class LowRankDelta(nn.Module):
         down = self.down.to(hidden_states.device, hidden_states.dtype)
         up = self.up.to(hidden_states.device, hidden_states.dtype)
         if self.convolution is None:
-            return F.linear(F.linear(hidden_states, down), up)
-        return F.conv2d(F.conv2d(hidden_states, down, **self.convolution), up)
+            return F.linear(self._modified(F.linear(hidden_states, down), -1), up)
+        return F.conv2d(self._modified(F.conv2d(hidden_states, down, **self.convolution), 1), up)
+
+    def _modified(self, reduced: torch.Tensor, dim: int) -> torch.Tensor:
+        factors = self.factors(reduced.device)
+        if factors is None:
+            return reduced
+        owner = self.owner.to(reduced.device)
+        return reduced * spread(factors, owner, reduced.ndim, dim).to(reduced.dtype)
 
 
 class AddDelta:
@@ -155,10 +171,10 @@ class LoraLayer(Layer):
                 raise ErasureCompatibilityError(_FUSED.format(site=site))
 
     def attach(self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors) -> None:
-        for site in spec.sites:
+        for index, site in enumerate(spec.sites):
             module = find_site(component, site)
             if site not in self.sites:
-                delta = LowRankDelta(module)
+                delta = LowRankDelta(module, self.conditions)
                 self.handles[site] = module.register_forward_hook(AddDelta(delta), with_kwargs=True)
                 self.sites[site] = self.count
                 self.deltas[str(self.count)] = delta
@@ -170,6 +186,7 @@ class LoraLayer(Layer):
                     self.attentions[site] = attention
             delta = self._delta(site)
             delta.parts[key] = (tensors[site + DOWN], tensors[site + UP])
+            delta.modified[key] = (self.modifier_of(key), index)
             delta.rebuild(*placement(component, module))
 
     def detach(self, name: str) -> None:

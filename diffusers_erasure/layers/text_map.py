@@ -18,6 +18,7 @@ from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..schema import LayerSpec
 from .base import Layer, PartKey, Tensors, live_buffer, placement, set_buffer
+from .modifiers import Conditions, Factors, Modifier, spread
 
 
 # Name of the input -> (the argument of `forward`, a key inside it, the entry of the model's config with its width).
@@ -33,13 +34,21 @@ class TextMap(nn.Module):
 
     read: torch.Tensor
     write: torch.Tensor
+    owner: torch.Tensor  # the part of each row, [R]
 
-    def __init__(self) -> None:
+    def __init__(self, conditions: Conditions) -> None:
         super().__init__()
+        self.factors = Factors(conditions)
         self.parts: dict[PartKey, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.modified: dict[PartKey, Modifier | None] = {}
 
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
         reads, writes = zip(*self.parts.values(), strict=True)
+        self.modified = {key: self.modified[key] for key in self.parts}
+        self.factors.rebuild([(modifier, 0) for modifier in self.modified.values()], device)
+        if self.factors.acts:
+            owner = torch.cat([torch.full((len(read),), part) for part, read in enumerate(reads)])
+            live_buffer(self, "owner", owner, device, torch.int64)
         live_buffer(self, "read", torch.zeros_like(torch.cat(reads)), device, dtype)
         live_buffer(self, "write", torch.cat(writes), device, dtype)
 
@@ -50,7 +59,11 @@ class TextMap(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         # The hook on the denoiser fires before offload brings these buffers over, hence `to`.
         read, write = self.read.to(rows.device, rows.dtype), self.write.to(rows.device, rows.dtype)
-        return rows + F.linear(F.linear(rows, read), write.T)
+        reduced, factors = F.linear(rows, read), self.factors(rows.device)
+        if factors is not None:
+            owner = self.owner.to(rows.device)
+            reduced = reduced * spread(factors, owner, reduced.ndim, -1).to(reduced.dtype)
+        return rows + F.linear(reduced, write.T)
 
 
 class MapInput:
@@ -138,12 +151,13 @@ class TextMapLayer(Layer):
         component = compat.unwrap_compiled(component)
         site = spec.sites[0]
         if site not in self.maps:
-            self.maps[site] = TextMap()
+            self.maps[site] = TextMap(self.conditions)
             hook = MapInput(self._map(site), site, component)
             self.handles[site] = component.register_forward_pre_hook(hook, with_kwargs=True)
             self.components = (component,)
         text_map = self._map(site)
         text_map.parts[key] = (tensors["A"], tensors["D"])
+        text_map.modified[key] = self.modifier_of(key)
         text_map.rebuild(*_first_placement(component))
 
     def detach(self, name: str) -> None:

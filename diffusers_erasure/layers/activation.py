@@ -1,0 +1,412 @@
+"""Layer kind `activation`: at some timesteps some units of a module's input are replaced by stored means (ActErase).
+
+The module is the last `Linear` of a feed-forward (its input is what GEGLU gives) or of an attention. A pre-hook on it
+writes, for every token alike, `x <- x + w (mu - x)` on the units that an erasure owns at the timestep:
+
+    w_i = strength_i * blend_i * schedule_i * gate_i * mask_i      for each erasure i, [C]
+    w   = max_i w_i,    mu = sum_i w_i mu_i / sum_i w_i
+
+so that masks are joined and overlaps averaged, in whatever order they were loaded. Timesteps are matched to the nearest
+stored one, of two equally near ones to the smaller. As long as nothing depends on the prompt, all of this is a table by
+intervals of the timestep, and a pass costs a look-up and one fused multiply-add; where every w is 0 it gives `x * 1 + 0`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError
+from ..logging import get_logger
+from ..schema import TENSOR_FILE, LayerSpec
+from .base import Layer, PartKey, Tensors, live_buffer, placement, set_buffer
+from .lora import find_site
+from .modifiers import Conditions, Factors, Modifier
+
+
+logger = get_logger(__name__)
+
+FEED_FORWARD, ATTENTIONS = ".ff.net.2", (".attn1.to_out.0", ".attn2.to_out.0")
+MASK, MEANS, TIMESTEPS, BLEND = ".mask", ".means", "timesteps", "blend"
+MAX_TIMESTEPS = 1000
+MOST_ROWS = 128  # of a table; with more intervals the parts are joined in each pass
+MANY = 5  # concepts; the paper reports heavy degradation at ten
+
+
+# ---------------------------------------------------------------------------------------------------- the tensors
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """Write a mask [T, C] as bits, uint8 [T, ceil(C / 8)]: the first unit is the highest bit, the last byte is padded."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+
+
+def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """Read [`pack`]'s bits: bool [T, width]."""
+    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), axis=1, count=width)).bool()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer of one erasure at one site.
+
+    Attributes:
+        timesteps: [T], float32, ascending.
+        mask: bits, uint8 [T, ceil(C / 8)], in the order of `timesteps`.
+        means: of the set bits, row by row.
+        blend: multiplies the strength.
+        modifier: its schedule and gate, `None` for none.
+        index: of the site in its layer.
+    """
+
+    timesteps: torch.Tensor
+    mask: torch.Tensor
+    means: torch.Tensor
+    blend: float
+    modifier: Modifier | None = None
+    index: int = 0
+
+    @classmethod
+    def of(cls, tensors: Tensors, site: str, modifier: Modifier | None = None, index: int = 0) -> "Part":
+        """Take one site from a layer's tensors."""
+        timesteps, mask, means = tensors[TIMESTEPS].float(), tensors[site + MASK], tensors[site + MEANS]
+        if len(timesteps) > 1 and timesteps[0] > timesteps[-1]:
+            counts = _set_bits(mask).sum(1).tolist()
+            timesteps, mask, means = timesteps.flip(0), mask.flip(0), torch.cat(means.split(counts)[::-1])
+        return cls(timesteps, mask, means, float(tensors[BLEND]), modifier, index)
+
+    def dense(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask and means as float64 [T, width]."""
+        mask = unpack(self.mask, width)
+        means = torch.zeros(mask.shape, dtype=torch.float64)
+        means[mask] = self.means.cpu().double()
+        return mask.double(), means
+
+    def limits(self) -> torch.Tensor:
+        """Up to where each stored timestep but the last is the nearest one: float32 [T - 1], inclusive."""
+        middle = (self.timesteps[:-1].double() + self.timesteps[1:].double()) / 2
+        limits = middle.float()
+        below = torch.nextafter(limits, torch.zeros_like(limits))
+        # float32's rounding must not reach past the middle.
+        return torch.where(limits.double() > middle, below, limits)
+
+    def scheduled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The schedule's values [bins], and up to where each bin but the last reaches, float32 [bins - 1]."""
+        column = None if self.modifier is None else self.modifier.column(self.index)
+        if column is None or self.modifier is None:
+            return torch.ones(1, dtype=torch.float64), torch.zeros(0)
+        bins, span = len(column), torch.tensor(self.modifier.span, dtype=torch.float32)
+        first = torch.arange(1, bins)
+        limits = (first.double() * self.modifier.span / bins).float()
+        infinity = torch.full_like(limits, torch.inf)
+
+        def reached(timestep: torch.Tensor) -> torch.Tensor:
+            return (timestep * bins / span).floor() >= first  # the very operations of `Factors`
+
+        while bool((inside := reached(limits)).any()):
+            limits = torch.where(inside, torch.nextafter(limits, -infinity), limits)
+        while bool((short := ~reached(torch.nextafter(limits, infinity))).any()):
+            limits = torch.where(short, torch.nextafter(limits, infinity), limits)
+        return column.double(), limits
+
+
+def _set_bits(mask: torch.Tensor) -> torch.Tensor:
+    return unpack(mask, 8 * mask.shape[1])
+
+
+def joined(weights: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """What x is multiplied by, and what is added: [..., 2, C] from weights and means [..., parts, C]."""
+    weights = weights.clamp_min(0)  # a schedule may fall below
+    most, total = weights.amax(-2), weights.sum(-2)
+    mean = (weights * means).sum(-2) / torch.where(total > 0, total, 1.0)
+    return torch.stack([1 - most, most * mean], dim=-2)
+
+
+def static_rows(parts: Sequence[tuple[float, Part]], width: int) -> torch.Tensor:
+    """[`joined`] for parts of one timestep each, with their strengths: float64 [2, width]."""
+    dense = [(strength * part.blend, *part.dense(width)) for strength, part in parts]
+    weights = torch.stack([weight * mask[0] for weight, mask, _ in dense])
+    return joined(weights, torch.stack([means[0] for _, _, means in dense]))
+
+
+def is_static(spec: LayerSpec, tensors: Tensors) -> bool:
+    """Whether a layer does the same at all timesteps and for all prompts, and so is a change of weights."""
+    return len(tensors[TIMESTEPS]) == 1 and not spec.is_modified
+
+
+# --------------------------------------------------------------------------------------------------- the live forms
+
+
+def _bits(limits: torch.Tensor) -> torch.Tensor:
+    """Limits as integers, which a model's `.to(dtype)` leaves as they are."""
+    return limits.contiguous().view(torch.int32)
+
+
+class Table(nn.Module):
+    """All parts joined, by intervals of the timestep on which no part changes: `rows` [K, 2, C]."""
+
+    rows: torch.Tensor
+    limits: torch.Tensor  # [K - 1], float32's bits
+
+    def __init__(
+        self, limits: torch.Tensor, width: int, conditions: Conditions, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.source = (conditions,)  # a tuple, because a module assigned to a module would become its child
+        bare = torch.tensor([1.0, 0.0])[None, :, None].expand(len(limits) + 1, 2, width)
+        live_buffer(self, "rows", bare, device, dtype)
+        live_buffer(self, "limits", _bits(limits), device, torch.int32)
+
+    @staticmethod
+    def intervals(parts: Sequence[Part]) -> torch.Tensor:
+        """Where any part changes: float32 [K - 1], ascending."""
+        return torch.cat([limits for part in parts for limits in (part.limits(), part.scheduled()[1])]).unique()
+
+    def fold(self, parts: Sequence[Part], strengths: Sequence[float]) -> None:
+        width, limits = self.rows.shape[2], self.limits.cpu().view(torch.float32)
+        inside = torch.cat([limits, torch.tensor([torch.inf])])  # a timestep of each interval
+        weights, means = [], []
+        for part, strength in zip(parts, strengths, strict=True):
+            mask, mean = part.dense(width)
+            values, ends = part.scheduled()
+            factor = strength * part.blend * values[torch.searchsorted(ends, inside)]
+            nearest = torch.searchsorted(part.limits(), inside)
+            weights.append(factor[:, None] * mask[nearest])
+            means.append(mean[nearest])
+        set_buffer(self.rows, joined(torch.stack(weights, 1), torch.stack(means, 1)))
+
+    def forward(self, device: torch.device) -> torch.Tensor:
+        """What acts in this pass: [1 or B, 2, C]."""
+        rows = self.rows.to(device)
+        if len(rows) == 1:
+            return rows
+        limits = self.limits.to(device).view(torch.float32)
+        return rows.index_select(0, torch.bucketize(self.source[0].now(device), limits))
+
+
+class Parts(nn.Module):
+    """The parts one by one, joined in each pass with the factors that the prompts give them."""
+
+    masks: torch.Tensor  # [sum T, C]
+    means: torch.Tensor  # [sum T, C]
+    limits: torch.Tensor  # [parts, most T - 1], float32's bits, infinite where a part has fewer
+    offsets: torch.Tensor  # [parts]
+    weights: torch.Tensor  # [parts]
+
+    def __init__(self, parts: Sequence[Part], width: int, conditions: Conditions, device: torch.device) -> None:
+        super().__init__()
+        self.source = (conditions,)
+        self.factors = Factors(conditions)
+        self.factors.rebuild([(part.modifier, part.index) for part in parts], device)
+        masks, means = zip(*(part.dense(width) for part in parts), strict=True)
+        live_buffer(self, "masks", torch.cat(masks), device, torch.bool)
+        live_buffer(self, "means", torch.cat(means), device, torch.float32)
+        limits = nn.utils.rnn.pad_sequence([part.limits() for part in parts], True, torch.inf)
+        live_buffer(self, "limits", _bits(limits), device, torch.int32)
+        lengths = torch.tensor([len(part.timesteps) for part in parts])
+        live_buffer(self, "offsets", lengths.cumsum(0) - lengths, device, torch.int64)
+        live_buffer(self, "weights", torch.zeros(len(parts)), device, torch.float32)
+
+    def fold(self, parts: Sequence[Part], strengths: Sequence[float]) -> None:
+        weights = [strength * part.blend for part, strength in zip(parts, strengths, strict=True)]
+        set_buffer(self.weights, torch.tensor(weights))
+
+    def forward(self, device: torch.device) -> torch.Tensor:
+        """What acts in this pass: [1 or B, 2, C]."""
+        timestep = self.source[0].now(device)
+        limits = self.limits.to(device).view(torch.float32)
+        index = self.offsets.to(device) + (timestep[:, None, None] > limits).sum(-1)  # [1 or B, parts]
+        weights = self.weights.to(device).float()
+        factors = self.factors(device)
+        if factors is not None:
+            weights = weights * factors
+        weights = weights.reshape(-1, weights.shape[-1], 1) * self.masks.to(device)[index]
+        return joined(weights, self.means.to(device)[index].float())
+
+
+class ActivationPatch(nn.Module):
+    """What all erasures do to the input of one module. A module, so that it follows the model's device and dtype.
+
+    Args:
+        width (`int`): units of the input.
+        conditions ([`Conditions`]): of the denoiser, for the timestep and the gates.
+    """
+
+    form: Table | Parts
+
+    def __init__(self, width: int, conditions: Conditions) -> None:
+        super().__init__()
+        self.width = width
+        self.source = (conditions,)
+        self.parts: dict[PartKey, Part] = {}
+
+    def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Take over the parts; the strengths are 0 until `fold`."""
+        parts = list(self.parts.values())
+        gated = any(part.modifier is not None and part.modifier.gated for part in parts)
+        limits = Table.intervals(parts)
+        if gated or len(limits) >= MOST_ROWS:
+            self.form = Parts(parts, self.width, self.source[0], device)
+        else:
+            self.form = Table(limits, self.width, self.source[0], device, dtype)
+
+    def fold(self, strengths: Mapping[str, float]) -> None:
+        self.form.fold(list(self.parts.values()), [strengths[name] for name, _ in self.parts])
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Patch hidden states [B, ..., C]; the same for every token of a row."""
+        rows = self.form(hidden_states.device)
+        if len(rows) > 1 and len(rows) != len(hidden_states):
+            raise ErasureInputError(
+                f"An erasure acts by the timestep or prompt of each of {len(rows)} rows, but a feed-forward got {len(hidden_states)}: "
+                "it is chunked along the batch. Chunk along the tokens: `unet.enable_forward_chunking(chunk_size, dim=1)`."
+            )
+        shape = (len(rows), *(1,) * (hidden_states.ndim - 2), self.width)
+        keep, add = (row.to(hidden_states.dtype).reshape(shape) for row in rows.unbind(1))
+        return torch.addcmul(add, hidden_states, keep)
+
+
+class PatchInput:
+    """Forward pre-hook: the module reads patched hidden states. A class and no closure, so that models stay picklable."""
+
+    def __init__(self, patch: ActivationPatch) -> None:
+        self.patch = patch
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self.patch(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": self.patch(kwargs["input"])}
+
+
+# --------------------------------------------------------------------------------------------------------- the layer
+
+
+class ActivationLayer(Layer):
+    """All `activation` layers on one UNet."""
+
+    kind: ClassVar[str] = "activation"
+    by_timestep: ClassVar[bool] = True
+    packed: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, int] = {}  # name of a site -> its index in `patches`: names there must have no dots
+        self.patches = nn.ModuleDict()
+        self.handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self.modules_hooked: dict[str, tuple[nn.Module, ...]] = {}
+        self.keys: set[PartKey] = set()
+        self.count = 0
+
+    @classmethod
+    def validate(cls, spec: LayerSpec, tensors: Tensors) -> None:
+        if spec.component != "unet" or spec.file != TENSOR_FILE:
+            raise ErasureFileError(f"An `activation` layer acts on a UNet and lies in {TENSOR_FILE}.")
+        odd = [site for site in spec.sites if not f".{site}".endswith((FEED_FORWARD, *ATTENTIONS))]
+        if odd:
+            raise ErasureFileError(
+                f"An `activation` layer acts on '….ff.net.2', '….attn1.to_out.0' and '….attn2.to_out.0', not on {odd[0]!r}."
+            )
+        expected = {TIMESTEPS, BLEND} | {site + half for site in spec.sites for half in (MASK, MEANS)}
+        if set(tensors) != expected:
+            strangers = sorted(set(tensors) ^ expected)
+            raise ErasureFileError(
+                f"{spec.file}: an `activation` layer has {TIMESTEPS!r}, {BLEND!r}, and for each site a mask and means; missing or "
+                f"unexpected: {[name[:120] for name in strangers[:3]]}{' …' if len(strangers) > 3 else ''}."
+            )
+        for name, tensor in tensors.items():
+            if (tensor.dtype == torch.uint8) != name.endswith(MASK):
+                raise ErasureFileError(f"{spec.file}: {name!r} is {tensor.dtype}; masks, and only they, are uint8.")
+        timesteps, blend = tensors[TIMESTEPS], tensors[BLEND]
+        steps = timesteps.double().diff()
+        if (
+            timesteps.ndim != 1
+            or not 0 < len(timesteps) <= MAX_TIMESTEPS
+            or bool((timesteps < 0).any())
+            or not (bool((steps > 0).all()) or bool((steps < 0).all()))
+        ):
+            raise ErasureFileError(
+                f"{spec.file}: {TIMESTEPS!r} must be 1 to {MAX_TIMESTEPS} numbers of at least 0 that only rise or only fall."
+            )
+        if tuple(blend.shape) != (1,) or not float(blend) >= 0:
+            raise ErasureFileError(f"{spec.file}: {BLEND!r} must be one number of at least 0.")
+        for site in spec.sites:
+            mask, means = tensors[site + MASK], tensors[site + MEANS]
+            count = int(_set_bits(mask).sum()) if mask.ndim == 2 and len(mask) == len(timesteps) else 0
+            if not count or tuple(means.shape) != (count,):
+                raise ErasureFileError(
+                    f"{spec.file}: {site!r} has a mask of the shape {tuple(mask.shape)} with {count} units, and means of the shape "
+                    f"{tuple(means.shape)}; expected [{len(timesteps)}, ceil(units / 8)], and one mean for each unit that is set."
+                )
+
+    @classmethod
+    def rescaled(cls, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
+        return {**tensors, BLEND: tensors[BLEND] * factor}
+
+    @classmethod
+    def check(cls, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
+        for site in spec.sites:
+            module, mask = find_site(component, site), tensors[site + MASK]
+            if not isinstance(module, nn.Linear):
+                raise ErasureCompatibilityError(f"{site!r} is a {type(module).__name__}; expected a Linear.")
+            width = module.in_features
+            beyond = _set_bits(mask)[:, width:]
+            if mask.shape[1] != -(-width // 8) or bool(beyond.any()):
+                raise ErasureCompatibilityError(
+                    f"{site!r} reads {width} units in this pipeline, but the erasure's mask has {mask.shape[1]} bytes a timestep, or "
+                    "bits beyond them: it was made for another architecture, or is damaged."
+                )
+
+    def attach(self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors) -> None:
+        self.keys.add(key)
+        if len(self.keys) == MANY + 1:
+            logger.warning(
+                "More than %d concepts are erased by activations on one model; their masks join, and the paper reports heavy "
+                "damage to all images at ten. Look at what is kept, or use another method for many concepts.",
+                MANY,
+            )
+        for index, site in enumerate(spec.sites):
+            module = find_site(component, site)
+            assert isinstance(module, nn.Linear)
+            if site not in self.sites:
+                patch = ActivationPatch(module.in_features, self.conditions)
+                self.handles[site] = module.register_forward_pre_hook(PatchInput(patch), with_kwargs=True)
+                self.sites[site] = self.count
+                self.patches[str(self.count)] = patch
+                # A tuple, because a module assigned to a module would become its child.
+                self.modules_hooked[site] = (component, module)
+                self.count += 1
+            patch = self._patch(site)
+            patch.parts[key] = Part.of(tensors, site, self.modifier_of(key), index)
+            patch.rebuild(*placement(component, module))
+
+    def detach(self, name: str) -> None:
+        self.keys = {key for key in self.keys if key[0] != name}
+        for site in list(self.sites):
+            patch = self._patch(site)
+            kept = {key: part for key, part in patch.parts.items() if key[0] != name}
+            if len(kept) == len(patch.parts):
+                continue
+            patch.parts = kept
+            if kept:
+                patch.rebuild(*placement(*self.modules_hooked[site]))
+            else:
+                self.handles.pop(site).remove()
+                self.modules_hooked.pop(site)
+                del self.patches[str(self.sites.pop(site))]
+
+    def fold(self, strengths: Mapping[str, float]) -> None:
+        for site in self.sites:
+            self._patch(site).fold(strengths)
+
+    def is_empty(self) -> bool:
+        return not self.sites
+
+    def _patch(self, site: str) -> ActivationPatch:
+        patch = self.patches[str(self.sites[site])]
+        assert isinstance(patch, ActivationPatch)
+        return patch

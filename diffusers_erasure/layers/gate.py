@@ -1,0 +1,113 @@
+"""Gates: how far a prompt is about the erased concepts, one factor for each row of the batch.
+
+The cosine of the prompt's text rows, flattened, to those of the concepts is computed at the denoiser from what it is
+given, so that it needs no state and works with `prompt_embeds`. The share of a concept's tokens that the prompt holds can
+only be known where a text encoder was seen to encode it; for other text the factor is 1. DuMo takes the larger of the two
+(arXiv 2501.01125, after the facilitated transport of SPM).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import compat
+from ..errors import ErasureInputError
+from ..schema import GateSpec
+from .base import live_buffer
+
+
+SEEN, SAMPLES = 64, 96  # texts that are remembered, and values of each by which it is known again
+
+
+class Gate(nn.Module):
+    """The gate of one layer.
+
+    Args:
+        spec ([`GateSpec`]): factor, layout and tokens.
+        rows (`torch.Tensor`): encoded concepts, [concepts, length, width].
+    """
+
+    rows: torch.Tensor  # [concepts, length * width], of norm 1
+    places: torch.Tensor  # [SAMPLES] in the flattened rows
+    seen: torch.Tensor  # [SEEN, SAMPLES], NaN where there is none yet
+    shares: torch.Tensor  # [SEEN]
+
+    def __init__(self, spec: GateSpec, rows: torch.Tensor) -> None:
+        super().__init__()
+        self.spec, self.shape = spec, tuple(rows.shape[1:])
+        flat = F.normalize(rows.double().flatten(1), dim=1)
+        cpu = torch.device("cpu")
+        live_buffer(self, "rows", flat, cpu, torch.float32)
+        live_buffer(self, "places", torch.linspace(0, flat.shape[1] - 1, SAMPLES).round(), cpu, torch.int64)
+        live_buffer(self, "seen", torch.full((SEEN, SAMPLES), torch.nan), cpu, torch.float32)
+        live_buffer(self, "shares", torch.ones(SEEN), cpu, torch.float32)
+        self.written = 0
+        self.handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def listen(self, encoder: nn.Module) -> None:
+        """Note which texts a text encoder encodes, where the gate compares tokens."""
+        if self.spec.tokens is not None and self.handle is None:
+            hook = NoteText(self)
+            self.handle = compat.unwrap_compiled(encoder).register_forward_hook(hook, with_kwargs=True)
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    @torch.no_grad()
+    def note(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Remember encoded texts: token ids [B, length], rows [B, length, width]."""
+        if tuple(rows.shape[1:]) != self.shape:
+            return
+        for text, row in zip(ids, rows, strict=True):
+            held = [torch.isin(torch.tensor(each, device=ids.device), text) for each in self.spec.tokens or ()]
+            place = self.written % SEEN
+            self.seen[place] = row.detach().flatten()[self.places.to(row.device)].to(self.seen)
+            self.shares[place] = torch.stack([each.float().mean() for each in held]).amax().to(self.shares)
+            self.written += 1
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        """Factors [B] for text rows [B, length, width]; 1, the full strength, where they are of another shape."""
+        if tuple(text.shape[1:]) != self.shape:
+            return text.new_ones(len(text), dtype=torch.float32)
+        rows = self.rows.to(text.device, torch.float32)
+        value = (F.normalize(text.float().flatten(1), dim=1) @ rows.T).amax(1).clamp_min(0)
+        unknown = torch.zeros_like(value, dtype=torch.bool)
+        if self.spec.tokens is not None:
+            share, unknown = self._shares(text)
+            value = value.maximum(share)
+        value = torch.where(unknown, 1.0, self.spec.factor * value)
+        if self.spec.layout == "uncond_first":  # as published: both guidance branches as the conditional one
+            if len(text) % 2:
+                raise ErasureInputError(
+                    f"A gate of the layout 'uncond_first' takes unconditional rows, then as many conditional ones, not a batch of "
+                    f"{len(text)}. Draw with guidance, or load the erasure without its gate (`without_gate`)."
+                )
+            value = value[len(text) // 2 :].repeat(2)
+        return value
+
+    def _shares(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The share of a concept's tokens in each text [B], and which texts are not known [B].
+
+        A text is known by the very values that the encoder gave: a near one could open the gate for another prompt.
+        """
+        sample = text.flatten(1)[:, self.places.to(text.device)]
+        same = (self.seen.to(text.device, text.dtype) == sample[:, None]).all(2)  # [B, SEEN]
+        shares = torch.where(same, self.shares.to(text.device, torch.float32), 0.0).amax(1)
+        return shares, ~same.any(1)
+
+
+class NoteText:
+    """Forward hook of a text encoder. A class and no closure, so that models stay picklable."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is not None:
+            self.gate.note(ids, output[0])

@@ -1,0 +1,192 @@
+"""Layer kind `skip`: DuMo's EPR (arXiv 2501.01125), a network whose output is added to the UNet's skip connections.
+
+The network is the UNet's encoder, fed with the same latents, timestep and text, and one 1x1 convolution for each skip and
+for the mid feature. It exists in two forms: **full**, a copy of the encoder with weights of its own, and **compact**, the
+base's encoder run a second time with a low-rank delta on its `Linear` and `Conv2d` modules.
+
+The residuals are added by native hooks: after the mid block, where the network also runs, and before each up block.
+diffusers' own arguments for residuals are the caller's. So residuals of ControlNets and T2I-Adapters are in the skips
+already and add up, FreeU filters the sum, and with DeepCache the skips that a step computes anew get residuals of that
+step. The copy of the full form has stock attention: user LoRAs, image prompts and other erasures of the UNet's modules do
+not enter it. In the compact form the base's own modules run again, with all that is attached to them and with the deltas of
+the one erasure whose pass it is. Several erasures cost one encoder pass each, also at strength 0.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from .. import compat
+from ..errors import ErasureCompatibilityError, ErasureFileError
+from ..schema import LayerSpec
+from . import lora
+from .base import Layer, PartKey, Tensors, placement
+from .encoder_copy import PARTS, channels, check_unet, empty_copy, spans
+from .epr import DOWN, EPR, MID, UP, ZERO, SkipHooks, is_full, skip_sites, split
+from .modifiers import Factors
+
+
+MAX_SKIPS = 256
+
+
+class SkipLayer(Layer):
+    """All `skip` layers on one UNet."""
+
+    kind: ClassVar[str] = "skip"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict()
+        self.keys: dict[PartKey, str] = {}  # names in a `ModuleDict` must have no dots
+        self.hooks: SkipHooks | None = None
+        self.count = 0
+
+    @classmethod
+    def validate(cls, spec: LayerSpec, tensors: Tensors) -> None:
+        if spec.component != "unet":
+            raise ErasureFileError(f"A `skip` layer acts on the UNet, not on {spec.component!r}.")
+        skips = len(spec.sites) - 1
+        if not 0 < skips <= MAX_SKIPS or spec.sites != skip_sites(skips):
+            raise ErasureFileError(
+                f"A `skip` layer has the sites 'skips.0' … 'skips.n' and 'mid_block', in this order, not "
+                f"{[site[:60] for site in spec.sites[:3]]}."
+            )
+        zeros, encoder = split(tensors)
+        if set(zeros) != {*map(str, range(skips)), MID}:
+            raise ErasureFileError(
+                f"{spec.file}: expected tensors {ZERO}0… to {ZERO}{skips - 1}… and {ZERO}{MID}…; there is "
+                f"{[place[:60] for place in sorted(zeros)[:4]]}."
+            )
+        for place, own in zeros.items():
+            if not _is_projection({name: tuple(value.shape) for name, value in own.items()}):
+                shapes = {name[:60]: tuple(value.shape) for name, value in sorted(own.items())[:4]}
+                raise ErasureFileError(
+                    f"{spec.file}: {ZERO}{place} has tensors of the shapes {shapes}; expected `weight` [C, C], or `down` "
+                    "[r, C] and `up` [C, r], and `bias` [C]."
+                )
+        (_validate_copy if is_full(encoder) else _validate_deltas)(spec, encoder)
+
+    @classmethod
+    def rescaled(cls, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
+        scaled = (".weight", ".up", ".bias")
+        return {
+            name: value * factor if name.startswith(ZERO) and name.endswith(scaled) else value
+            for name, value in tensors.items()
+        }
+
+    @classmethod
+    def check(cls, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
+        component = compat.unwrap_compiled(component)
+        check_unet(component)
+        zeros, encoder = split(tensors)
+        widths = [len(zeros[place]["bias"]) for place in (*map(str, range(len(spec.sites) - 1)), MID)]
+        if widths != channels(component) or spans(component)[-1][0] != 0:
+            raise ErasureCompatibilityError(
+                f"The UNet's skips and mid feature have {channels(component)} channels, those of the erasure {widths}: it "
+                "was made for another architecture."
+            )
+        if not is_full(encoder):
+            _check_deltas(component, spec, encoder)
+            return
+        expected = {name: tuple(value.shape) for name, value in empty_copy(component).named_parameters()}
+        found = {name: tuple(value.shape) for name, value in encoder.items()}
+        odd = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        if odd:
+            raise ErasureCompatibilityError(
+                f"The erasure's copy of the encoder is another one than this UNet's: {odd[0][:120]!r} has the shape "
+                f"{found.get(odd[0])} there and {expected.get(odd[0])} here. It was made for another architecture."
+            )
+
+    def attach(self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors) -> None:
+        component = compat.unwrap_compiled(component)
+        device, dtype = placement(component, compat.base_layer(component.conv_in))  # type: ignore[arg-type]
+        network = EPR(component, tensors, device, dtype)
+        modifier = self.modifier_of(key)
+        if modifier is not None:
+            factors = Factors(self.conditions)
+            factors.rebuild([(modifier, site) for site in range(len(spec.sites))], device)
+            network.factors = factors
+        self.hooks = SkipHooks.of(component)
+        self.hooks.add(network)
+        self.keys[key] = str(self.count)
+        self.networks[str(self.count)] = network
+        self.count += 1
+
+    def detach(self, name: str) -> None:
+        for key in [key for key in self.keys if key[0] == name]:
+            network = self._network(key)
+            assert self.hooks is not None
+            self.hooks.drop(network)
+            del self.networks[self.keys.pop(key)]
+
+    def fold(self, strengths: Mapping[str, float]) -> None:
+        for key in self.keys:
+            self._network(key).fold(strengths[key[0]])
+
+    def is_empty(self) -> bool:
+        return not self.keys
+
+    def inactive_reason(self) -> str | None:
+        for network in map(self._network, self.keys):
+            for site in network.sites:
+                assert self.hooks is not None
+                if compat.has_fused_projections(lora.attention_of(self.hooks.unet, site)):
+                    return FUSED.format(site=site)
+        return None
+
+    def _network(self, key: PartKey) -> EPR:
+        network = self.networks[self.keys[key]]
+        assert isinstance(network, EPR)
+        return network
+
+
+FUSED = (
+    "The attention projections around {site!r} are fused, so that module is not called and a compact `skip` erasure on it "
+    "would not act. Call `pipe.unfuse_qkv_projections()` first."
+)
+
+
+def _is_projection(shapes: dict[str, tuple[int, ...]]) -> bool:
+    width = shapes.get("bias", ())
+    if len(width) != 1:
+        return False
+    if set(shapes) == {"weight", "bias"}:
+        return shapes["weight"] == (*width, *width)
+    down, up = shapes.get("down", ()), shapes.get("up", ())
+    return set(shapes) == {"down", "up", "bias"} and down[1:] == width and up == (*width, *down[:1])
+
+
+def _validate_copy(spec: LayerSpec, encoder: Tensors) -> None:
+    odd = sorted(name for name in encoder if name.partition(".")[0] not in PARTS)
+    if odd:
+        raise ErasureFileError(f"{spec.file}: {odd[0][:120]!r} is no tensor of a UNet's encoder.")
+
+
+def _validate_deltas(spec: LayerSpec, encoder: Tensors) -> None:
+    sites = sorted(name.removesuffix(DOWN) for name in encoder if name.endswith(DOWN))
+    odd = sorted(set(encoder) ^ {site + half for site in sites for half in (DOWN, UP)})
+    odd += [site for site in sites if site.partition(".")[0] not in PARTS]
+    if odd or not sites:
+        raise ErasureFileError(
+            f"{spec.file}: a compact encoder has `<module>{DOWN}` and `<module>{UP}` for modules of the UNet's encoder; "
+            f"missing or unexpected: {[name[:120] for name in odd[:3]]}."
+        )
+    for site in sites:
+        down, up = encoder[site + DOWN], encoder[site + UP]
+        shaped = (down.ndim == up.ndim == 2) or (down.ndim == up.ndim == 4 and up.shape[2:] == (1, 1))
+        if not shaped or up.shape[1] != down.shape[0] or not 0 < down.shape[0] <= lora.MAX_RANK:
+            raise ErasureFileError(
+                f"{spec.file}: {site[:120]!r} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)}; expected "
+                f"[r, in] and [out, r] (convolutions: [r, in, h, w] and [out, r, 1, 1]), r from 1 to {lora.MAX_RANK}."
+            )
+
+
+def _check_deltas(component: nn.Module, spec: LayerSpec, encoder: Tensors) -> None:
+    """See that deltas fit their modules, as those of a `lora` layer on the same modules would."""
+    sites = tuple(name.removesuffix(DOWN) for name in encoder if name.endswith(DOWN))
+    factors = {site + lora.DOWN: encoder[site + DOWN] for site in sites}
+    factors.update({site + lora.UP: encoder[site + UP] for site in sites})
+    lora.LoraLayer.check(component, dataclasses.replace(spec, sites=sites, schedule=None), factors)

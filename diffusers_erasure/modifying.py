@@ -1,0 +1,147 @@
+"""Schedules and gates put on an erasure, and taken off: strength by timestep and site, and by the prompt."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .artifact import Erasure
+from .base_model import denoiser_name
+from .encoding import all_rows
+from .errors import ErasureInputError
+from .pipeline import erasures_disabled
+from .schema import MODIFIER_PREFIX, TENSOR_FILE, GateSpec, LayerSpec, ScheduleSpec
+
+
+def with_schedule(
+    erasure: Erasure, table: torch.Tensor | Sequence[float], *, layer: int | None = None, span: float = 1000.0
+) -> Erasure:
+    """Give an erasure's layers on the denoiser a schedule, instead of one that they may have.
+
+    Args:
+        erasure ([`Erasure`]): the erasure, which stays as it is.
+        table (`torch.Tensor` or sequence of `float`): factors of the strength, [bins] or [bins, 1] for all sites, or
+            [bins, sites]. Timestep `t` takes row `floor(t * bins / span)`, so the first row is that of the last steps.
+        layer (`int`, *optional*): index of the layer; all layers on the denoiser by default.
+        span (`float`, *optional*, defaults to 1000.0): the base model's number of training timesteps.
+
+    Returns:
+        [`Erasure`]: it needs this library to be loaded, also where its layers are a LoRA: the LoRA's file has no schedule.
+
+    Raises:
+        ErasureInputError: the table has another shape or is not finite, or no layer acts on the denoiser.
+
+    Examples:
+
+    ```py
+    >>> late = with_schedule(erasure, [1.0, 1.0, 0.5, 0.0])  # not in the first quarter of the denoising
+    ```
+    """
+    values = torch.as_tensor(table, dtype=torch.float32)
+    values = values[:, None] if values.ndim == 1 else values
+    if values.ndim != 2 or not values.numel() or not bool(torch.isfinite(values).all()):
+        raise ErasureInputError(
+            f"A schedule is a finite table of [bins] or [bins, sites], not of the shape {list(values.shape)}."
+        )
+    chosen = _denoising(erasure, layer)
+    for index in chosen:
+        sites = len(erasure.config.layers[index].sites)
+        if values.shape[1] not in (1, sites):
+            raise ErasureInputError(f"The schedule has {values.shape[1]} columns; layer {index} has {sites} sites.")
+    changes: dict[int, dict[str, Any]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for index in chosen:
+        spec = ScheduleSpec(f"{MODIFIER_PREFIX}{index}.schedule", len(values), float(span))
+        changes[index] = {"schedule": spec}
+        tensors[spec.name] = values.contiguous()
+    return _changed(erasure, changes, tensors)
+
+
+def with_gate(
+    erasure: Erasure,
+    pipe: Any,
+    prompts: str | Sequence[str] | None = None,
+    *,
+    factor: float = 1.0,
+    layout: str = "row",
+    tokens: bool = False,
+) -> Erasure:
+    """Give an erasure's layers on the denoiser a gate: they act less on prompts that seem to be about something else.
+
+    A gate weakens an erasure, which its card says: a prompt that draws the concept without naming it may pass.
+
+    Args:
+        erasure ([`Erasure`]): the erasure, which stays as it is.
+        pipe ([`DiffusionPipeline`]): the base model, whose text encoder encodes the concepts.
+        prompts (`str` or sequence of `str`, *optional*): what the gate opens for; the erasure's concepts by default.
+        factor (`float`, *optional*, defaults to 1.0): multiplies the cosine between the prompt's rows and a concept's.
+        layout (`"row"` or `"uncond_first"`, *optional*, defaults to `"row"`): each row of the batch by its own text, or
+            both guidance branches by the conditional one (as in DuMo), which needs batches that are laid out so.
+        tokens (`bool`, *optional*, defaults to `False`): let the factor be at least the share of a concept's tokens that
+            the prompt holds. For text that the pipeline's first text encoder was not seen to encode it is 1 then.
+
+    Raises:
+        ErasureInputError: the concepts are not named and no `prompts` are given, or a value is out of range.
+        ErasureCompatibilityError: the pipeline's text cannot be encoded.
+    """
+    names = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    if not names:
+        names = [concept.target for concept in erasure.concepts if concept.target is not None]
+    if not names:
+        raise ErasureInputError("The erasure does not name its concepts; give `prompts` for the gate.")
+    if not isinstance(factor, int | float) or not 0 < factor < float("inf") or layout not in ("row", "uncond_first"):
+        raise ErasureInputError(
+            f'`factor` must be a finite number above 0 and `layout` "row" or "uncond_first", not {factor!r} and {layout!r}.'
+        )
+    with erasures_disabled(pipe):
+        rows, _ = all_rows(pipe, names)
+    ids = None
+    if tokens:
+        encoded = [pipe.tokenizer(name, add_special_tokens=False).input_ids for name in names]
+        ids = tuple(tuple(each) for each in encoded)
+    changes: dict[int, dict[str, Any]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for index in _denoising(erasure, None):
+        if erasure.config.layers[index].component != denoiser_name(pipe):
+            raise ErasureInputError("The erasure acts on another denoiser than this pipeline has.")
+        spec = GateSpec(f"{MODIFIER_PREFIX}{index}.gate", float(factor), layout, ids)
+        changes[index] = {"gate": spec}
+        tensors[spec.name] = rows.to(torch.float16).contiguous()
+    return _changed(erasure, changes, tensors)
+
+
+def without_gate(erasure: Erasure) -> Erasure:
+    """Take an erasure's gates off, so that it acts fully on every prompt. See [`with_gate`]."""
+    return _changed(erasure, {i: {"gate": None} for i in range(len(erasure.config.layers))}, {})
+
+
+def without_schedule(erasure: Erasure) -> Erasure:
+    """Take an erasure's schedules off, so that it acts fully at every timestep. See [`with_schedule`]."""
+    return _changed(erasure, {i: {"schedule": None} for i in range(len(erasure.config.layers))}, {})
+
+
+def _denoising(erasure: Erasure, layer: int | None) -> list[int]:
+    layers = erasure.config.layers
+    found = [i for i, spec in enumerate(layers) if spec.component in ("unet", "transformer") and layer in (None, i)]
+    if not found:
+        raise ErasureInputError(
+            f"No layer {'on the denoiser' if layer is None else f'{layer} on the denoiser'}, where a schedule or gate could "
+            f"act; layers are {[f'{spec.kind} on {spec.component}' for spec in layers]}."
+        )
+    return found
+
+
+def _changed(erasure: Erasure, changes: dict[int, dict[str, Any]], added: dict[str, torch.Tensor]) -> Erasure:
+    layers: list[LayerSpec] = []
+    for index, spec in enumerate(erasure.config.layers):
+        layers.append(dataclasses.replace(spec, **changes.get(index, {})))
+    used = {name for spec in layers for name in spec.modifier_names}
+    tensors = {file: dict(items) for file, items in erasure.tensors.items()}
+    own = {**tensors.pop(TENSOR_FILE, {}), **added}
+    own = {name: value for name, value in own.items() if not name.startswith(MODIFIER_PREFIX) or name in used}
+    if own:
+        tensors[TENSOR_FILE] = own
+    stock = None if used else erasure.config.stock
+    config = dataclasses.replace(erasure.config, layers=tuple(layers), stock=stock, files={})
+    return Erasure(config, tensors)
