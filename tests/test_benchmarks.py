@@ -52,6 +52,20 @@ def test_unet_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_unet_layers(tmp_path: Path) -> None:
+    numbers = run("unet_layers", tmp_path)
+    rows = {row["variant"]: row for row in numbers["rows"]}
+    assert set(rows) == {"activation", "folded", "full", "controlnet", "compact"}
+    for name, row in rows.items():
+        assert set(row["ratio"]) == set(row["over_controlnet"]) == set(row["over_full"]) == SUMMARY
+        # One graph, and no other one within 50 timesteps.
+        assert row.get("compiled") == (None if name == "controlnet" else {"graphs": 1, "recompilations": 0})
+    bare = numbers["bare"]["flops"]
+    assert rows["activation"]["flops"] == rows["folded"]["flops"] == bare
+    assert bare < rows["full"]["flops"] < min(rows["compact"]["flops"], rows["controlnet"]["flops"])
+
+
+@pytest.mark.slow
 def test_load_erasure(tmp_path: Path) -> None:
     (row,) = run("load_erasure", tmp_path)["rows"]
     assert all(set(row[key]) == SUMMARY for key in ("first_s", "again_s", "stock_s", "ratio_first", "ratio_again"))
@@ -137,3 +151,14 @@ def test_training(tmp_path: Path) -> None:
     )
     assert all(case["peak_gb"] > case["loaded_gb"] > 0 for case in numbers["memory"])
     assert numbers["run"]["seconds"] > 0 and numbers["run"]["bytes"] > 0
+
+
+@pytest.mark.slow
+def test_acterase_ablation(tmp_path: Path) -> None:
+    numbers = run("acterase_ablation", tmp_path)
+    (rows,) = numbers["tables"].values()
+    assert [row["changes"] for row in rows] == [{"tau": 0.0}, {"tau": 0.25}]
+    for row in rows:
+        assert 0 <= row["erased"] <= 1 and 0 <= row["kept"] <= 1 and 0 < row["patched"] < 0.11
+        assert all(0 < each["bytes"] < 100_000 for each in row["concepts"].values())
+    assert len(numbers["calibration_s"]) == 1  # both settings only read it
