@@ -6,14 +6,16 @@ The models have random weights: times, operations and bytes do not depend on the
 import argparse
 import copy
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -85,6 +87,30 @@ SMALL_SDXL_UNET = {
     },
     **{"cross_attention_dim": 64, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 96},
 }
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
+
+
+def finished(
+    items: Sequence[Item], work: Callable[[Item, Any], Done], store: Any, jobs: int
+) -> Iterator[tuple[Item, Done]]:
+    """Do `work(item, store)` for all items in `jobs` processes, and give each one when it is done."""
+    if jobs == 1:
+        for item in items:
+            yield item, work(item, store)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(work, item, store): item for item in items}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is stored by then stays
+            raise
 
 
 # ------------------------------------------------------------------------------------------------------- models

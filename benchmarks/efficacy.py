@@ -16,14 +16,12 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the workers inherit it
 
 import torch  # noqa: E402
-from common import machine, print_table  # noqa: E402
+from common import finished, machine, print_table  # noqa: E402
 from efficacy_methods import BASELINE, ENTRIES  # noqa: E402
 from efficacy_plan import HALVES, Job, find_neighbours, make_jobs, retained  # noqa: E402
 from efficacy_report import (  # noqa: E402
@@ -102,12 +100,14 @@ class Result:
 
 def run_unit(unit: Unit) -> Result:
     """Make the erasure, draw the images with a fresh pipeline, and have the judge look."""
-    from diffusers_erasure.demo import load_judge
+    from diffusers_erasure.demo import load_judge, load_pipeline
 
     entry, targets = ENTRIES[unit.method], unit.job.targets
     anchors = entry.anchors(targets)
     started = time.process_time()
-    erasure = entry.make(fast_pipeline(), targets, anchors, retained(targets, anchors))
+    # Backward passes through channels-last weights are slow in small batches, and torch 2.13 crashes in some on a CPU.
+    base = load_pipeline() if entry.trains else fast_pipeline()
+    erasure = entry.make(base, targets, anchors, retained(targets, anchors))
     fitted = time.process_time()
     pipe = fast_pipeline()
     if erasure is not None:
@@ -216,27 +216,11 @@ def run_all(units: Sequence[Unit], folder: Path, jobs: int = 1, fresh: Sequence[
     missing = [unit for unit, result in results.items() if result is None]
     missing.sort(key=lambda unit: len(unit.job.shots), reverse=True)  # so that none starts a long one last
     with tqdm(total=sum(len(unit.job.shots) for unit in missing), unit="image", disable=not missing) as bar:
-        for unit, result in finished(missing, folder, jobs):
+        for unit, result in finished(missing, run_and_store, folder, jobs):
             results[unit] = result
             bar.set_postfix_str(f"{unit.method}: {unit.job.scenario}")
             bar.update(len(unit.job.shots))
     return {unit: result for unit, result in results.items() if result is not None}
-
-
-def finished(units: Sequence[Unit], folder: Path, jobs: int) -> Iterator[tuple[Unit, Result]]:
-    """Run units, and give each one when it is done."""
-    if jobs == 1:
-        for unit in units:
-            yield unit, run_and_store(unit, folder)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(run_and_store, unit, folder): unit for unit in units}
-        try:
-            for future in as_completed(running):
-                yield running[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what is stored by then stays
-            raise
 
 
 # ------------------------------------------------------------------------------------------------------- report

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import finished
 from diffusers.utils import logging
 from efficacy_methods import ENTRIES, Entry
 from efficacy_plan import Neighbours, Shot, find_neighbours, retained
@@ -304,25 +303,7 @@ def run_all(parts: Iterable[Part], store: Store, jobs: int, label: str) -> dict[
             same = part.model if isinstance(part, View) else part.fit if isinstance(part, Comparison) else part
             groups.setdefault(same, []).append(part)
     with tqdm(desc=label, total=sum(map(len, groups.values())), disable=not groups) as bar:
-        for group, done in finished(list(groups.values()), store, jobs):
+        for group, done in finished(list(groups.values()), run_and_store, store, jobs):
             results |= zip(group, done, strict=True)
             bar.update(len(group))
     return {part: result for part, result in results.items() if result is not None}
-
-
-def finished(
-    groups: Sequence[Sequence[Part]], store: Store, jobs: int
-) -> Iterator[tuple[Sequence[Part], list[dict[str, Any]]]]:
-    """Run groups of parts, and give each one when it is done."""
-    if jobs == 1:
-        for group in groups:
-            yield group, run_and_store(group, store)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(run_and_store, group, store): group for group in groups}
-        try:
-            for future in as_completed(running):
-                yield running[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what is stored by then stays
-            raise

@@ -20,12 +20,13 @@ from diffusers_erasure.methods.sdd import Objective as SDD
 from diffusers_erasure.schema import Concept
 from diffusers_erasure.training.config import TrainConfig, TrainingRun
 from diffusers_erasure.training.loop import retained_examples
-from diffusers_erasure.training.network import ADAPTER, Network, in_training
+from diffusers_erasure.training.network import Network, in_training
 from diffusers_erasure.training.objective import RETAIN, STUDENT, Step
 from diffusers_erasure.training.pool import MOST_RETAINED, Drawn, Example, Source
 from diffusers_erasure.training.prompts import Prompts, nearest
 from diffusers_erasure.training.sampler import SAMPLE, Sampler, generator_for, partial, trajectories
 from diffusers_erasure.training.sites import TRAIN_SETS, check_rank, find_sites
+from diffusers_erasure.training.student import ADAPTER, LoraStudent
 from tests.helpers import equal, images, tiny_sd_pipe, tiny_sdxl_pipe, tree
 
 
@@ -50,9 +51,8 @@ class Opened:
     def __init__(self, pipe: Any, prompts: tuple[str, ...], train_set: str = "x", steps: int = 5) -> None:
         self.pipe, self.sampler = pipe, Sampler(pipe.scheduler.config, steps)
         self.accelerator = Accelerator(cpu=True, device_placement=False)
-        self.context = in_training(
-            pipe, find_sites(pipe, train_set), 2, 0, Prompts(pipe, prompts, 16), self.sampler, self.accelerator, False
-        )
+        student = LoraStudent(list(find_sites(pipe, train_set)), 2, 0)
+        self.context = in_training(pipe, student, Prompts(pipe, prompts, 16), self.sampler, self.accelerator, False)
 
     def __enter__(self) -> Network:
         return self.context.__enter__()

@@ -13,6 +13,14 @@ from ..errors import ErasureInputError
 # Name -> (module, one line for people). A module has `Config`, a dataclass of settings, `fit(pipe, concepts, config)`
 # (with a further `run` where it trains) and, where erasures can be solved again, `refit(pipe, concepts, config, rows)`.
 _REGISTRY: dict[str, tuple[str, str]] = {
+    "acterase": (
+        "acterase",
+        "ActErase (2026): activations that carry the concept are replaced by their means without it; no training, minutes",
+    ),
+    "dumo": (
+        "dumo",
+        "DuMo (AAAI 2025): a network beside the encoder that adds to the skip connections, and its schedule; minutes",
+    ),
     "esd": (
         "esd",
         "ESD (ICCV 2023): fine-tuning away from the concept by the base's own guidance, as a LoRA; minutes",

@@ -14,6 +14,18 @@ class Citation:
 
 
 CITATIONS: dict[str, Citation] = {
+    "acterase": Citation(
+        title="ActErase: A Training-Free Paradigm for Precise Concept Erasure via Activation Patching",
+        year=2026,
+        url="https://arxiv.org/abs/2601.00267",
+        bibtex="""\
+@article{sun2026acterase,
+  title={{ActErase: A Training-Free Paradigm for Precise Concept Erasure via Activation Patching}},
+  author={Sun, Yi and Zhong, Xinhao and Li, Hongyan and Zhou, Yimin and Li, Junhao and Chen, Bin and Wang, Xuan},
+  journal={arXiv preprint arXiv:2601.00267},
+  year={2026}
+}""",
+    ),
     "uce": Citation(
         title="Unified Concept Editing in Diffusion Models",
         year=2024,
@@ -72,6 +84,18 @@ CITATIONS: dict[str, Citation] = {
   author={Kim, Sanghyun and Jung, Seohyeon and Kim, Balhae and Choi, Moonseok and Shin, Jinwoo and Lee, Juho},
   booktitle={ICML 2023 Workshop on Challenges in Deployable Generative AI},
   year={2023}
+}""",
+    ),
+    "dumo": Citation(
+        title="DuMo: Dual Encoder Modulation Network for Precise Concept Erasure",
+        year=2025,
+        url="https://arxiv.org/abs/2501.01125",
+        bibtex="""\
+@inproceedings{han2025dumo,
+  title={DuMo: Dual Encoder Modulation Network for Precise Concept Erasure},
+  author={Han, Feng and Chen, Kai and Gong, Chao and Wei, Zhipeng and Chen, Jingjing and Jiang, Yu-Gang},
+  booktitle={Proceedings of the AAAI Conference on Artificial Intelligence},
+  year={2025}
 }""",
     ),
 }

@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d{7})\.safetensors", re.ASCII)
 FORMAT = 1
+STAGES = "stage-*"  # folders of a run in several stages
 POOL_FILE = "pool-of-the-base.safetensors"
 
 
@@ -135,9 +136,11 @@ class Checkpoints:
 
 
 def clear(folder: Path) -> None:
-    """Delete a folder's checkpoints; sample images stay."""
+    """Delete a folder's checkpoints, and those of its stages; sample images stay."""
     if not folder.is_dir():
         return
+    for stage in folder.glob(STAGES):
+        clear(stage)
     for path in folder.iterdir():
         if _NAME.fullmatch(path.name) or path.name == POOL_FILE:
             path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""The training loop of all fine-tuning methods: noisy latents in, a LoRA out."""
+"""The training loop of all fine-tuning methods: noisy latents in, the tensors of an erasure out."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,14 @@ from ..schema import BaseModel, Concept
 from .checkpoint import POOL_FILE, Checkpoints
 from .config import TrainConfig, TrainingRun
 from .interrupts import Interrupt, noted
-from .network import Network, check_trainable, in_training
+from .network import Network, in_training
 from .objective import RETAIN, Objective, Step
 from .pool import MOST_RETAINED, Example, Source
 from .prompts import Prompts, nearest
 from .sampler import SAMPLE, Predict, Sampler
 from .samples import write_samples
-from .sites import check_rank, find_sites
 from .state import State
+from .student import Student
 
 
 logger = get_logger(__name__)
@@ -42,21 +42,22 @@ class Trained:
     """What came out of a run.
 
     Attributes:
-        factors: `site.lora_A.weight` [r, in] and `site.lora_B.weight` [out, r] (convolutions: 4-d), float32, on the CPU.
-        sites: the trained modules, in model order.
+        tensors: the student's, by name, float32, on the CPU.
         losses: the mean loss of each step.
+        sources: the pools of noisy latents.
     """
 
-    factors: dict[str, torch.Tensor]
-    sites: tuple[str, ...]
+    tensors: dict[str, torch.Tensor]
     losses: list[float]
+    sources: dict[str, Source]
 
 
 class Trainer:
-    """Trains a LoRA by a method's objective; the pipeline is afterwards as it was.
+    """Trains a student by a method's objective; the pipeline is afterwards as it was.
 
     Args:
         pipe: the base model.
+        student ([`Student`]): what is trained.
         concepts: what is erased.
         objective ([`Objective`]): the method.
         config ([`TrainConfig`]): settings that decide about the result.
@@ -68,6 +69,7 @@ class Trainer:
     def __init__(
         self,
         pipe: Any,
+        student: Student,
         concepts: Sequence[Concept],
         objective: Objective,
         config: TrainConfig,
@@ -75,14 +77,10 @@ class Trainer:
         identity: dict[str, Any],
         base: BaseModel,
     ) -> None:
-        self.pipe, self.objective, self.config, self.run = pipe, objective, config, run
-        check_trainable(pipe)
-        self.sites = find_sites(pipe, config.train_set or "x")
-        # Filled in by the preset and by `resolved`; the asserts tell the type checker.
-        assert config.rank is not None and config.num_inference_steps is not None
-        assert config.steps is not None and config.batch_size is not None
-        self.steps, self.batch_size, self.rank = config.steps, config.batch_size, config.rank
-        check_rank(self.sites, self.rank)
+        self.pipe, self.student, self.objective, self.config, self.run = pipe, student, objective, config, run
+        # Filled in by the preset and by `resolved`; the assert tells the type checker.
+        assert config.num_inference_steps is not None and config.steps is not None and config.batch_size is not None
+        self.steps, self.batch_size = config.steps, config.batch_size
         unet = component(pipe, "unet")
         self.device = compat.execution_device(unet)
         self.accelerator = _accelerator(config.accumulation, self.device)
@@ -123,8 +121,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- one run
 
-    def train(self) -> Trained:
+    def train(self, sources: Mapping[str, Source] | None = None) -> Trained:
         """Train to the end.
+
+        Args:
+            sources (mapping, *optional*): pools of an earlier stage, with the same examples and settings of the sampler.
 
         Raises:
             ErasureTrainingError: the loss is not finite, or a checkpoint cannot be written.
@@ -138,23 +139,20 @@ class Trainer:
             network = stack.enter_context(
                 in_training(
                     self.pipe,
-                    self.sites,
-                    self.rank,
-                    config.seed,
+                    self.student,
                     prompts,
                     self.sampler,
                     self.accelerator,
                     config.gradient_checkpointing,
                 )
             )
-            state = State(network, config, self._sources(network))
+            state = State(network, config, sources or self._sources(network))
             if self.checkpoints is not None and self.run.resume:
                 self._resume(state, self.checkpoints)
             interrupt = stack.enter_context(noted())
             self._fill(state, interrupt)
             self._steps(state, interrupt)
-            factors = state.factors(config.save or "student")
-            return Trained(factors, tuple(self.sites), state.losses)
+            return Trained(state.factors(config.save or "student"), state.losses, state.sources)
 
     def _steps(self, state: State, interrupt: Interrupt) -> None:
         """The loop itself."""

@@ -1,4 +1,4 @@
-"""The denoiser in training: one network, which is the teacher with its LoRA off and the student with it on."""
+"""The denoiser in training: one network, which is the teacher with its student off and the student with it on."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,42 +6,42 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig
 from torch import nn
 
 from .. import compat
 from ..base_model import component
 from ..errors import ErasureInputError
-from ..layers.lora import DOWN, UP
 from .prompts import Prompts
-from .sampler import Sampler, generator_for
-
-
-ADAPTER = "erasure_in_training"
+from .sampler import Sampler
+from .student import Student
 
 
 class Network:
-    """A UNet with a LoRA in float32 on some of its modules; made by [`in_training`].
+    """A frozen UNet with a student in float32; made by [`in_training`].
 
     Args:
-        unet: the UNet, peft's adapter in it.
-        sites: names of the modules that have the adapter.
+        unet: the UNet, the student in it.
+        student ([`Student`]): what is trained.
+        parameters: its parameters by name.
         prompts ([`Prompts`]): encoded prompts.
         sampler ([`Sampler`]): scales what goes into the network.
         accelerator ([`Accelerator`]): wraps the network for several processes.
     """
 
     def __init__(
-        self, unet: Any, sites: Sequence[str], prompts: Prompts, sampler: Sampler, accelerator: Accelerator
+        self,
+        unet: Any,
+        student: Student,
+        parameters: Mapping[str, nn.Parameter],
+        prompts: Prompts,
+        sampler: Sampler,
+        accelerator: Accelerator,
     ) -> None:
         self.unet = unet
+        self.trained = student
+        self.factors = dict(parameters)
         self.prompts = prompts
         self.sampler = sampler
-        self.factors: dict[str, nn.Parameter] = {}  # `site.lora_A.weight`, `site.lora_B.weight` -> parameter
-        for site in sites:
-            layer = unet.get_submodule(site)
-            self.factors[site + DOWN] = layer.lora_A[ADAPTER].weight
-            self.factors[site + UP] = layer.lora_B[ADAPTER].weight
         self.student_module = accelerator.prepare_model(unet, device_placement=False)
 
     @property
@@ -50,26 +50,26 @@ class Network:
         return list(self.factors.values())
 
     def student(self, latents: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """The prediction with the LoRA on, float32 [B, C, H, W]; gradients flow where they are enabled."""
+        """The prediction with the student on, float32 [B, C, H, W]; gradients flow where they are enabled."""
         return self._call(self.student_module, latents, timesteps, prompts)
 
     @torch.no_grad()
     def student_rows(
         self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Sequence[Sequence[str]]
     ) -> list[torch.Tensor]:
-        """Predictions with the LoRA on for several lists of prompts in one batch, without gradients."""
+        """Predictions with the student on for several lists of prompts in one batch, without gradients."""
         return self._rows(latents, timesteps, rows)
 
     @torch.no_grad()
     def teacher_rows(
         self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Sequence[Sequence[str]]
     ) -> list[torch.Tensor]:
-        """Predictions of the base, the LoRA off, for several lists of prompts in one batch."""
-        self.unet.disable_adapters()
+        """Predictions of the base, the student off, for several lists of prompts in one batch."""
+        self.trained.switch(self.unet, False)
         try:
             return self._rows(latents, timesteps, rows)
         finally:
-            self.unet.enable_adapters()
+            self.trained.switch(self.unet, True)
 
     def _rows(
         self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Sequence[Sequence[str]]
@@ -116,37 +116,23 @@ def check_trainable(pipe: Any) -> None:
 @contextmanager
 def in_training(
     pipe: Any,
-    sites: Mapping[str, nn.Module],
-    rank: int,
-    seed: int,
+    student: Student,
     prompts: Prompts,
     sampler: Sampler,
     accelerator: Accelerator,
     gradient_checkpointing: bool,
 ) -> Iterator[Network]:
-    """Put a LoRA into the pipeline's UNet while a block runs; afterwards the UNet is as it was, bit for bit."""
+    """Put a student into the pipeline's UNet while a block runs; afterwards the UNet is as it was, bit for bit."""
     unet = component(pipe, "unet")
     wanted = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
     had_checkpointing, was_training, attributes = unet.is_gradient_checkpointing, unet.training, set(vars(unet))
     unet.requires_grad_(False).eval()
     try:
-        # Exact names: an ending could match other modules too.
-        with torch.random.fork_rng(devices=[]):  # peft draws first values, which are then set from the seed
-            unet.add_adapter(
-                LoraConfig(r=rank, lora_alpha=rank, target_modules=compat.exactly(sites), init_lora_weights=True),
-                adapter_name=ADAPTER,
-            )
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        for site in sites:
-            layer = unet.get_submodule(site)
-            down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-            values = torch.randn(down.shape, generator=generator_for(seed, "lora", site)) / rank
-            down.data = values.to(down.device)
-            up.data = torch.zeros(up.shape, device=up.device)
-        yield Network(unet, list(sites), prompts, sampler, accelerator)
+        with student.inside(unet) as parameters:
+            yield Network(unet, student, parameters, prompts, sampler, accelerator)
     finally:
-        compat.delete_adapter(unet, ADAPTER)
         if gradient_checkpointing and not had_checkpointing:
             unet.disable_gradient_checkpointing()
         for name, parameter in unet.named_parameters():

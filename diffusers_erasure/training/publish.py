@@ -1,34 +1,42 @@
-"""From a trained LoRA to an erasure, which stock diffusers can load."""
+"""From a trained student to an erasure."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .._version import __version__
 from ..artifact import Erasure
 from ..errors import ErasureTrainingError
-from ..schema import LORA_FILE, SCHEMA, BaseModel, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
+from ..schema import SCHEMA, BaseModel, Concept, ErasureConfig, Library, Method
 from .config import TrainConfig
-from .loop import Trained
+from .student import Published
 
 
 CURVE = 16  # points of the loss curve that is recorded
 
 
+def text_components(base: BaseModel) -> tuple[str, ...]:
+    """What encodes the text that a student is trained with: with another text encoder the erasure would miss."""
+    return tuple(sorted(component for component in base.components if component != "unet"))
+
+
 def as_erasure(
-    name: str, concepts: Sequence[Concept], config: TrainConfig, trained: Trained, base: BaseModel
+    name: str,
+    concepts: Sequence[Concept],
+    config: TrainConfig,
+    published: Published,
+    base: BaseModel,
+    diagnostics: dict[str, Any],
 ) -> Erasure:
-    """Put the artefact together: the factors as they were trained, alpha = rank.
+    """Put the artefact together: the tensors as they were trained.
 
     Raises:
-        ErasureTrainingError: a factor is not finite.
+        ErasureTrainingError: one is not finite.
     """
-    if not all(bool(torch.isfinite(factor).all()) for factor in trained.factors.values()):
-        raise ErasureTrainingError("The trained LoRA is not finite; lower `learning_rate`.")
+    if not all(bool(torch.isfinite(value).all()) for own in published.tensors.values() for value in own.values()):
+        raise ErasureTrainingError("What was trained is not finite; lower `learning_rate`.")
     settings, secret = config.recorded()
-    # Trained with these text rows: with another text encoder's the edit would miss.
-    text = tuple(sorted(component for component in base.components if component != "unet"))
-    layer = LayerSpec("lora", "unet", trained.sites, LORA_FILE, "unet.", text)
     return Erasure(
         ErasureConfig(
             schema=SCHEMA,
@@ -42,11 +50,11 @@ def as_erasure(
             ),
             base_model=base,
             concepts=tuple(concepts),
-            layers=(layer,),
-            stock=Stock(LORA_FILE, 0.0),
-            diagnostics={"loss": curve(trained.losses)},
+            layers=published.layers,
+            stock=published.stock,
+            diagnostics=diagnostics,
         ),
-        {LORA_FILE: {f"unet.{key}": factor.contiguous() for key, factor in trained.factors.items()}},
+        published.tensors,
     )
 
 

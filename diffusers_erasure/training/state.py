@@ -13,10 +13,10 @@ from .pool import Source
 
 
 class State:
-    """The LoRA, its optimiser, learning rate and moving average, and the losses so far.
+    """The student, its optimiser, learning rate and moving average, and the losses so far.
 
     Args:
-        network ([`Network`]): has the LoRA.
+        network ([`Network`]): has the student.
         config ([`TrainConfig`]): the settings.
         sources: by name, where noisy latents come from.
     """
@@ -43,7 +43,7 @@ class State:
         return len(self.losses)
 
     def factors(self, which: str) -> dict[str, torch.Tensor]:
-        """The factors `site.lora_A.weight` and `site.lora_B.weight` of the `"student"` or the `"ema"`, float32, on the CPU."""
+        """The parameters of the `"student"` or of its `"ema"` by name, float32, on the CPU."""
         values = self.ema.shadow_params if which == "ema" and self.ema is not None else self.network.parameters
         names = self.network.factors
         return {name: value.detach().float().cpu() for name, value in zip(names, values, strict=True)}
@@ -77,7 +77,7 @@ class State:
 
     def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors and plain values, but for the pools that never change."""
-        tensors: dict[str, torch.Tensor] = {f"lora.{name}": value for name, value in self.network.factors.items()}
+        tensors: dict[str, torch.Tensor] = {f"student.{name}": value for name, value in self.network.factors.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         for name, parameter in self.network.factors.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -99,7 +99,7 @@ class State:
         self.losses = tensors["losses"].tolist()
         with torch.no_grad():
             for name, parameter in self.network.factors.items():
-                parameter.copy_(tensors[f"lora.{name}"])
+                parameter.copy_(tensors[f"student.{name}"])
         if self.step:
             states = {
                 index: {key: tensors[f"optimizer.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -1,0 +1,169 @@
+"""What stays of the image? Methods at equal erasure, by the distance to the un-erased image in low and high frequencies.
+
+    python benchmarks/structure.py [--methods esd dumo] [--concepts dog fish] [--images 40] [--json PATH]
+
+DuMo claims to keep an image's structure where it removes the concept. Both methods erase the same objects of the embedded
+model with the settings of `efficacy.py`; each erasure is drawn at several strengths, so that the methods can be compared
+where they erase equally much. Images of the same prompt and seed are compared with the un-erased ones: the difference is
+divided by a Gaussian filter (sigma of two pixels) into low frequencies, that is structure, and high ones, that is detail,
+and each part is a root mean square over pixels from 0 to 1.
+
+Made erasures are kept in `build/structure`; they do not notice changes of the library's code: give `--fresh` after one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import arguments, finish, print_table, start
+from efficacy_methods import ENTRIES
+from efficacy_plan import find_neighbours, make_jobs, retained
+from PIL import Image, ImageFilter
+
+from diffusers_erasure import Erasure
+from diffusers_erasure.demo import load_judge, load_pipeline
+from diffusers_erasure.demo.command import BATCH, GUIDANCE_SCALE, STEPS, fast_pipeline
+from diffusers_erasure.pictures import contact_sheet
+
+
+STORE = Path(__file__).resolve().parents[1] / "build" / "structure"
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
+SIGMA = 2.0  # pixels of 64
+
+
+def parts_of(image: Image.Image, base: Image.Image) -> tuple[float, float]:
+    """Distance in low and in high frequencies."""
+
+    def pixels(picture: Image.Image) -> np.ndarray:
+        return np.asarray(picture.convert("RGB"), dtype=np.float64) / 255
+
+    def low(picture: Image.Image) -> np.ndarray:
+        return pixels(picture.filter(ImageFilter.GaussianBlur(SIGMA)))
+
+    difference, blurred = pixels(image) - pixels(base), low(image) - low(base)
+    return float(np.sqrt(np.mean(blurred**2))), float(np.sqrt(np.mean((difference - blurred) ** 2)))
+
+
+def made(method: str, concept: str) -> Erasure:
+    """The erasure, made or read."""
+    folder = STORE / method / concept
+    if not folder.is_dir():
+        entry = ENTRIES[method]
+        anchors = entry.anchors([concept])
+        erasure = entry.make(load_pipeline(), [concept], anchors, retained([concept], anchors))
+        assert erasure is not None
+        erasure.save_pretrained(folder)
+    return Erasure.from_pretrained(folder)
+
+
+def draw(pipe: Any, shots: Sequence[Any]) -> list[Image.Image]:
+    images: list[Image.Image] = []
+    for begin in range(0, len(shots), BATCH):
+        chunk = shots[begin : begin + BATCH]
+        images += pipe(
+            [shot.prompt for shot in chunk],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=[torch.Generator().manual_seed(shot.seed) for shot in chunk],
+        ).images
+    return images
+
+
+def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each method, concept and strength."""
+    judge, plain = load_judge(), fast_pipeline()
+    jobs = {job.targets[0]: job for job in make_jobs("report", find_neighbours(plain)) if len(job.targets) == 1}
+    rows, sheet = [], []
+    for concept in options.concepts:
+        shots = [shot for shot in jobs[concept].shots if shot.cell == "erased"][: options.images]
+        base = draw(plain, shots)
+        sheet.append((f"{concept}, un-erased", base[:8]))
+        for method in options.methods:
+            pipe = fast_pipeline()
+            pipe.load_erasure(made(method, concept), "erasure")
+            for strength in options.strengths:
+                pipe.set_erasures("erasure", strength)
+                images = draw(pipe, shots)
+                seen = judge.predict(images).objects
+                distances = [parts_of(image, before) for image, before in zip(images, base, strict=True)]
+                low, high = (float(np.mean(part)) for part in zip(*distances, strict=True))
+                acc = sum(name == concept for name in seen) / len(seen)
+                rows.append(
+                    {
+                        "method": method,
+                        "concept": concept,
+                        "strength": strength,
+                        "acc_e": acc,
+                        "low": low,
+                        "high": high,
+                    }
+                )
+                if strength == 1:
+                    sheet.append((f"{concept}, {method}", images[:8]))
+    if options.grid:
+        contact_sheet(sheet, scale=1).save(options.grid)
+    return rows
+
+
+def at_equal(rows: Sequence[dict[str, Any]], methods: Sequence[str], concept: str) -> dict[str, Any] | None:
+    """Distances of all methods at the least share drawn that all of them reach, between two strengths by a line."""
+    own = {method: [row for row in rows if (row["method"], row["concept"]) == (method, concept)] for method in methods}
+    level = max(min(row["acc_e"] for row in each) for each in own.values())
+    if level > 0.5:
+        return None
+    found: dict[str, Any] = {"concept": concept, "acc_e": level}
+    for method, each in own.items():
+        first = next(i for i, row in enumerate(each) if row["acc_e"] <= level)
+        after, before = each[first], each[max(0, first - 1)]
+        gap = before["acc_e"] - after["acc_e"]
+        share = (before["acc_e"] - level) / gap if gap else 1.0
+        found[method] = {part: before[part] + share * (after[part] - before[part]) for part in ("low", "high")}
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = arguments(__doc__)
+    parser.add_argument("--methods", nargs="+", default=["esd", "dumo"], choices=sorted(ENTRIES), metavar="METHOD")
+    parser.add_argument("--concepts", nargs="+", default=["dog", "fish", "cherry"], metavar="OBJECT")
+    parser.add_argument("--images", type=int, default=40, help="of each concept, method and strength")
+    parser.add_argument("--grid", type=Path, help="write a picture of some images")
+    parser.add_argument("--fresh", action="store_true", help="make the erasures anew")
+    options = parser.parse_args()
+    start(options)
+    options.strengths = (1.0,) if options.smoke else STRENGTHS
+    if options.smoke:
+        options.images, options.concepts, options.methods = 2, options.concepts[:1], ["uce"]
+    if options.fresh:
+        shutil.rmtree(STORE, ignore_errors=True)
+    rows = measured(options)
+    print_table(
+        f"{options.images} images each; distance to the un-erased image (root mean square, pixels 0 to 1)",
+        ["concept", "method", "strength", "acc_e", "low", "high"],
+        [
+            [row["concept"], row["method"], f"{row['strength']:g}", f"{row['acc_e']:.0%}", f"{row['low']:.3f}",
+             f"{row['high']:.3f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    equal = [found for name in options.concepts if (found := at_equal(rows, options.methods, name)) is not None]
+    print_table(
+        "At equal acc_e (the least that all methods reach; concepts of which one method draws over half are left out)",
+        ["concept", "acc_e", *(f"{method}, {part}" for method in options.methods for part in ("low", "high"))],
+        [
+            [each["concept"], f"{each['acc_e']:.0%}",
+             *(f"{each[method][part]:.3f}" for method in options.methods for part in ("low", "high"))]
+            for each in equal
+        ],
+    )  # fmt: skip
+    finish(options, "structure", {"rows": rows, "equal": equal})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,484 @@
+"""ActErase (Sun et al., arXiv 2601.00267): activations that carry a concept are replaced by what they are without it.
+
+Without training: pairs of prompts, without and with the concept, are denoised from the same noise, and the input h of each
+feed-forward's last Linear is observed at each timestep t. With s for the prompts without the concept and t for those with it,
+
+    I     = RMS over tokens and pairs of h / |h|, one number a unit, divided by its largest
+    mask  = (I_s >= tau) and (I_s < I_t)                                        the paper's equation 5
+    h    <- h + blend (mean of h_s - h), where the mask is set                  when images are made
+
+The paper's code is not public. What it does not tell (I, tau, the pairs, the sites, the branch of guidance) is a setting
+here, and so are two things of ours, `top` and `blend`, which is 1 in the paper. Defaults were measured
+(docs/methods/acterase.md).
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import compat
+from .._version import __version__
+from ..artifact import Erasure
+from ..base_model import component, describe_base, family_of, plain_weight
+from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
+from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
+from ..layers.lora import find_site
+from ..logging import get_logger
+from ..probes import Moments, inputs_seen
+from ..schema import MAX_LAYERS, SCHEMA, TENSOR_FILE, BaseModel, Concept, ErasureConfig, LayerSpec, Library, Method
+from ..training.checkpoint import Checkpoints
+from ..training.config import TrainingRun, whole
+from ..training.interrupts import Interrupt, noted
+from ..training.prompts import Prompts
+from ..training.sampler import EMPTY, SAMPLE, Sampler, guided
+from .acterase_pairs import PAIRS, Pair, pairs_for
+from .rows import number, one_of
+
+
+logger = get_logger(__name__)
+
+SOURCE, TARGET = 0, 1  # sides of a pair: without the concept, and with it
+SITES = {
+    "ff": (FEED_FORWARD,),
+    "attn1": ATTENTIONS[:1],
+    "attn2": ATTENTIONS[1:],
+    "attn": ATTENTIONS,
+    "ff+attn2": (FEED_FORWARD, *ATTENTIONS[1:]),
+    "all": (FEED_FORWARD, *ATTENTIONS),
+}
+BLOCKS = {"all": "", "up": "up_blocks.", "mid": "mid_block.", "down": "down_blocks."}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of ActErase.
+
+    Args:
+        preset (`"object"`, `"style"` or `"nudity"`, *optional*, defaults to `"object"`): whose pairs of prompts are used. With
+            an anchor the prompt without the concept names the anchor instead, without one it names nothing.
+        pairs (sequence of pairs of `str`, *optional*): one's own `(without, with)`. `{}` is the anchor on the left and the
+            target on the right, which each right side needs where several concepts are erased.
+        num_pairs (`int`, *optional*, defaults to 24): pairs that are denoised, each from noise of its own.
+        importance (`"activation"` or `"wanda"`, *optional*, defaults to `"activation"`): I as above, or times the norm of the
+            column of the weight that reads the unit.
+        tau (`float`, *optional*, defaults to 0.25): quantile of I_s over the units of a site, from 0 to below 1. Units that
+            matter less without the concept are left alone; with 0 none are.
+        top (`float`, *optional*, defaults to 0.1): of the units of a site keep at most this share, those with the largest
+            I_t - I_s; `None` for all.
+        blend (`float`, *optional*, defaults to 2.0): how far a unit is moved at strength 1: with 1 to its mean, as published,
+            with 2 as far again beyond it.
+        sites (`"ff"`, `"attn"`, `"attn1"`, `"attn2"`, `"ff+attn2"` or `"all"`, *optional*, defaults to `"ff"`): what is patched:
+            the input of each feed-forward's last Linear, of the output projections of attentions (both, self, cross), or both.
+        blocks (`"all"`, `"up"`, `"mid"` or `"down"`, *optional*, defaults to `"all"`): in which blocks of the UNet.
+        by_timestep (`bool`, *optional*, defaults to `True`): a mask and means for each of several timesteps. `False` pools all
+            timesteps: such an erasure can be fused into the weights (`pipe.fuse_erasures()`), and then costs nothing.
+        timesteps (`int`, *optional*, defaults to 20): how many are stored, evenly over the run.
+        rows (`"conditional"` or `"all"`, *optional*, defaults to `"conditional"`): which branches of classifier-free guidance
+            are observed. Both are patched.
+        num_inference_steps (`int`, *optional*, defaults to 30): DDIM steps of the calibration.
+        guidance_scale (`float`, *optional*, defaults to 7.5): of the calibration; 1 is none.
+        batch_size (`int`, *optional*, defaults to 4): pairs that are denoised at once.
+        seed (`int`, *optional*, defaults to 0): of the noise.
+    """
+
+    preset: Literal["object", "style", "nudity"] = "object"
+    pairs: Sequence[Pair] | None = None
+    num_pairs: int = 24
+    importance: Literal["activation", "wanda"] = "activation"
+    tau: float = 0.25
+    top: float | None = 0.1
+    blend: float = 2.0
+    sites: Literal["ff", "attn", "attn1", "attn2", "ff+attn2", "all"] = "ff"
+    blocks: Literal["all", "up", "mid", "down"] = "all"
+    by_timestep: bool = True
+    timesteps: int = 20
+    rows: Literal["conditional", "all"] = "conditional"
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("preset", self.preset, tuple(PAIRS))
+        one_of("importance", self.importance, ("activation", "wanda"))
+        one_of("sites", self.sites, tuple(SITES))
+        one_of("blocks", self.blocks, tuple(BLOCKS))
+        one_of("rows", self.rows, ("conditional", "all"))
+        for name in ("num_pairs", "timesteps", "num_inference_steps", "batch_size"):
+            whole(name, getattr(self, name), least=1)
+        whole("seed", self.seed, least=0)
+        number("tau", self.tau, below=1.0)
+        number("top", self.top, above=True, optional=True)
+        number("blend", self.blend, above=True)
+        number("guidance_scale", self.guidance_scale, above=True)
+        if self.top is not None and self.top > 1:
+            raise ErasureInputError(f"`top` is a share of the units, above 0 and at most 1, not {self.top!r}.")
+        if not isinstance(self.by_timestep, bool):
+            raise ErasureInputError(f"`by_timestep` must be True or False, not {self.by_timestep!r}.")
+        if self.pairs is not None:
+            object.__setattr__(self, "pairs", _tidy_pairs(self.pairs))
+
+    def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The settings for the artefact, and the names of those that would reveal a concept."""
+        settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        if self.pairs is None:
+            return settings, ()
+        return {**settings, "pairs": [list(pair) for pair in self.pairs]}, ("pairs",)
+
+
+def _tidy_pairs(pairs: Any) -> tuple[Pair, ...]:
+    plain = not isinstance(pairs, str | Mapping) and all(
+        not isinstance(pair, str) and len(pair) == 2 and all(isinstance(side, str) for side in pair) for pair in pairs
+    )
+    if not plain or not pairs:
+        raise ErasureInputError("`pairs` must be one or more pairs of prompts, (without the concept, with it).")
+    return tuple((str(left), str(right)) for left, right in pairs)
+
+
+# ----------------------------------------------------------------------------------------------------- the algorithm
+
+
+def unit_mask(source: torch.Tensor, target: torch.Tensor, tau: float, top: float | None = None) -> torch.Tensor:
+    """Units that matter without the concept, and more with it: bool [T, C] from importances [T, C].
+
+    Args:
+        source, target (`torch.Tensor`): without and with the concept.
+        tau (`float`): quantile of `source` over the units of a timestep.
+        top (`float`, *optional*): at most this share of the units, those that gain most.
+    """
+    mask = (source >= source.quantile(tau, dim=1, keepdim=True)) & (source < target)
+    if top is not None:
+        gain = (target - source).masked_fill(~mask, -torch.inf)
+        count = max(1, round(top * mask.shape[1]))
+        mask &= gain >= gain.topk(count, dim=1).values[:, -1:]
+    return mask
+
+
+def importance(moments: Moments, site: str, columns: torch.Tensor | None) -> torch.Tensor:
+    """I [T, C]: the largest of each timestep is 1. `columns` [C]: norms of the weight's columns, for `"wanda"`."""
+    value = moments.root_mean_square(site)
+    value = value if columns is None else value * columns
+    return value / value.amax(1, keepdim=True).clamp_min(1e-30)
+
+
+class Calibration:
+    """Denoises pairs of prompts, and sums what is seen.
+
+    Args:
+        pipe: the base model.
+        config ([`Config`]): settings.
+        pairs (sequence of lists of pairs): of each concept.
+    """
+
+    def __init__(self, pipe: Any, config: Config, pairs: Sequence[Sequence[Pair]]) -> None:
+        self.config, self.pairs = config, pairs
+        self.unet = component(pipe, "unet")
+        self.modules = find_sites(self.unet, config)
+        self.sampler = Sampler(pipe.scheduler.config, config.num_inference_steps)
+        steps = len(self.sampler)
+        stored = min(config.timesteps, steps) if config.by_timestep else steps
+        self.stored = torch.linspace(0, steps - 1, stored).round().long().tolist() if stored > 1 else [steps // 2]
+        size = self.unet.config.sample_size
+        self.shape = (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        texts = [text for own in pairs for pair in own for text in pair]
+        self.prompts = Prompts(pipe, texts, self.shape[1] * getattr(pipe, "vae_scale_factor", 8))
+        self.device, self.dtype = compat.execution_device(self.unet), self.unet.dtype
+        self.seen: tuple[int, int] | None = None  # side of the pair, and number of the stored timestep
+        self.clear()
+
+    @property
+    def batches(self) -> int:
+        """Batches of pairs of one concept."""
+        return -(-self.config.num_pairs // self.config.batch_size)
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        widths = {site: module.in_features for site, module in self.modules.items()}
+        self.moments = [Moments(len(self.stored), widths) for _ in (SOURCE, TARGET)]
+
+    def see(self, site: str, hidden_states: torch.Tensor) -> None:
+        """Count in what a module reads."""
+        if self.seen is not None:
+            side, time = self.seen
+            self.moments[side].add(site, time, hidden_states)
+
+    @torch.no_grad()
+    def batch(self, concept: int, number: int) -> None:
+        """Denoise one batch of a concept's pairs, both sides from the same noise."""
+        first = number * self.config.batch_size
+        places = range(first, min(first + self.config.batch_size, self.config.num_pairs))
+        noise = torch.stack([self.sampler.noise(self.config.seed, ("pair", i), self.shape) for i in places])
+        for side in (SOURCE, TARGET):
+            prompts = [self.pairs[concept][i][side] for i in places]
+            latents = noise
+            for step in range(len(self.sampler)):
+                latents = self._step(latents, step, prompts, side)
+
+    def _step(self, latents: torch.Tensor, step: int, prompts: list[str], side: int) -> torch.Tensor:
+        config = self.config
+        stored = (side, self.stored.index(step)) if step in self.stored else None
+        outputs = []
+        # Branch by branch, so that what is seen needs no cutting where a feed-forward is chunked.
+        branches = [prompts] if config.guidance_scale == 1 else [prompts, [""] * len(prompts)]
+        for branch, texts in enumerate(branches):
+            self.seen = stored if branch == 0 or config.rows == "all" else None
+            timestep = self.sampler.timesteps[step].to(self.device)
+            model_input = self.sampler.model_input(latents.to(self.device), timestep).to(self.dtype)
+            arguments = self.prompts.batch(texts, self.device, self.dtype)
+            outputs.append(self.unet(model_input, timestep, return_dict=False, **arguments)[0].float())
+        self.seen = None
+        prediction = guided(outputs, {SAMPLE: 0, EMPTY: len(outputs) - 1}, config.guidance_scale)
+        return self.sampler.step(prediction.cpu(), step, latents.cpu())
+
+    def tensors(self, config: Config | None = None) -> dict[str, torch.Tensor]:
+        """The layer's tensors from what was seen, by the settings of the mask.
+
+        Args:
+            config ([`Config`], *optional*): other settings `importance`, `tau`, `top`, `blend`, `by_timestep`, and fewer sites.
+
+        Raises:
+            ErasureInputError: no unit passes.
+            ErasureTrainingError: a statistic is not finite.
+        """
+        config = config or self.config
+        source, target = self.moments if config.by_timestep else [moments.pooled() for moments in self.moments]
+        timesteps = self.sampler.timesteps[self.stored].float()
+        found = {TIMESTEPS: timesteps if config.by_timestep else timesteps.mean(0, keepdim=True)}
+        found[BLEND] = torch.tensor([float(config.blend)])
+        for site, module in find_sites(self.unet, config).items():
+            means = source.mean(site)
+            columns = plain_weight(module, site).norm(dim=0) if config.importance == "wanda" else None
+            without, with_it = (importance(moments, site, columns) for moments in (source, target))
+            if not all(bool(torch.isfinite(value).all()) for value in (means, without, with_it)):
+                raise ErasureTrainingError(
+                    f"What {site!r} reads is not finite. Check that the base model draws what it should in {self.dtype}; if "
+                    "not, make the erasure in float32 or bfloat16."
+                )
+            mask = unit_mask(without, with_it, config.tau, config.top)
+            if bool(mask.any()):
+                found[site + MASK], found[site + MEANS] = pack(mask), _compact(means[mask])
+        if len(found) == 2:
+            raise ErasureInputError(
+                "No unit matters more with the concept than without it. Lower `tau`, leave `top` out, give `pairs` that differ more, "
+                "or an anchor that is further away."
+            )
+        return found
+
+
+def _compact(means: torch.Tensor) -> torch.Tensor:
+    """float16, which keeps means to three digits, where it can hold them."""
+    half = means.half()
+    return half if bool(torch.isfinite(half).all()) else means.float()
+
+
+def find_sites(unet: nn.Module, config: Config) -> dict[str, nn.Linear]:
+    """The Linears whose input is patched, by name, in model order.
+
+    Raises:
+        ErasureCompatibilityError: there are none, or a feed-forward is built in another way.
+    """
+    found: dict[str, nn.Linear] = {}
+    for name, _ in unet.named_modules():
+        if name.startswith(BLOCKS[config.blocks]) and f".{name}".endswith(SITES[config.sites]):
+            module = find_site(unet, name)
+            if not isinstance(module, nn.Linear):
+                raise ErasureCompatibilityError(f"{name!r} is a {type(module).__name__}; expected a Linear.")
+            found[name] = module
+    if not found:
+        raise ErasureCompatibilityError(
+            f"{type(unet).__name__} has none of the sites {config.sites!r} in its blocks {config.blocks!r}."
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun | None = None) -> Erasure:
+    """Make the erasure, one layer a concept. Called by [`erase`], which has checked the concepts.
+
+    A `run` with a `checkpoint_dir` saves the sums after each batch of pairs, and goes on from there with `resume`.
+    """
+    run = run or TrainingRun()
+    check(pipe, concepts, run)
+    pairs = [
+        pairs_for(concept, config.num_pairs, config.preset, config.pairs, len(concepts) == 1) for concept in concepts
+    ]
+    base = describe_base(pipe)
+    calibration = Calibration(pipe, config, pairs)
+    if run.release:
+        for name in ("text_encoder", "text_encoder_2"):
+            if getattr(pipe, name, None) is not None:
+                pipe.register_modules(**{name: None})
+    settings, _ = config.recorded()
+    checkpoints = None
+    if run.checkpoint_dir is not None:
+        identity = {
+            "method": "acterase",
+            "settings": settings,
+            "concepts": [[concept.target, concept.anchor] for concept in concepts],
+            "dtype": str(calibration.dtype),
+        }
+        checkpoints = Checkpoints(Path(run.checkpoint_dir).expanduser(), identity, dataclasses.asdict(base))
+    layers = Run(calibration, run, checkpoints).layers()
+    return as_erasure(concepts, config, base, layers, diagnose(calibration, layers))
+
+
+def as_erasure(
+    concepts: Sequence[Concept],
+    config: Config,
+    base: BaseModel,
+    layers: Sequence[Mapping[str, torch.Tensor]],
+    diagnostics: Mapping[str, Any],
+) -> Erasure:
+    """Put the artefact together: one layer a concept."""
+    settings, secret = config.recorded()
+    tensors: dict[str, torch.Tensor] = {}
+    specs = []
+    text = tuple(sorted(name for name in base.components if name != "unet"))
+    for index, layer in enumerate(layers):
+        prefix = f"activation.{index}."
+        sites = tuple(sorted(name.removesuffix(MASK) for name in layer if name.endswith(MASK)))
+        specs.append(LayerSpec("activation", "unet", sites, TENSOR_FILE, prefix, text))
+        tensors |= {prefix + name: value for name, value in layer.items()}
+    return Erasure(
+        ErasureConfig(
+            schema=SCHEMA,
+            library=Library("diffusers_erasure", __version__),
+            method=Method(
+                name="acterase",
+                settings=settings,
+                seed=config.seed,
+                versions={"torch": torch.__version__.partition("+")[0]},
+                concept_settings=secret,
+            ),
+            base_model=base,
+            concepts=tuple(concepts),
+            layers=tuple(specs),
+            diagnostics=dict(diagnostics),
+        ),
+        {TENSOR_FILE: tensors},
+    )
+
+
+def check(pipe: Any, concepts: Sequence[Concept], run: TrainingRun) -> None:
+    """Refuse what cannot be done before anything is computed."""
+    family = family_of(pipe)
+    if family.denoiser != "unet":
+        raise ErasureCompatibilityError(
+            f"ActErase patches feed-forwards and attentions of a UNet: Stable Diffusion 1.x, 2.x and XL; this pipeline is "
+            f"{family.name}."
+        )
+    adapters = compat.active_adapters(component(pipe, "unet"))
+    if adapters:
+        raise ErasureInputError(
+            f"The UNet carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. Call "
+            "`pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
+        )
+    if len(concepts) > MAX_LAYERS:
+        raise ErasureInputError(f"An erasure holds at most {MAX_LAYERS} concepts of this method, not {len(concepts)}.")
+    if run.sample_every:
+        raise ErasureInputError("ActErase trains nothing, so there are no sample images: leave `sample_every` out.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ErasureInputError("ActErase runs in one process: start it without `accelerate launch` and `torchrun`.")
+
+
+class Run:
+    """The calibration of all concepts, batch by batch, with checkpoints between two batches."""
+
+    def __init__(self, calibration: Calibration, run: TrainingRun, checkpoints: Checkpoints | None) -> None:
+        self.calibration, self.run, self.checkpoints = calibration, run, checkpoints
+        self.done: list[dict[str, torch.Tensor]] = []  # the layers of the finished concepts
+        self.batch = 0  # of the present concept
+        if checkpoints is not None and checkpoints.steps() and not run.resume:
+            raise ErasureInputError(
+                f"{checkpoints.folder} holds the checkpoint of an earlier run. Go on from it with `resume=True` (`--resume`), name "
+                "another folder, or delete this one."
+            )
+
+    @property
+    def step(self) -> int:
+        """Batches so far, over all concepts."""
+        return len(self.done) * self.calibration.batches + self.batch
+
+    def layers(self) -> list[dict[str, torch.Tensor]]:
+        """The tensors of each concept's layer.
+
+        Raises:
+            KeyboardInterrupt: after a checkpoint was saved.
+            ErasureError: see [`Calibration.tensors`]; a checkpoint cannot be written or read.
+        """
+        calibration, count = self.calibration, len(self.calibration.pairs)
+        self._resume()
+        total = count * calibration.batches
+        with (
+            inputs_seen(calibration.unet, calibration.modules, calibration.see),
+            noted() as interrupt,
+            tqdm(
+                total=total, initial=self.step, desc="calibrating", disable=not self.run.progress, dynamic_ncols=True
+            ) as bar,
+        ):
+            while len(self.done) < count:
+                calibration.batch(len(self.done), self.batch)
+                self.batch += 1
+                if self.batch == calibration.batches:
+                    self.done.append(calibration.tensors())
+                    calibration.clear()
+                    self.batch = 0
+                    logger.info("Calibrated %d of %d concepts.", len(self.done), count)
+                bar.update()
+                self._after(interrupt, total)
+        return self.done
+
+    def _after(self, interrupt: Interrupt, total: int) -> None:
+        """Save a checkpoint, and stop where that was asked for."""
+        if self.checkpoints is not None:
+            parts = [moments.tensors(f"moments.{side}.") for side, moments in enumerate(self.calibration.moments)]
+            parts += [
+                {f"layer.{i}.{name}": value for name, value in layer.items()} for i, layer in enumerate(self.done)
+            ]
+            tensors = {name: value for part in parts for name, value in part.items()}
+            self.checkpoints.save(self.step, tensors, {"done": len(self.done), "batch": self.batch})
+        if interrupt.signal is not None and self.step < total:
+            if self.checkpoints is not None:
+                logger.warning("Stopped after batch %d of %d; `resume=True` goes on from there.", self.step, total)
+            interrupt.stop()
+
+    def _resume(self) -> None:
+        found = self.checkpoints.latest() if self.checkpoints is not None and self.run.resume else None
+        if found is None:
+            return
+        tensors, state = found
+        self.batch = state["batch"]
+        for index in range(state["done"]):
+            prefix = f"layer.{index}."
+            items = tensors.items()
+            self.done.append({name.removeprefix(prefix): value for name, value in items if name.startswith(prefix)})
+        for side, moments in enumerate(self.calibration.moments):
+            moments.restore(f"moments.{side}.", tensors)
+        logger.info("Going on after batch %d.", self.step)
+
+
+def diagnose(calibration: Calibration, layers: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+    """Which share of the units is patched: of each concept, and at each site over all concepts and timesteps."""
+    shares = {site: [0.0] * len(layers) for site in calibration.modules}
+    sizes = {site: module.in_features for site, module in calibration.modules.items()}
+    for index, layer in enumerate(layers):
+        for site in shares.keys() & {name.removesuffix(MEANS) for name in layer}:
+            shares[site][index] = layer[site + MEANS].numel() / (len(layer[TIMESTEPS]) * sizes[site])
+    units = sum(sizes.values())
+    return {
+        "pairs": calibration.config.num_pairs,
+        "timesteps": len(layers[0][TIMESTEPS]),
+        "patched": [
+            round(sum(shares[site][i] * sizes[site] for site in sizes) / units, 4) for i in range(len(layers))
+        ],
+        "patched_by_site": {site: round(sum(own) / len(own), 4) for site, own in shares.items()},
+    }

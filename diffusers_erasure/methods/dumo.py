@@ -1,0 +1,105 @@
+"""DuMo (Han et al., AAAI 2025, arXiv 2501.01125): an eraser beside the UNet's encoder that adds to its skip connections.
+
+    stage 1, EPR:   a copy of the encoder whose features, through 1x1 convolutions that start at zero, are added to the
+                    skips and to the mid feature; the UNet is frozen
+    stage 2, TLMO:  a table [bins, sites] that scales these additions by timestep and site; the EPR is frozen
+
+The paper's architecture and inference are public, its training is not. Ours, in both stages: ESD's target on the concept
+(see `esd.py`), and the base's prediction on what is retained. The **compact** form is ours too: low-rank deltas on the
+frozen encoder, run a second time, instead of a copy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..artifact import Erasure
+from ..errors import ErasureInputError
+from ..layers.epr import FORMS
+from ..logging import get_logger
+from ..schema import Concept
+from ..training import Fit, TrainConfig, TrainingRun
+from ..training.config import whole
+from ..training.epr_student import EprStudent, ScheduleStudent
+from ..training.publish import curve
+from .esd import PRESETS as ESD_PRESETS
+from .esd import Objective
+from .rows import number, one_of
+
+
+logger = get_logger(__name__)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    task: {
+        **{name: value for name, value in preset.items() if name != "formula"},
+        "form": "compact",
+        "rank": 8,
+        "train_set": "full",
+        "learning_rate": 1e-3,
+        "retain_weight": 5.0,
+        "schedule_steps": 100,
+    }
+    for task, preset in ESD_PRESETS.items()
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Settings of DuMo, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
+
+    Args:
+        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the task.
+        form (`"compact"` or `"full"`, *optional*): low-rank deltas on the frozen encoder (of `rank`; 30 MB in float16 for
+            Stable Diffusion 1.x), or a whole copy as published (720 MB).
+        zero_rank (`int`, *optional*): rank of the 1x1 convolutions; whole ones by default, as published.
+        eta (`float`, *optional*): strength of the negative guidance, in the units of ESD's paper.
+        schedule_steps (`int`, *optional*): steps of stage 2; 0 for no schedule.
+        schedule_learning_rate (`float`, *optional*, defaults to 0.02): of stage 2.
+        bins (`int`, *optional*, defaults to 20): rows of the schedule, as published.
+
+    `train_set` has no meaning here.
+    """
+
+    preset: Literal["style", "object", "nudity"] = "object"
+    form: Literal["compact", "full"] | None = None
+    zero_rank: int | None = None
+    eta: float | None = None
+    schedule_steps: int | None = None
+    schedule_learning_rate: float = 0.02
+    bins: int = 20
+
+    def filled(self) -> dict[str, Any]:
+        one_of("preset", self.preset, tuple(PRESETS))
+        return PRESETS[self.preset]
+
+    def __post_init__(self) -> None:
+        if self.train_set not in (None, "full"):
+            raise ErasureInputError("DuMo trains a network of its own, on the whole encoder: leave `train_set` out.")
+        super().__post_init__()
+        one_of("form", self.form, FORMS)
+        number("eta", self.eta)
+        number("schedule_learning_rate", self.schedule_learning_rate, above=True)
+        whole("bins", self.bins, least=1)
+        whole("schedule_steps", self.schedule_steps, least=0)
+        if self.zero_rank is not None:
+            whole("zero_rank", self.zero_rank, least=1)
+
+
+def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun | None = None) -> Erasure:
+    """Make the erasure. Called by [`erase`], which has checked the concepts."""
+    assert config.eta is not None and config.form is not None and config.rank is not None  # filled in by the preset
+    concepts = [Concept(c.target, c.anchor or "") for c in concepts]
+    stages = Fit(pipe, "dumo", concepts, Objective(config.eta), config, run)
+
+    first = EprStudent(config.form, config.rank, config.zero_rank, config.seed)
+    trained = stages.train(first, folder="stage-1")
+    network = first.published(trained.tensors, stages.text)
+    if not config.schedule_steps:
+        return stages.erasure(network, loss=curve(trained.losses))
+
+    logger.info("The EPR is trained; now its schedule.")
+    second = ScheduleStudent(network, config.bins)
+    changes: dict[str, Any] = {"steps": config.schedule_steps, "learning_rate": config.schedule_learning_rate}
+    scaled = stages.train(second, trained, folder="stage-2", **changes)
+    published = second.published(scaled.tensors, stages.text)
+    return stages.erasure(published, loss=curve(trained.losses), schedule_loss=curve(scaled.losses))

@@ -1,0 +1,94 @@
+"""DuMo's networks as students: first the EPR beside the encoder, then, with it frozen, its schedule (TLMO)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.base import placement
+from ..layers.epr import EPR, LearnedSchedule, skip_sites
+from ..schema import MODIFIER_PREFIX, TENSOR_FILE, LayerSpec, ScheduleSpec
+from .student import Published
+
+
+CHILD = "erasure_epr_in_training"  # of the UNet, so that several processes and optimisers find the parameters
+PREFIX, SCHEDULE = "skip.", MODIFIER_PREFIX + "0.schedule"
+TABLE = "table"
+
+
+class _Epr:
+    """What the two students share: a network that is attached to the UNet, on for the student and off for the teacher."""
+
+    @contextmanager
+    def _attached(self, unet: Any, epr: EPR) -> Iterator[None]:
+        unet.add_module(CHILD, epr)
+        epr.attach(unet)
+        try:
+            yield
+        finally:
+            epr.detach()
+            del unet._modules[CHILD]
+
+    def switch(self, unet: Any, on: bool) -> None:
+        unet.get_submodule(CHILD).on = on
+
+
+class EprStudent(_Epr):
+    """The EPR, in training.
+
+    Args:
+        form: `"full"` or `"compact"`.
+        rank: of the compact form's deltas.
+        zero_rank: of the 1x1 convolutions; `None` for whole ones.
+        seed: of the first values.
+    """
+
+    def __init__(self, form: str, rank: int, zero_rank: int | None, seed: int) -> None:
+        self.form, self.rank, self.zero_rank, self.seed = form, rank, zero_rank, seed
+
+    @contextmanager
+    def inside(self, unet: Any) -> Iterator[dict[str, nn.Parameter]]:
+        epr = EPR.fresh(unet, self.form, self.rank, self.zero_rank, self.seed)
+        with self._attached(unet, epr):
+            found: dict[str, nn.Parameter] = {}
+            for name, value in epr.named_tensors().items():
+                assert isinstance(value, nn.Parameter)
+                found[name] = value
+            yield found
+
+    def published(self, tensors: Mapping[str, torch.Tensor], text: tuple[str, ...]) -> Published:
+        sites = skip_sites(len({name.split(".")[1] for name in tensors if name.startswith("zero.")}) - 1)
+        own = {PREFIX + name: value.contiguous() for name, value in tensors.items()}
+        return Published((LayerSpec("skip", "unet", sites, TENSOR_FILE, PREFIX, text),), {TENSOR_FILE: own})
+
+
+class ScheduleStudent(_Epr):
+    """The table by timestep bin and site, in training, of an EPR that stays as it is.
+
+    Args:
+        network ([`Published`]): the EPR.
+        bins: rows of the table.
+    """
+
+    def __init__(self, network: Published, bins: int) -> None:
+        self.network, self.bins = network, bins
+
+    @contextmanager
+    def inside(self, unet: Any) -> Iterator[dict[str, nn.Parameter]]:
+        tensors = {name.removeprefix(PREFIX): value for name, value in self.network.tensors[TENSOR_FILE].items()}
+        device, _ = placement(unet, unet.conv_in)
+        epr = EPR(unet, tensors, device, torch.float32)
+        epr.fold(1.0)
+        epr.factors = LearnedSchedule(self.bins, len(epr.layer_sites)).to(device)
+        with self._attached(unet, epr):
+            yield {TABLE: epr.factors.table}
+
+    def published(self, tensors: Mapping[str, torch.Tensor], text: tuple[str, ...]) -> Published:
+        (layer,) = self.network.layers
+        spec = LayerSpec(
+            layer.kind, layer.component, layer.sites, layer.file, layer.prefix, text, ScheduleSpec(SCHEDULE, self.bins)
+        )
+        own = {**self.network.tensors[TENSOR_FILE], SCHEDULE: tensors[TABLE].contiguous()}
+        return Published((spec,), {TENSOR_FILE: own})

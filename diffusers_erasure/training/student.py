@@ -1,0 +1,105 @@
+"""What is trained in or beside the frozen UNet; switched off, the UNet is the teacher."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from .. import compat
+from ..layers.lora import DOWN, UP
+from ..schema import LORA_FILE, LayerSpec, Stock
+from .sampler import generator_for
+
+
+ADAPTER = "erasure_in_training"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A student as the layers of an erasure: their specifications, tensors by file, and the stock LoRA's error."""
+
+    layers: tuple[LayerSpec, ...]
+    tensors: dict[str, dict[str, torch.Tensor]]
+    stock: Stock | None = None
+
+
+class Student(Protocol):
+    """What is trained."""
+
+    def inside(self, unet: Any) -> "InsideContext":
+        """Put it into a UNet whose parameters are frozen, while a block runs; gives its parameters by name, float32."""
+        ...
+
+    def switch(self, unet: Any, on: bool) -> None:
+        """Let it act, or leave the base alone."""
+        ...
+
+    def published(self, tensors: Mapping[str, torch.Tensor], text: tuple[str, ...]) -> Published:
+        """The layers that act as it does.
+
+        Args:
+            tensors: its parameters' values by name, float32, on the CPU.
+            text (tuple of `str`): the components that encode the text it was trained with.
+        """
+        ...
+
+
+class InsideContext(Protocol):
+    """A context manager that gives parameters by name."""
+
+    def __enter__(self) -> dict[str, nn.Parameter]: ...
+
+    def __exit__(self, *details: Any) -> bool | None: ...
+
+
+class LoraStudent:
+    """A LoRA on some modules, by peft; alpha is the rank.
+
+    Args:
+        sites: names of the modules.
+        rank: its rank.
+        seed: of its first values.
+    """
+
+    def __init__(self, sites: Sequence[str], rank: int, seed: int) -> None:
+        self.sites, self.rank, self.seed = tuple(sites), rank, seed
+
+    @contextmanager
+    def inside(self, unet: Any) -> Iterator[dict[str, nn.Parameter]]:
+        """See [`Student`]; `site.lora_A.weight` [r, in] and `site.lora_B.weight` [out, r] (convolutions: 4-d)."""
+        try:
+            # Exact names: an ending could match other modules too.
+            with torch.random.fork_rng(devices=[]):  # peft draws first values, which are then set from the seed
+                unet.add_adapter(
+                    LoraConfig(
+                        r=self.rank,
+                        lora_alpha=self.rank,
+                        target_modules=compat.exactly(self.sites),
+                        init_lora_weights=True,
+                    ),
+                    adapter_name=ADAPTER,
+                )
+            factors: dict[str, nn.Parameter] = {}
+            for site in self.sites:
+                layer = unet.get_submodule(site)
+                down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                values = torch.randn(down.shape, generator=generator_for(self.seed, "lora", site)) / self.rank
+                down.data = values.to(down.device)
+                up.data = torch.zeros(up.shape, device=up.device)
+                factors[site + DOWN], factors[site + UP] = down, up
+            yield factors
+        finally:
+            compat.delete_adapter(unet, ADAPTER)
+
+    def switch(self, unet: Any, on: bool) -> None:
+        (unet.enable_adapters if on else unet.disable_adapters)()
+
+    def published(self, tensors: Mapping[str, torch.Tensor], text: tuple[str, ...]) -> Published:
+        # Trained with these text rows: with another text encoder's the edit would miss.
+        layer = LayerSpec("lora", "unet", self.sites, LORA_FILE, "unet.", text)
+        own = {f"unet.{key}": factor.contiguous() for key, factor in tensors.items()}
+        return Published((layer,), {LORA_FILE: own}, Stock(LORA_FILE, 0.0))
