@@ -250,7 +250,7 @@ def test_image_to_image_starts_in_the_middle(pipe: Any) -> None:
 
 def test_between_two_stored_timesteps_the_smaller_wins() -> None:
     """Also where float32 cannot hold the middle, and from a falling list as from a rising one."""
-    for low, high in ((40.0, 350.0), (0.1, 0.3), (999.9999, 1000.0), (1.0, 1.0000002)):
+    for low, high in ((40.0, 350.0), (0.1, 0.3), (999.9999, 1000.0), (1 + 2**-23, 1 + 2**-22)):
         stored = torch.tensor([low, high])
         middle = (stored[0].double() + stored[1].double()) / 2
         steps = middle.float().repeat(5)
@@ -441,9 +441,9 @@ def test_copies(pipe: Any, duplicate: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     """Timesteps stay exact whatever the model is cast to; strength 0 is the base of that dtype, bit for bit."""
-    plan = make_plan(times=(701.0, 699.0, 3.0))
+    plan = make_plan(times=(704.2, 699.2, 3.0))  # no half-precision number lies between 701.6 and the middle
 
-    def predict(pipe: Any, time: int = 700) -> Any:
+    def predict(pipe: Any, time: float = 701.6) -> Any:
         generator = torch.Generator().manual_seed(1)
         latents = torch.randn(1, 4, 8, 8, generator=generator).to(pipe.unet.dtype)
         rows = torch.randn(1, 24, 32, generator=generator).to(pipe.unet.dtype)
