@@ -81,7 +81,10 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     jobs = {job.targets[0]: job for job in make_jobs("report", find_neighbours(plain)) if len(job.targets) == 1}
     rows, sheet = [], []
     for concept in options.concepts:
-        shots = [shot for shot in jobs[concept].shots if shot.cell == "erased"][: options.images]
+        shots, others = (
+            [shot for shot in jobs[concept].shots if shot.cell == cell][: options.images]
+            for cell in ("erased", "kept")
+        )
         base = draw(plain, shots)
         sheet.append((f"{concept}, un-erased", base[:8]))
         for method in options.methods:
@@ -93,19 +96,13 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
                 seen = judge.predict(images).objects
                 distances = [parts_of(image, before) for image, before in zip(images, base, strict=True)]
                 low, high = (float(np.mean(part)) for part in zip(*distances, strict=True))
-                acc = sum(name == concept for name in seen) / len(seen)
-                rows.append(
-                    {
-                        "method": method,
-                        "concept": concept,
-                        "strength": strength,
-                        "acc_e": acc,
-                        "low": low,
-                        "high": high,
-                    }
-                )
+                acc_e, acc_r = sum(name == concept for name in seen) / len(seen), None
                 if strength == 1:
+                    kept = judge.predict(draw(pipe, others)).objects
+                    acc_r = sum(shot.concept == name for shot, name in zip(others, kept, strict=True)) / len(others)
                     sheet.append((f"{concept}, {method}", images[:8]))
+                found = {"method": method, "concept": concept, "strength": strength, "acc_e": acc_e, "acc_r": acc_r}
+                rows.append({**found, "low": low, "high": high})
     if options.grid:
         contact_sheet(sheet, scale=1).save(options.grid)
     return rows
@@ -145,10 +142,10 @@ def main() -> None:
     rows = measured(options)
     print_table(
         f"{options.images} images each; distance to the un-erased image (root mean square, pixels 0 to 1)",
-        ["concept", "method", "strength", "acc_e", "low", "high"],
+        ["concept", "method", "strength", "acc_e", "acc_r", "low", "high"],
         [
-            [row["concept"], row["method"], f"{row['strength']:g}", f"{row['acc_e']:.0%}", f"{row['low']:.3f}",
-             f"{row['high']:.3f}"]
+            [row["concept"], row["method"], f"{row['strength']:g}", f"{row['acc_e']:.0%}",
+             "" if row["acc_r"] is None else f"{row['acc_r']:.0%}", f"{row['low']:.3f}", f"{row['high']:.3f}"]
             for row in rows
         ],
     )  # fmt: skip

@@ -158,8 +158,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 def test_without_a_schedule(pipe: Any) -> None:
     erasure = make(pipe, schedule_steps=0)
     assert erasure.config.layers[0].schedule is None and "schedule_loss" not in erasure.config.diagnostics
-    factored = make(pipe, schedule_steps=0, zero_rank=3)
-    assert factored.tensors[TENSOR_FILE]["skip.zero.mid.up"].shape == (64, 3)
+    assert erasure.tensors[TENSOR_FILE]["skip.zero.mid.up"].shape == (64, 16)
+    whole = make(pipe, schedule_steps=0, zero_rank=0)
+    assert whole.tensors[TENSOR_FILE]["skip.zero.mid.weight"].shape == (64, 64)
 
 
 def test_gradient_checkpointing_changes_nothing(pipe: Any) -> None:
@@ -188,7 +189,7 @@ def test_a_bfloat16_base_and_sdxl() -> None:
         ({"train_set": "x"}, "train_set"),
         ({"form": "half"}, "form"),
         ({"bins": 0}, "bins"),
-        ({"zero_rank": 0}, "zero_rank"),
+        ({"zero_rank": -1}, "zero_rank"),
         ({"schedule_steps": -1}, "schedule_steps"),
         ({"schedule_learning_rate": 0.0}, "schedule_learning_rate"),
         ({"eta": float("nan")}, "eta"),
