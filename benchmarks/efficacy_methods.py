@@ -207,11 +207,13 @@ _ENTRIES = (
     ),
     Entry(
         "acterase",
-        "ActErase with the library's presets `object` and `style`, calibrated with the guidance with which the model is drawn",
+        "ActErase with the library's presets `object` and `style`, calibrated with the guidance with which the model is drawn; "
+        "at most 8 at once, of which its paper already warns",
         "acterase",
         {"preset": "object", "guidance_scale": 3.0},
         style_settings={"preset": "style"},
         gives_retain=False,
+        max_targets=8,
         trains=True,
     ),
 )
