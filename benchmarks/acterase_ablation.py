@@ -42,6 +42,7 @@ from diffusers_erasure.methods import acterase  # noqa: E402
 from diffusers_erasure.methods.acterase_pairs import pairs_for  # noqa: E402
 from diffusers_erasure.probes import inputs_seen  # noqa: E402
 from diffusers_erasure.schema import Concept  # noqa: E402
+from diffusers_erasure.training.publish import as_erasure, text_components  # noqa: E402
 
 
 # As the embedded model is drawn, and every step stored, so that pooling over timesteps can be read from it too.
@@ -127,7 +128,8 @@ class Bench:
             concept = self.concept(name, anchored)
             calibration, _ = self.calibration(concept, config)
             layer = calibration.tensors(config)
-            erasure = acterase.as_erasure([concept], config, self.base, [layer], {})
+            published = acterase.published_layers([layer], text_components(self.base))
+            erasure = as_erasure("acterase", [concept], config, published, self.base, {})
             self.pipe.load_erasure(erasure, "one")
             erased, kept = self.draw(self.jobs[name])
             self.pipe.unload_erasure("one")

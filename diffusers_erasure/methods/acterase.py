@@ -24,7 +24,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import compat
-from .._version import __version__
 from ..artifact import Erasure
 from ..base_model import component, describe_base, family_of, plain_weight
 from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
@@ -32,12 +31,14 @@ from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TI
 from ..layers.lora import find_site
 from ..logging import get_logger
 from ..probes import Moments, inputs_seen
-from ..schema import MAX_LAYERS, SCHEMA, TENSOR_FILE, BaseModel, Concept, ErasureConfig, LayerSpec, Library, Method
+from ..schema import MAX_LAYERS, TENSOR_FILE, Concept, LayerSpec
 from ..training.checkpoint import Checkpoints
 from ..training.config import TrainingRun, whole
 from ..training.interrupts import Interrupt, noted
 from ..training.prompts import Prompts
+from ..training.publish import as_erasure, text_components
 from ..training.sampler import EMPTY, SAMPLE, Sampler, guided
+from ..training.student import Published
 from .acterase_pairs import PAIRS, Pair, pairs_for
 from .rows import number, one_of
 
@@ -328,44 +329,20 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
         }
         checkpoints = Checkpoints(Path(run.checkpoint_dir).expanduser(), identity, dataclasses.asdict(base))
     layers = Run(calibration, run, checkpoints).layers()
-    return as_erasure(concepts, config, base, layers, diagnose(calibration, layers))
+    published = published_layers(layers, text_components(base))
+    return as_erasure("acterase", concepts, config, published, base, diagnose(calibration, layers))
 
 
-def as_erasure(
-    concepts: Sequence[Concept],
-    config: Config,
-    base: BaseModel,
-    layers: Sequence[Mapping[str, torch.Tensor]],
-    diagnostics: Mapping[str, Any],
-) -> Erasure:
-    """Put the artefact together: one layer a concept."""
-    settings, secret = config.recorded()
+def published_layers(layers: Sequence[Mapping[str, torch.Tensor]], text: tuple[str, ...]) -> Published:
+    """One layer a concept. `text` are the components that encode the text of the calibration."""
     tensors: dict[str, torch.Tensor] = {}
     specs = []
-    text = tuple(sorted(name for name in base.components if name != "unet"))
     for index, layer in enumerate(layers):
         prefix = f"activation.{index}."
         sites = tuple(sorted(name.removesuffix(MASK) for name in layer if name.endswith(MASK)))
         specs.append(LayerSpec("activation", "unet", sites, TENSOR_FILE, prefix, text))
         tensors |= {prefix + name: value for name, value in layer.items()}
-    return Erasure(
-        ErasureConfig(
-            schema=SCHEMA,
-            library=Library("diffusers_erasure", __version__),
-            method=Method(
-                name="acterase",
-                settings=settings,
-                seed=config.seed,
-                versions={"torch": torch.__version__.partition("+")[0]},
-                concept_settings=secret,
-            ),
-            base_model=base,
-            concepts=tuple(concepts),
-            layers=tuple(specs),
-            diagnostics=dict(diagnostics),
-        ),
-        {TENSOR_FILE: tensors},
-    )
+    return Published(tuple(specs), {TENSOR_FILE: tensors})
 
 
 def check(pipe: Any, concepts: Sequence[Concept], run: TrainingRun) -> None:

@@ -9,7 +9,6 @@ from .._version import __version__
 from ..artifact import Erasure
 from ..errors import ErasureTrainingError
 from ..schema import SCHEMA, BaseModel, Concept, ErasureConfig, Library, Method
-from .config import TrainConfig
 from .student import Published
 
 
@@ -24,12 +23,14 @@ def text_components(base: BaseModel) -> tuple[str, ...]:
 def as_erasure(
     name: str,
     concepts: Sequence[Concept],
-    config: TrainConfig,
+    config: Any,
     published: Published,
     base: BaseModel,
     diagnostics: dict[str, Any],
 ) -> Erasure:
-    """Put the artefact together: the tensors as they were trained.
+    """Put the artefact together: the tensors as they were made.
+
+    `config` is the method's, with a `seed` and `recorded()`.
 
     Raises:
         ErasureTrainingError: one is not finite.
