@@ -182,6 +182,13 @@ def compiled(variant: str) -> dict[str, int]:
 
 
 @torch.no_grad()
+def epr_size(unet: Any, form: str, zero_rank: int | None) -> int:
+    """Bytes of a network's tensors in float16; `unet` on the meta device."""
+    with torch.device("meta"):
+        tensors = fresh_tensors(unet, form, 8, zero_rank, 0)
+    return sum(2 * value.numel() for value in tensors.values())
+
+
 def main() -> None:
     """The command line."""
     from diffusers.utils import logging
@@ -219,6 +226,14 @@ def main() -> None:
         "bare": {"seconds": summary(times["bare"]), "flops": counted["bare"]},
         "rows": rows,
     }
+    print_table(
+        "An EPR as a file in float16, MB, by its shapes",
+        ("form", "rank of the 1x1 convolutions", "MB"),
+        [
+            (form, zero_rank or "whole", f"{epr_size(make_unet(smoke, 'meta'), form, zero_rank) / 1e6:.1f}")
+            for form, zero_rank in (("compact", 16), ("compact", None), ("full", None))
+        ],
+    )
     print(f"\nBare step, {BATCH}x{size}x{size}, {dtype}: {spread(numbers['bare']['seconds'], 2, 1e3)} ms")
     print_table(
         "A step as a ratio to the bare one: median [quartiles]",

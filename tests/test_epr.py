@@ -171,15 +171,17 @@ def test_other_denoisers_are_refused() -> None:
             EPR.fresh(UNet2DConditionModel(**{**settings, **change}))
 
 
-@pytest.mark.parametrize(("form", "limit"), [("compact", 30e6), ("full", 725e6)])
-def test_size_of_an_artefact_for_stable_diffusion(form: str, limit: float) -> None:
+@pytest.mark.parametrize(
+    ("form", "zero_rank", "limit"), [("compact", 16, 7.8e6), ("compact", None, 30e6), ("full", None, 725e6)]
+)
+def test_size_of_an_artefact_for_stable_diffusion(form: str, zero_rank: int | None, limit: float) -> None:
     """By the shapes alone: 2 bytes a value, and at most 200 for the entry of each tensor in the header."""
     defaults = {k: v.default for k, v in inspect.signature(EPR.fresh).parameters.items() if k not in ("unet", "form")}
     with torch.device("meta"):
-        tensors = fresh_tensors(UNet2DConditionModel(**SD15), form, **defaults)
+        tensors = fresh_tensors(UNet2DConditionModel(**SD15), form, **{**defaults, "zero_rank": zero_rank})
     size = sum(2 * value.numel() + 200 for value in tensors.values())
     assert 0.95 * limit < size <= limit
-    assert len([name for name in tensors if name.startswith("zero.")]) == 2 * 13
+    assert len([name for name in tensors if name.startswith("zero.")]) == (2 if zero_rank is None else 3) * 13
 
 
 # --------------------------------------------------------------------------------------------------- in training
