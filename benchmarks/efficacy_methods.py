@@ -198,6 +198,15 @@ _ENTRIES = (
         trains=True,
     ),
     Entry(
+        "dumo-full",
+        "DuMo with a whole copy of the encoder, `learning_rate=5e-4`; one concept at a time",
+        "dumo",
+        {"preset": "object", "form": "full", "learning_rate": 5e-4},
+        style_settings={"preset": "style"},
+        max_targets=1,
+        trains=True,
+    ),
+    Entry(
         "sdd",
         "SDD, trained as a LoRA with the library's presets `object` and `style`",
         "sdd",
