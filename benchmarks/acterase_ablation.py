@@ -10,18 +10,14 @@ that only read it otherwise. The report half is not touched.
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
-
-import torch  # noqa: E402
-from common import arguments, finish, print_table, start  # noqa: E402
-from efficacy_plan import (  # noqa: E402
+import torch
+from common import arguments, finish, print_table, start
+from efficacy_plan import (
     ONE_OBJECT,
     SINGLES,
     STYLE_HALVES,
@@ -32,17 +28,17 @@ from efficacy_plan import (  # noqa: E402
     object_job,
     style_job,
 )
-from efficacy_report import Seen, harmonic, is_seen  # noqa: E402
+from efficacy_report import Seen, harmonic, is_seen
 
-from diffusers_erasure import Erasure, demo, erasures_disabled  # noqa: E402
-from diffusers_erasure.base_model import describe_base  # noqa: E402
-from diffusers_erasure.demo.command import BATCH, GUIDANCE_SCALE, STEPS, fast_pipeline  # noqa: E402
-from diffusers_erasure.demo.words import HYPERNYMS, STYLES  # noqa: E402
-from diffusers_erasure.methods import acterase  # noqa: E402
-from diffusers_erasure.methods.acterase_pairs import pairs_for  # noqa: E402
-from diffusers_erasure.probes import inputs_seen  # noqa: E402
-from diffusers_erasure.schema import Concept  # noqa: E402
-from diffusers_erasure.training.publish import as_erasure, text_components  # noqa: E402
+from diffusers_erasure import Erasure, demo, erasures_disabled
+from diffusers_erasure.base_model import describe_base
+from diffusers_erasure.demo.command import BATCH, GUIDANCE_SCALE, STEPS, fast_pipeline
+from diffusers_erasure.demo.words import HYPERNYMS, STYLES
+from diffusers_erasure.methods import acterase
+from diffusers_erasure.methods.acterase_pairs import pairs_for
+from diffusers_erasure.probes import inputs_seen
+from diffusers_erasure.schema import Concept
+from diffusers_erasure.training.publish import as_erasure, text_components
 
 
 # As the embedded model is drawn, and every step stored, so that pooling over timesteps can be read from it too.

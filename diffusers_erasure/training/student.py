@@ -1,7 +1,7 @@
 """What is trained in or beside the frozen UNet; switched off, the UNet is the teacher."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class Published:
 class Student(Protocol):
     """What is trained."""
 
-    def inside(self, unet: Any) -> "InsideContext":
+    def inside(self, unet: Any) -> AbstractContextManager[dict[str, nn.Parameter]]:
         """Put it into a UNet whose parameters are frozen, while a block runs; gives its parameters by name, float32."""
         ...
 
@@ -46,14 +46,6 @@ class Student(Protocol):
             text (tuple of `str`): the components that encode the text it was trained with.
         """
         ...
-
-
-class InsideContext(Protocol):
-    """A context manager that gives parameters by name."""
-
-    def __enter__(self) -> dict[str, nn.Parameter]: ...
-
-    def __exit__(self, *details: Any) -> bool | None: ...
 
 
 class LoraStudent:
