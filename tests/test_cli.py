@@ -88,6 +88,8 @@ def test_erase_info_generate(tmp_path: Path) -> None:
         {
             "base_match": {"text_encoder": "same", "tokenizer": "same", "unet": "same"},
             "name": "no-cat",
+            "revision": None,
+            "source": str(folder),
             "strength": 0.5,
         }
     ]
@@ -108,21 +110,19 @@ def test_redacted_output_names_nothing(tmp_path: Path) -> None:
 
 
 def test_methods_lists_the_settings() -> None:
-    assert "lamb" in invoke("methods").stdout
-    assert json.loads(invoke("methods", "--json").stdout)["uce"]["settings"]["rows"] == "last"
+    assert "lamb" in invoke("methods", "uce").stdout
+    assert json.loads(invoke("methods", "--json").stdout)["uce"]["settings"]["rows"]["default"] == "last"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("erase", "cat", "--method", "magic", "-o", "x"), "no method 'magic'"),
-        (("erase", "cat", "--set", "lamb", "-o", "x"), "name=value"),
         (("erase", "cat", "--base", "./missing", "-o", "x"), "no folder"),
         (("erase", "cat", "--device", "toaster", "-o", "x"), "toaster"),
         (("erase", "cat", "--dtype", "int3", "-o", "x"), "--dtype"),
         (("erase", "cat", "--offload", "yes", "-o", "x"), "--offload"),
         (("info", "./missing"), "missing"),
-        (("generate", "a cat", "-e", "x=high", "-o", "y"), "NAME=STRENGTH"),
     ],
 )
 def test_errors_are_one_line(
@@ -142,6 +142,15 @@ def test_usage_errors_version_and_debug(tmp_path: Path) -> None:
     assert invoke("--version").stdout.strip() == __version__
     assert invoke("erase").exit_code == 2  # no output folder
     assert invoke("nonsense").exit_code == 2
+    for arguments, message in (
+        (("erase", "cat", "--set", "lamb", "-o", str(tmp_path / "x")), "name=value"),
+        (("generate", "a cat", "-e", "x=high", "-o", str(tmp_path / "x")), "NAME=STRENGTH"),
+        (("generate", "a cat", "-e", "a/b@v1=0.5@v2", "-o", str(tmp_path / "x")), "NAME=STRENGTH"),
+        (("info", "user/no-cat@v2", "--revision", "v1"), "another one"),
+    ):
+        wrong = invoke(*arguments)
+        assert wrong.exit_code == 2 and message in wrong.output
+    assert list(tmp_path.iterdir()) == []
     debug = run("--debug", "info", "./missing", cwd=tmp_path)
     assert debug.returncode == 1 and "Traceback" in debug.stderr
 
@@ -150,5 +159,5 @@ def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusers_erasure.methods.method_names", interrupted)
+    monkeypatch.setattr("diffusers_erasure_cli.completion.catalogue", interrupted)
     assert invoke("methods").exit_code == 130

@@ -24,6 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "diffusers_erasure"
+PACKAGES = (PACKAGE, "diffusers_erasure_cli")
 ASSETS = ROOT / PACKAGE / "demo" / "assets"
 NOT_COPIED = {".git", ".venv", "build", "dist", "site", "shared", "__pycache__"} | {
     f".{tool}_cache" for tool in ("mypy", "pytest", "ruff")
@@ -91,11 +92,12 @@ def wheel_names(wheel: Path) -> set[str]:
 
 def expected_files() -> set[str]:
     """Every module and every data file, as the wheel should name it."""
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     assets = {path.relative_to(ROOT).as_posix() for path in ASSETS.rglob("*") if path.is_file()}
     cards = {f"{PACKAGE}/hub_cards/{path.name}" for path in (ROOT / "hub_cards").iterdir() if path.is_file()}
     lists = {path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE / "lists").glob("*.txt")}
-    return {name for name in modules | assets | cards | lists if "__pycache__" not in name} | {f"{PACKAGE}/py.typed"}
+    data = {f"{PACKAGE}/py.typed", f"{PACKAGE}/methods/catalogue.json"}
+    return {name for name in modules | assets | cards | lists if "__pycache__" not in name} | data
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_wheel_metadata(built: tuple[Path, Path]) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     assert set(metadata.get_all("Provides-Extra")) == {"test", "quality", "docs", "dev"}
     assert "# " in metadata.get_payload()  # README.md
-    assert "diffusers-erasure = diffusers_erasure.cli:main" in texts["entry_points.txt"]
+    assert "diffusers-erasure = diffusers_erasure_cli.app:main" in texts["entry_points.txt"]
 
 
 def test_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path) -> None:
@@ -156,7 +158,16 @@ def test_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path) ->
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
         archive.extractall(tmp_path, filter="data")
-    needed = {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "docs/index.md", "mkdocs.yml", "tests/conftest.py"}
+    needed = {
+        "CHANGELOG.md",
+        "constraints.txt",
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "docs/index.md",
+        "mkdocs.yml",
+        "tests/conftest.py",
+    }
     assert needed <= names
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     build("--wheel", source=source, into=tmp_path / "again")
@@ -203,14 +214,15 @@ def test_every_package_is_listed() -> None:
     listed = set(setup_cfg()["options"]["packages"].split())
     there = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / PACKAGE).rglob("*.py")
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*.py")
         if not path.is_relative_to(ASSETS)
     }
     assert listed == there | {f"{PACKAGE}.hub_cards"}
 
 
 def imported_names() -> Iterator[tuple[str, str]]:
-    for path in (ROOT / PACKAGE).rglob("*.py"):
+    for path in (path for name in PACKAGES for path in (ROOT / name).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 for alias in node.names:
@@ -222,7 +234,7 @@ def imported_names() -> Iterator[tuple[str, str]]:
 def test_every_import_is_a_declared_dependency() -> None:
     requirements = setup_cfg()["options"]["install_requires"].split("\n")
     declared = {re.split(r"[^A-Za-z0-9_.-]", line)[0].replace("-", "_").lower() for line in requirements if line}
-    known = declared | {PACKAGE} | sys.stdlib_module_names
+    known = declared | set(PACKAGES) | sys.stdlib_module_names
     assert "pillow" in declared
     undeclared = {f"{where}: {name}" for name, where in imported_names() if name not in known | {"PIL"}}
     assert not undeclared, "not in setup.cfg's install_requires: " + ", ".join(sorted(undeclared))

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "diffusers_erasure"
+PACKAGES = (PACKAGE, ROOT / "diffusers_erasure_cli")
 LONGEST = 500
 
 # Put together from pieces, so that this file does not contain what it looks for.
@@ -148,7 +149,11 @@ def test_private_names_of_other_libraries_are_imported_in_compat_only() -> None:
 
 
 def test_no_module_is_longer_than_a_sitting() -> None:
-    lengths = {place(path, 1): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(PACKAGE)}
+    lengths = {
+        place(path, 1): len(path.read_text(encoding="utf-8").splitlines())
+        for package in PACKAGES
+        for path in python_files(package)
+    }
     assert lengths, "no module found"
     too_long = {path: length for path, length in lengths.items() if length > LONGEST}
     assert not too_long, f"more than {LONGEST} lines: {too_long}"
@@ -157,7 +162,8 @@ def test_no_module_is_longer_than_a_sitting() -> None:
 def test_nothing_that_runs_code_from_a_file_is_loaded() -> None:
     found = [
         f"{place(path, line)}: {what}"
-        for path in python_files(PACKAGE)
+        for package in PACKAGES
+        for path in python_files(package)
         for line, what in unsafe_loads(ast.parse(path.read_text(encoding="utf-8")))
         if (path, what) not in CONVERTERS
     ]

@@ -6,7 +6,7 @@ torchrun --nproc_per_node 2 -m diffusers_erasure.training cat -o no-cat ...     
 
 import sys
 
-from ..cli import main
+from diffusers_erasure_cli.app import main
 
 
 if __name__ == "__main__":

@@ -1,11 +1,23 @@
-"""The command `convert`: checkpoints that methods' authors publish, as erasures. Registered by [`diffusers_erasure.cli`]."""
+"""The command `convert`: checkpoints that methods' authors publish, as erasures."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .cli_options import Device, Dtype, Json, Revision, Token, Variant
+from .options import (
+    Device,
+    Dtype,
+    Half,
+    Json,
+    Overwrite,
+    Revision,
+    Token,
+    Variant,
+    load_model,
+    new_erasure_folder,
+    save_dtype,
+)
 
 
 convert_app = typer.Typer(help="Make an erasure of what a method's authors publish.", no_args_is_help=True)
@@ -27,27 +39,22 @@ def dumo(
             "--gate/--no-gate", help="Act less on other prompts; by default where there is a time_scale.npy."
         ),
     ] = None,
-    half: Annotated[bool, typer.Option("--half", help="Save the tensors in float16.")] = False,
+    half: Half = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     variant: Variant = None,
     revision: Revision = None,
     token: Token = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Convert a folder that DuMo's authors publish."""
-    import torch
+    new_erasure_folder(output, overwrite)
+    pipe = load_model(base, device=device, dtype=dtype, variant=variant, revision=revision, token=token)
+    from diffusers_erasure.dumo_folder import read_dumo
 
-    from .cli_report import print_made
-    from .dumo_folder import read_dumo
-    from .loading import load_base
+    from .report import print_made
 
-    pipe = load_base(base, device=device, dtype=dtype, variant=variant, revision=revision, token=token)
     erasure = read_dumo(pipe, folder, concept or (), gate=gate)
-    files = erasure.save_pretrained(output, dtype=torch.float16 if half else None)
+    files = erasure.save_pretrained(output, dtype=save_dtype(half))
     print_made(erasure, output, files, redact=False, as_json=as_json)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.add_typer(convert_app, name="convert")

@@ -1,4 +1,4 @@
-"""The commands `combine`, `lists` and `cache`. Registered by [`diffusers_erasure.cli`]."""
+"""The commands `combine`, `lists` and `cache`."""
 
 import dataclasses
 import json
@@ -6,58 +6,74 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from .errors import ErasureInputError
-
-
-out = Console(highlight=False)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+from . import completion
+from .options import (
+    ERASURE,
+    Base,
+    CpuDevice,
+    Dtype,
+    Half,
+    Json,
+    Overwrite,
+    Source,
+    Token,
+    load_model,
+    new_erasure_folder,
+    out,
+    save_dtype,
+)
 
 
 def combine(
-    sources: Annotated[list[str], typer.Argument(help="Folders or repositories of two or more erasures.")],
+    sources: Annotated[list[str], typer.Argument(help=f"{ERASURE}, of two or more erasures.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the combined erasure.")],
     mode: Annotated[
-        str, typer.Option(help="joint: solve again for all targets. sum: add the edits up, exactly.")
+        str,
+        typer.Option(
+            help="joint: solve again for all targets. sum: add the edits up, exactly.",
+            autocompletion=completion.of("joint", "sum"),
+        ),
     ] = "joint",
     retain: Annotated[
-        list[str] | None, typer.Option(help="joint: what must not change; what the erasures retained by default.")
+        list[str] | None,
+        typer.Option(
+            help="joint: what must not change; what the erasures retained by default.",
+            autocompletion=completion.retained,
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Truncate to this rank.", min=1)] = None,
     max_error: Annotated[float | None, typer.Option(help="Truncate to the least rank with no larger error.")] = None,
-    half: Annotated[bool, typer.Option("--half", help="Save the tensors in float16.")] = False,
-    base: Annotated[
-        str, typer.Option("--base", help="joint: the base model: a folder, repository or 'demo'.")
-    ] = "demo",
-    device: Annotated[str | None, typer.Option(help="Device; the CPU by default.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    token: Annotated[str | None, typer.Option(help="Hub token; the stored one by default.", envvar="HF_TOKEN")] = None,
+    half: Half = False,
+    base: Base = "demo",
+    device: CpuDevice = "cpu",
+    dtype: Dtype = "auto",
+    token: Token = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make one erasure of several."""
-    import torch
+    new_erasure_folder(output, overwrite)
+    parts = [Source.parse(source).read(token=token) for source in sources]
+    pipe = load_model(base, device=device, dtype=dtype, token=token) if mode == "joint" else None
+    from diffusers_erasure.combining import combine as make
 
-    from .artifact import Erasure
-    from .cli_report import print_made
-    from .combining import combine as make
-    from .loading import load_base
+    from .report import print_made
 
-    parts = [Erasure.from_pretrained(source, token=token) for source in sources]
-    pipe = load_base(base, device=device, dtype=dtype, token=token) if mode == "joint" else None
     erasure = make(parts, pipe=pipe, mode=mode, retain=retain, rank=rank, max_error=max_error)  # type: ignore[arg-type]
-    files = erasure.save_pretrained(output, dtype=torch.float16 if half else None)
+    files = erasure.save_pretrained(output, dtype=save_dtype(half))
     print_made(erasure, output, files, redact=erasure.config.redacted, as_json=as_json)
 
 
 def lists(
-    name: Annotated[str | None, typer.Argument(help="Print this list's entries.")] = None, as_json: Json = False
+    name: Annotated[
+        str | None, typer.Argument(help="Print this list's entries.", autocompletion=completion.lists)
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show the lists that the library ships, for `--retain list:NAME`."""
-    from .lists import list_names, read_list
+    from diffusers_erasure.lists import list_names, read_list
 
     if name is not None:
         entries = read_list(name)
@@ -79,7 +95,7 @@ def show(context: typer.Context, as_json: Json = False) -> None:
     """Show what is kept on disk to make erasures faster: text rows of lists, and sums over base models."""
     if context.invoked_subcommand is not None:
         return
-    from . import cache
+    from diffusers_erasure import cache
 
     folder, found = cache.cache_dir(), cache.entries()
     if as_json:
@@ -91,6 +107,8 @@ def show(context: typer.Context, as_json: Json = False) -> None:
         return
     out.print(Text(f"{folder}: {len(found)} entries, {sum(entry.size for entry in found) / 1e6:.1f} MB"))
     if found:
+        from rich.table import Table
+
         table = Table("kind", "what", "entries", "MB")
         for kind, what in cache.KINDS.items():
             own = [entry for entry in found if entry.kind == kind]
@@ -105,19 +123,12 @@ def clear(
     as_json: Json = False,
 ) -> None:
     """Delete what is kept; it is computed again when it is needed."""
-    from . import cache
+    from diffusers_erasure import cache
 
     if kind is not None and kind not in cache.KINDS:
-        raise ErasureInputError(f"`--kind` must be one of {', '.join(cache.KINDS)}, not {kind!r}.")
+        raise typer.BadParameter(f"it must be one of {', '.join(cache.KINDS)}, not {kind!r}.", param_hint="--kind")
     gone = cache.clear(kind)
     size = sum(entry.size for entry in gone)
     print(
         json.dumps({"deleted": len(gone), "bytes": size}) if as_json else f"{len(gone)} entries, {size / 1e6:.1f} MB"
     )
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    app.command()(combine)
-    app.command()(lists)
-    app.add_typer(cache_app, name="cache")

@@ -1,4 +1,4 @@
-"""The command `erase`. Registered by [`diffusers_erasure.cli`]."""
+"""The command `erase`."""
 
 import json
 import os
@@ -9,13 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import Base, Device, Dtype, Json, Offload, Revision, Token, Variant, err
-from .cli_report import print_made
-from .errors import ErasureInputError
+from . import completion
+from .options import (
+    Base,
+    Device,
+    Dtype,
+    Half,
+    Json,
+    Offload,
+    Overwrite,
+    Revision,
+    Source,
+    Token,
+    Variant,
+    err,
+    load_model,
+    new_erasure_folder,
+    save_dtype,
+)
+from .report import print_made
 
 
 if TYPE_CHECKING:
-    from .training import TrainingRun
+    from diffusers_erasure.training import TrainingRun
 
 
 def erase(
@@ -27,16 +43,27 @@ def erase(
     retain: Annotated[
         list[str] | None,
         typer.Option(
-            help="What must not change: a prompt, a .txt or .csv file, or list:NAME (see `lists`); repeatable."
+            help="What must not change: a prompt, a .txt or .csv file, or list:NAME (see `lists`); repeatable.",
+            autocompletion=completion.retained,
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="One of `diffusers-erasure methods`; uce by default.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting, as name=value.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="One of `diffusers-erasure methods`; uce by default.", autocompletion=completion.methods),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting, as name=value; `diffusers-erasure methods METHOD` lists them. Repeatable.",
+            autocompletion=completion.settings,
+        ),
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(help="Repeat what made this erasure (a folder or repository); --set changes single settings."),
     ] = None,
-    half: Annotated[bool, typer.Option("--half", help="Save the tensors in float16.")] = False,
+    half: Half = False,
     redact: Annotated[bool, typer.Option("--redact", help="Leave the concepts' names out of the files.")] = False,
     checkpoints: Annotated[
         Path | None,
@@ -55,57 +82,58 @@ def erase(
     revision: Revision = None,
     token: Token = None,
     offload: Offload = "none",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make an erasure and save it to a folder."""
-    import torch
-
-    from .artifact import Erasure
-    from .fitting import erase as make
-    from .fitting import recipe_of
-    from .loading import load_base
-    from .methods import get_method
-
-    settings = _settings(setting)  # wrong settings are told before a model is loaded
+    settings = _settings(setting)  # wrong usage is told before anything is imported or loaded
     if (config is None) == (not targets):
-        raise ErasureInputError("Name the concepts to remove, or give `--config` with an erasure to repeat.")
+        raise typer.BadParameter("name the concepts to remove, or give `--config` with an erasure to repeat.")
+    if config is not None and (anchor or method):
+        raise typer.BadParameter("`--config` says what is erased, and by which method; change settings with `--set`.")
+    if sample_prompt and not sample_every:
+        raise typer.BadParameter("`--sample-prompt` needs `--sample-every`.")
+    new_erasure_folder(output, overwrite)
+    from diffusers_erasure.errors import ErasureInputError
+    from diffusers_erasure.fitting import erase as make
+    from diffusers_erasure.fitting import recipe_of
+    from diffusers_erasure.methods import get_method, make_config
+
     recipe: dict[str, Any] = {"targets": targets, "anchors": anchor, "retain": retain, "method": method or "uce"}
     if config is not None:
-        if anchor or method:
-            raise ErasureInputError(
-                "`--config` says what is erased, and by which method; change settings with `--set`."
-            )
-        recipe = recipe_of(Erasure.from_pretrained(config, token=token))
+        recipe = recipe_of(Source.parse(config).read(token=token))
         recipe["retain"] = retain or recipe["retain"]
     own = sorted(settings.keys() & {*recipe, "training"})
     if own:
         raise ErasureInputError(f"`--set {own[0]}=...` is no setting of a method; it has an option of its own.")
     settings = {**recipe.pop("settings", {}), **settings}
-    trains = get_method(recipe["method"]).trains
+    entry = get_method(recipe["method"])
+    make_config(entry, settings)  # wrong settings are told before a model is loaded
+    trains = entry.trains
     folder = checkpoints or _beside(output)
     run = _run(folder, checkpoint_every, resume, sample_every, sample_prompt or ()) if trains else None
     if not trains and (checkpoints or resume or sample_every or sample_prompt):
         raise ErasureInputError(
             f"{recipe['method']} does not train: there is nothing to checkpoint, resume or sample."
         )
-    pipe = load_base(
+    pipe = load_model(
         base,
         device=device or _own_device(trains),
         dtype=dtype,
         variant=variant,
         revision=revision,
         token=token,
-        offload=offload,  # type: ignore[arg-type]  # `load_base` checks it
-        half=torch.bfloat16 if trains else torch.float16,
+        offload=offload,
+        half="bfloat16" if trains else "float16",
     )
     status = f"making an erasure of {len(recipe['targets'])} concepts by {recipe['method']}"
     with nullcontext() if trains else err.status(status):
         erasure = make(pipe, **recipe, training=run, **settings)
     if not _is_main():
         return
-    files = erasure.save_pretrained(output, dtype=torch.float16 if half else None, redact_concepts=redact)
+    files = erasure.save_pretrained(output, dtype=save_dtype(half), redact_concepts=redact)
     if trains:
-        from .training.checkpoint import clear
+        from diffusers_erasure.training.checkpoint import clear
 
         clear(folder)  # the erasure is saved: they have done their work
     print_made(erasure, output, files, redact=redact, as_json=as_json)
@@ -120,10 +148,8 @@ def _beside(output: Path) -> Path:
 def _run(
     folder: Path, every: int, resume: bool, sample_every: int | None, sample_prompts: Sequence[str]
 ) -> "TrainingRun":
-    from .training import TrainingRun
+    from diffusers_erasure.training import TrainingRun
 
-    if sample_prompts and not sample_every:
-        raise ErasureInputError("`--sample-prompt` needs `--sample-every`.")
     return TrainingRun(
         checkpoint_dir=folder,
         checkpoint_every=every,
@@ -155,14 +181,9 @@ def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     for pair in pairs or ():
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ErasureInputError(f"`--set` takes name=value, not {pair!r}.")
+            raise typer.BadParameter(f"it takes name=value, not {pair!r}.", param_hint="--set")
         try:
             settings[name] = json.loads(value)
         except ValueError:
             settings[name] = value
     return settings
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(erase)

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
 
-from .cli_options import out
+from .options import out
 
 
 if TYPE_CHECKING:
-    from .artifact import Erasure
+    from diffusers_erasure import Erasure
 
 MOST_SHOWN = 20  # rows of a table about targets
 
@@ -37,6 +36,8 @@ def print_made(erasure: "Erasure", output: Path, files: Sequence[Path], *, redac
 
 def print_diagnostics(diagnostics: dict[str, Any], input_name: str = "text rows") -> None:
     """Tell how far the rows of targets and retained prompts moved, or how the loss went."""
+    from rich.table import Table
+
     losses = diagnostics.get("loss")
     if isinstance(losses, list) and losses:
         out.print(Text(f"mean loss of the first steps {losses[0]:.4g}, of the last {losses[-1]:.4g}"))

@@ -1,4 +1,4 @@
-"""The commands that speak to the Hub: `push`, `pull` and `card`. Registered by [`diffusers_erasure.cli`]."""
+"""The commands that speak to the Hub: `push`, `pull` and `card`."""
 
 import json
 import os
@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from . import options
+from .options import ERASURE, Json, Token, out, save_dtype
 
-out = Console(highlight=False)
 
-Source = Annotated[str, typer.Argument(help="Folder or repository of an erasure.")]
+Source = Annotated[str, typer.Argument(help=f"{ERASURE}.")]
 Subfolder = Annotated[str | None, typer.Option(help="A folder within it.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
-Token = Annotated[str | None, typer.Option(help="Hub token; the stored one by default.", envvar="HF_TOKEN")]
 Redact = Annotated[bool, typer.Option("--redact", help="Leave the concepts' names out.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 def push(
@@ -38,13 +36,10 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Push an erasure to the Hub, in one commit."""
-    import torch
     from PIL import Image
 
-    from .artifact import Erasure
-
     picture = None if grid is None else Image.open(grid)
-    erasure = Erasure.from_pretrained(source, subfolder=subfolder, token=token)
+    erasure = options.Source.parse(source).read(subfolder=subfolder, token=token)
     info = erasure.push_to_hub(
         repo_id,
         private=private,
@@ -52,7 +47,7 @@ def push(
         revision=revision,
         create_pr=create_pr,
         commit_message=message,
-        dtype=torch.float16 if half else None,
+        dtype=save_dtype(half),
         redact_concepts=redact,
         grid=picture,
         license=license,
@@ -73,14 +68,10 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Download an erasure from the Hub into a folder, checked."""
-    from .artifact import Erasure
-    from .errors import ErasureInputError
-
     if os.path.isdir(repo_id):
-        raise ErasureInputError(f"{repo_id!r} is a folder here; name a repository on the Hub.")
-    erasure = Erasure.from_pretrained(
-        repo_id, subfolder=subfolder, revision=revision, token=token, force_download=force
-    )
+        raise typer.BadParameter(f"{repo_id!r} is a folder here; name a repository on the Hub.")
+    place = options.Source.parse(repo_id, revision=revision)
+    erasure = place.read(subfolder=subfolder, token=token, force_download=force)
     files = erasure.save_pretrained(output)
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}
@@ -100,15 +91,8 @@ def card(
     token: Token = None,
 ) -> None:
     """Print the card (README.md) that a push would write for an erasure."""
-    from .artifact import Erasure
-    from .cards import render_card
+    from diffusers_erasure.cards import render_card
 
-    erasure = Erasure.from_pretrained(source, subfolder=subfolder, revision=revision, token=token)
+    erasure = options.Source.parse(source, revision=revision).read(subfolder=subfolder, token=token)
     erasure = erasure.redacted() if redact else erasure
     print(render_card(erasure.config, repo_id), end="")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    for command in (push, pull, card):
-        app.command()(command)

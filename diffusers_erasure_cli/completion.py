@@ -1,0 +1,76 @@
+"""What the shell completes: methods, settings, lists. Read from the library's data files, without importing it."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+@cache
+def _library() -> Path:
+    spec = find_spec("diffusers_erasure")  # finds it without running it
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+@cache
+def catalogue() -> dict[str, Any]:
+    """The methods by name, with their settings; made by `python -m diffusers_erasure.methods.catalogue`."""
+    return json.loads((_library() / "methods" / "catalogue.json").read_text(encoding="utf-8"))
+
+
+def of(*values: str) -> Callable[[str], list[str]]:
+    """A completion by fixed values."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+def methods(incomplete: str) -> Iterator[tuple[str, str]]:
+    """The methods' names."""
+    for name, entry in catalogue().items():
+        if name.startswith(incomplete):
+            yield name, entry["summary"]
+
+
+def lists(incomplete: str) -> list[str]:
+    """The names of the lists that the library ships."""
+    names = sorted(path.stem for path in (_library() / "lists").glob("*.txt"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def retained(incomplete: str) -> list[str]:
+    """`list:NAME`, and files."""
+    named = [f"list:{name}" for name in lists("")]
+    return [name for name in named if name.startswith(incomplete)] + paths(incomplete)
+
+
+def paths(incomplete: str) -> list[str]:
+    """Files and folders."""
+    start = Path(incomplete)
+    folder = start if incomplete.endswith("/") else start.parent
+    try:
+        found = sorted(folder.iterdir())
+    except OSError:
+        return []
+    names = [f"{path}/" if path.is_dir() else str(path) for path in found]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def settings(context: typer.Context, incomplete: str) -> Iterator[tuple[str, str]]:
+    """`name=` of the chosen method's settings; after it, the values that a setting may have."""
+    method = catalogue().get(context.params.get("method") or "uce", {"settings": {}})
+    name, equals, _ = incomplete.partition("=")
+    for setting, entry in method["settings"].items():
+        if not equals and setting.startswith(incomplete):
+            yield f"{setting}=", entry["meaning"]
+        elif equals and setting == name:
+            for choice in entry.get("choices", ()):
+                if f"{name}={choice}".startswith(incomplete):
+                    yield f"{name}={choice}", ""

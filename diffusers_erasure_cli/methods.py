@@ -1,0 +1,127 @@
+"""The commands that tell about things: `methods` and `info`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from . import completion
+from .options import ERASURE, Json, Source, Token, out
+from .report import print_diagnostics, size_text
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="Tell this method's settings.", autocompletion=completion.methods)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods by which an erasure can be made, or tell one's settings: meaning, range, presets."""
+    catalogue = completion.catalogue()
+    if name is not None and name not in catalogue:
+        raise typer.BadParameter(f"there is no method {name!r}; methods are {', '.join(catalogue)}.")
+    if as_json:
+        print(json.dumps(catalogue if name is None else catalogue[name], indent=2, ensure_ascii=False))
+    elif name is None:
+        width = max(map(len, catalogue))
+        for each, entry in catalogue.items():
+            out.print(Text(f"{each:<{width}}  {entry['summary']}"), soft_wrap=True)
+    else:
+        _print_method(name, catalogue[name])
+
+
+def _print_method(name: str, entry: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    out.print(Text(f"{name}: {entry['summary']}", style="bold"))
+    if not entry["retains"]:
+        out.print(Text(f"It takes no --retain. {entry['instead']}"))
+    if entry["presets"]:
+        out.print(Text(f"Presets: {', '.join(entry['presets'])}. A preset gives the settings without a default."))
+    table = Table("setting", "meaning", "values", "default", "by preset")
+    for setting, told in entry["settings"].items():
+        table.add_row(
+            Text(setting),
+            Text(told["meaning"]),
+            Text(told["range"]),
+            Text(_plain(told["default"])),
+            Text(_by_preset(told["presets"])),
+        )
+    out.print(table)
+
+
+def _by_preset(values: dict[str, Any]) -> str:
+    """One value where all presets agree, else one for each."""
+    texts = {name: _plain(value) for name, value in values.items()}
+    same = set(texts.values())
+    return same.pop() if len(same) == 1 else "\n".join(f"{name}: {text}" for name, text in texts.items())
+
+
+def _plain(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def info(
+    source: Annotated[str, typer.Argument(help=f"{ERASURE}.")],
+    subfolder: Annotated[str | None, typer.Option(help="A folder within it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw its schedules to this picture (PNG).")] = None,
+    fingerprints: Annotated[
+        bool, typer.Option("--fingerprints", help="JSON: with the samples by which the base model is recognised.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an erasure removes, how it was made, for which base model, and its layers."""
+    erasure = Source.parse(source, revision=revision).read(subfolder=subfolder, token=token)
+    config = erasure.config
+    if plot is not None:
+        from diffusers_erasure.errors import ErasureInputError
+        from diffusers_erasure.plotting import plot_schedules
+
+        picture = plot_schedules(erasure)
+        if picture is None:
+            raise ErasureInputError("There is nothing to plot: no layer of this erasure has a schedule.")
+        picture.save(plot, format="PNG")
+    if as_json:
+        print(json.dumps(_as_dict(config, fingerprints), indent=2, sort_keys=True, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    concepts = ", ".join(f"{c.target} → {c.anchor or '(empty prompt)'}" for c in config.concepts)
+    rows = {
+        "removes": f"{len(config.concepts)} concepts, not named" if config.redacted else concepts or "not stated",
+        "method": config.method.name,
+        "settings": json.dumps(config.method.settings, ensure_ascii=False),
+        "base model": f"{config.base_model.repo or 'local'} ({config.base_model.family})",
+        "commit": erasure.revision,
+        "strength 1 is": None if config.published_strength == 1 else f"{config.published_strength:g} of the original",
+        "loads without this package": f"yes, {config.stock.file}, error {config.stock.max_error:.1e}"
+        if config.stock
+        else "no",
+    }
+    for index, layer in enumerate(config.layers, start=1):
+        modified = f"; strength by timestep ({layer.schedule.bins} bins)" if layer.schedule else ""
+        modified += "; strength by prompt (a gate, which weakens it)" if layer.gate else ""
+        rows[f"layer {index}, {layer.kind}"] = (
+            f"{layer.component}, {len(layer.sites)} sites, in {layer.file}{modified}"
+        )
+    for name, record in config.files.items():
+        rows[name] = f"{size_text(record.size)}, sha256 {record.sha256[:12]}…"
+    for label, value in rows.items():
+        if value is not None:
+            table.add_row(label, Text(str(value)))
+    out.print(table)
+    print_diagnostics(config.diagnostics)
+
+
+def _as_dict(config: Any, fingerprints: bool) -> dict[str, Any]:
+    told = dataclasses.asdict(config)
+    if not fingerprints:
+        for component in told["base_model"]["components"].values():
+            del component["values"]
+    return told
