@@ -53,6 +53,12 @@ _SD3 = Family(
 )
 _FLUX = Family("flux", "transformer", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"))
 FAMILIES = {family.name: family for family in (_SD, _SDXL, _SD3, _FLUX)}
+# Denoisers by class, with the families that they may belong to.
+DENOISERS = {
+    "UNet2DConditionModel": (_SD, _SDXL),
+    "SD3Transformer2DModel": (_SD3,),
+    "FluxTransformer2DModel": (_FLUX,),
+}
 
 
 def component(pipe: Any, name: str) -> Any:
@@ -84,15 +90,11 @@ def family_of(pipe: Any) -> Family:
     name = denoiser_name(pipe)
     model = component(pipe, name)
     kind = type(model).__name__
-    if kind == "UNet2DConditionModel":
-        return _SDXL if model.config.get("addition_embed_type") == "text_time" else _SD
-    if kind == "SD3Transformer2DModel":
-        return _SD3
-    if kind == "FluxTransformer2DModel":
-        return _FLUX
-    raise ErasureCompatibilityError(
-        f"{kind} belongs to no known family of base models; known are Stable Diffusion 1.x, 2.x, XL, 3 and Flux."
-    )
+    if kind not in DENOISERS:
+        raise ErasureCompatibilityError(
+            f"{kind} belongs to no known family of base models; known are Stable Diffusion 1.x, 2.x, XL, 3 and Flux."
+        )
+    return DENOISERS[kind][-1 if model.config.get("addition_embed_type") == "text_time" else 0]
 
 
 def _sampled_rows(owner: nn.Module, tensor: torch.Tensor) -> torch.Tensor:

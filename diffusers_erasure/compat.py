@@ -97,6 +97,19 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor | None:
     return None if packed else weight
 
 
+def refused_adapter_versions() -> str | None:
+    """The versions of transformers and peft, in words, where the former refuses adapters beside the latter."""
+    import peft
+    import transformers
+    from packaging.version import Version
+    from transformers.integrations import peft as integration
+
+    least = getattr(integration, "MIN_PEFT_VERSION", None)
+    if least is None or Version(peft.__version__) >= Version(least):
+        return None
+    return f"transformers {transformers.__version__} wants peft {least} or newer, and peft {peft.__version__} is installed"
+
+
 def has_adapters(module: nn.Module) -> bool:
     """Whether peft has put adapters into a module, active or not."""
     from peft.tuners.tuners_utils import BaseTunerLayer

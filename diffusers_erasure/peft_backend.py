@@ -127,7 +127,8 @@ def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Mo
 
     Raises:
         ErasureInputError: not all of the erasure is a LoRA, or peft has an adapter of that name.
-        ErasureCompatibilityError: the pipeline loads no LoRAs, or not on these components.
+        ErasureCompatibilityError: the pipeline loads no LoRAs, or not on these components, or transformers refuses adapters
+            beside the installed peft.
     """
     others = sorted({layer.kind for layer in erasure.config.layers if layer.kind != "lora"})
     if others or any(layer.is_modified for layer in erasure.config.layers):
@@ -140,6 +141,12 @@ def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Mo
     strange = sorted({layer.component for layer in erasure.config.layers} - set(loadable))
     if strange:
         raise ErasureCompatibilityError(f'{type(pipe).__name__} loads no LoRAs on {strange}; use `backend="hook"`.')
+    refused = compat.refused_adapter_versions()
+    if refused and any(layer.component.startswith("text_encoder") for layer in erasure.config.layers):
+        raise ErasureCompatibilityError(
+            f"{refused}, so transformers refuses adapters on its text encoders, yours and this one. Install another pair of "
+            'versions, or use the default `backend="hook"`, which needs no peft.'
+        )
     for component in components.values():
         if compat.layers_with_adapter(component, name):
             raise ErasureInputError(f"A LoRA adapter {name!r} is loaded already; give another `adapter_name`.")
