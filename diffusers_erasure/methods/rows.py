@@ -1,6 +1,7 @@
 """Which text rows the closed-form methods (UCE, RECE, SPEED) map, and which they keep."""
 
 import dataclasses
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -94,8 +95,24 @@ def tidy_texts(config: Any) -> None:
     if isinstance(config.templates, Sequence) and not isinstance(config.templates, str):
         object.__setattr__(config, "templates", tuple(config.templates))
     for template in template_list(config.templates):
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ErasureInputError(f"The template {template!r} must hold {{}} once, for the concept.")
+        check_template(template)
+
+
+def check_template(template: Any) -> None:
+    """See that `template.format(concept)` puts the concept in once, and asks for nothing else.
+
+    Raises:
+        ErasureInputError: it is no such text.
+    """
+    try:
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
+    except (TypeError, ValueError):  # no text, or a brace alone
+        fields = []
+    if [field[1:] for field in fields] != [("", "", None)]:
+        raise ErasureInputError(
+            f"The template {template!r} must hold {{}} once, for the concept, and no other braces; a brace that belongs to "
+            "the prompt is doubled, as in {{ and }}."
+        )
 
 
 def template_list(templates: str | Sequence[str] | None) -> tuple[str, ...]:
