@@ -81,10 +81,11 @@ def erase(
     if own:
         raise ErasureInputError(f"`--set {own[0]}=...` is no setting of a method; it has an option of its own.")
     settings = {**recipe.pop("settings", {}), **settings}
-    trains = get_method(recipe["method"]).trains
+    entry = get_method(recipe["method"])
+    resumable, trains = entry.resumable, entry.trains
     folder = checkpoints or _beside(output)
-    run = _run(folder, checkpoint_every, resume, sample_every, sample_prompt or ()) if trains else None
-    if not trains and (checkpoints or resume or sample_every or sample_prompt):
+    run = _run(folder, checkpoint_every, resume, sample_every, sample_prompt or ()) if resumable else None
+    if not resumable and (checkpoints or resume or sample_every or sample_prompt):
         raise ErasureInputError(
             f"{recipe['method']} does not train: there is nothing to checkpoint, resume or sample."
         )
@@ -99,12 +100,12 @@ def erase(
         half=torch.bfloat16 if trains else torch.float16,
     )
     status = f"making an erasure of {len(recipe['targets'])} concepts by {recipe['method']}"
-    with nullcontext() if trains else err.status(status):
+    with nullcontext() if resumable else err.status(status):
         erasure = make(pipe, **recipe, training=run, **settings)
     if not _is_main():
         return
     files = erasure.save_pretrained(output, dtype=torch.float16 if half else None, redact_concepts=redact)
-    if trains:
+    if resumable:
         from .training.checkpoint import clear
 
         clear(folder)  # the erasure is saved: they have done their work
