@@ -27,6 +27,7 @@ from .schema import (
     LayerSpec,
     SolveSpec,
 )
+from .showing import as_html, as_text, erasure_rows
 
 
 if TYPE_CHECKING:
@@ -78,6 +79,12 @@ class Erasure:
             strangers = sorted(set(self.tensors[name]) - used[name])
             if strangers:
                 raise ErasureFileError(f"{name} holds tensors that no layer uses: {[s[:120] for s in strangers[:3]]}.")
+
+    def __repr__(self) -> str:
+        return as_text("Erasure", erasure_rows(self))
+
+    def _repr_html_(self) -> str:
+        return as_html("Erasure", erasure_rows(self))
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
