@@ -1,7 +1,9 @@
 """Settings of the methods: what each may be, what it is told where it is something else, and what stands about it in the files."""
 
 import dataclasses
+import importlib
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from typer.testing import CliRunner
 
 from diffusers_erasure import ErasureInputError, cli, erase, loading
 from diffusers_erasure.methods import get_method, make_config, method_names
-from diffusers_erasure.training import TrainConfig
+from diffusers_erasure.methods.acterase_pairs import PAIRS
+from diffusers_erasure.settings import Choice, Number, Of, Switch, Whole, check_settings, rules_of
+from diffusers_erasure.training import TrainConfig, TrainingRun
 
 
 # ------------------------------------------------------------------------------------------------------ templates
@@ -70,3 +74,72 @@ def test_the_command_line_takes_bfloat16_for_training_alone(
     monkeypatch.setattr(loading, "load_base", no_model)
     done = CliRunner().invoke(cli.app, ["erase", "cat", "--method", method, "-o", str(tmp_path / "e")])
     assert "no model" in str(done.exception) and asked == [half]
+
+
+# ----------------------------------------------------------------------------------------------------------- ranges
+
+CONFIGS: dict[str, Any] = {**{name: get_method(name).config for name in method_names()}, "training": TrainingRun}
+EVERY = [(name, setting) for name, config in CONFIGS.items() for setting in rules_of(config)]
+WRONG: dict[type, tuple[Any, ...]] = {
+    Whole: (True, 1.0, "1", -1, math.nan),
+    Number: (False, "1", -0.5, math.nan, math.inf),
+    Choice: ("no such", 1, True, ["x"]),
+    Switch: ("yes", 0, 1, 1.0),
+    Of: (1, 0.5, object()),
+}
+
+
+@pytest.mark.parametrize(("name", "setting"), EVERY, ids=" ".join)
+def test_every_setting_is_checked(name: str, setting: str) -> None:
+    """What is of another type or out of range is refused by its name; `None` where it is no default."""
+    rule = rules_of(CONFIGS[name])[setting]
+    for value in (*WRONG[type(rule.range)], *(() if rule.optional else (None,))):
+        with pytest.raises(ErasureInputError, match=f"^`{setting}` must be .*, not |leave `train_set` out") as told:
+            CONFIGS[name](**{setting: value})
+        assert repr(value) in str(told.value) or setting == "train_set"
+
+
+@pytest.mark.parametrize(
+    ("rule", "inside", "outside", "text", "expected"),
+    [
+        (Whole(least=2), (2, 10**9), (1, 2.0, True), "a whole number, at least 2", "a whole number of at least 2"),
+        (Number(), (0, 0.5, 1e30), (-1e-9,), "a number, at least 0", "a finite number of at least 0"),
+        (Number(above=0), (1e-9, 3), (0, 0.0, -1), "a number above 0", "a finite number above 0"),
+        (Number(below=1), (0, 0.99), (1, 1.5), "a number, at least 0 and below 1", "a finite number of at least 0 and below 1"),
+        (Number(above=0, most=1), (1, 0.1), (0, 1.1), "a number above 0 and at most 1", "a finite number above 0 and at most 1"),
+        (Choice(("x", "y")), ("x", "y"), ("z", None), "one of x, y", "one of ['x', 'y']"),
+        (Switch(), (True, False), (0, None, "no"), "yes or no", "True or False"),
+        (Of("a prompt", str), ("", "a"), (1, None), "a prompt", "a prompt"),
+    ],
+)  # fmt: skip
+def test_ranges(rule: Any, inside: tuple[Any, ...], outside: tuple[Any, ...], text: str, expected: str) -> None:
+    assert all(map(rule.holds, inside)) and not any(map(rule.holds, outside))
+    assert (rule.text, rule.expected) == (text, expected)
+
+
+def test_a_field_without_a_range_is_a_mistake_of_the_method() -> None:
+    @dataclasses.dataclass
+    class Config:
+        rank: int = 1
+
+    with pytest.raises(TypeError, match=r"Config\.rank has no range"):
+        check_settings(Config())
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_presets_are_named_and_within_the_ranges(name: str) -> None:
+    """The choices of `preset` are those that the module has; with each of them every setting is one."""
+    config = get_method(name).config
+    rules = rules_of(config)
+    module = importlib.import_module(config.__module__)
+    known = getattr(module, "PRESETS", PAIRS if name == "acterase" else {})
+    choices = rules["preset"].range.values if "preset" in rules else ()
+    assert sorted(choices) == sorted(known) and ("published" in rules) == hasattr(module, "PUBLISHED")
+    for preset in choices:
+        for published in (False, True) if "published" in rules else (None,):
+            made = config(preset=preset, **({} if published is None else {"published": published}))
+            check_settings(made)
+            stated = module.PUBLISHED if published else known
+            stated = stated.get(preset, stated)
+            for setting, value in stated.items() if isinstance(stated, dict) else ():
+                assert setting == "anchor" or getattr(made, setting) == value, setting

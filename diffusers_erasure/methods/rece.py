@@ -13,28 +13,26 @@ X are the rows of the concepts, G those of their anchors, R what is retained. Th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 from ..artifact import Erasure
 from ..base_model import text_readers
-from ..errors import ErasureInputError
 from ..schema import Concept
+from ..settings import Number, Whole
 from . import base_sums
 from .publishing import POOLED_SITE, Factors, kept_names, make_erasure, pooled_linear, report
 from .rows import (
     POOLED,
     ROWS,
-    WHICH,
     KeptRows,
     TargetRows,
+    Templates,
     TextConfig,
     Which,
     kept_rows,
-    number,
-    one_of,
     target_rows,
 )
 from .speed import with_anchors
@@ -113,35 +111,22 @@ class Config(TextConfig):
     preset: Literal["object", "hard_object", "artist", "nudity", "unsafe"] = "object"
     published: bool = False
     rows: Which | None = None
-    templates: str | Sequence[str] | None = None
+    templates: Templates = None
     adversarial_rows: Which | None = None
     retain_rows: Literal["all", "last"] = "all"
-    epochs: int | None = None
-    reg: float | None = None
+    epochs: Annotated[int | None, Whole(least=0)] = None
+    reg: Annotated[float | None, Number(above=0)] = None
     keep_erased: bool | None = None
-    lamb: float | None = None
-    retain_scale: float | None = None
-    uce_lamb: float | None = None
-    uce_retain_scale: float | None = None
+    lamb: Annotated[float | None, Number(above=0)] = None
+    retain_scale: Annotated[float | None, Number()] = None
+    uce_lamb: Annotated[float | None, Number(above=0)] = None
+    uce_retain_scale: Annotated[float | None, Number()] = None
     units: Literal["absolute", "relative"] | None = None
     layer: Literal["text_map", "lora"] = "text_map"
 
-    def __post_init__(self) -> None:
-        one_of("preset", self.preset, tuple(PRESETS))
-        one_of("units", self.units, ("absolute", "relative", None))
-        one_of("adversarial_rows", self.adversarial_rows, WHICH)
-        one_of("retain_rows", self.retain_rows, ("all", "last"))
-        one_of("layer", self.layer, ("lora", "text_map"))
-        for name, value in (PUBLISHED if self.published else PRESETS)[self.preset].items():
-            if name != "anchor" and getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        super().__post_init__()
-        for name in ("retain_scale", "uce_retain_scale"):
-            number(name, getattr(self, name))
-        for name in ("reg", "lamb", "uce_lamb"):
-            number(name, getattr(self, name), above=True)
-        if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 0:
-            raise ErasureInputError(f"`epochs` must be a whole number of at least 0, not {self.epochs!r}.")
+    def filled(self) -> Mapping[str, Any]:
+        chosen = (PUBLISHED if self.published else PRESETS)[self.preset]
+        return {name: value for name, value in chosen.items() if name != "anchor"}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from ..training import TrainConfig, TrainingRun, fit_by_training
 from ..training.objective import STUDENT, Step, squares
 from ..training.pool import Example
 from ..training.sampler import SAMPLE
-from .rows import one_of
 
 
 logger = get_logger(__name__)
@@ -83,12 +82,7 @@ class Config(TrainConfig):
     sample_with: Literal["joined", "own"] = "joined"
 
     def filled(self) -> dict[str, Any]:
-        one_of("preset", self.preset, tuple(PRESETS))
         return PUBLISHED if self.published else PRESETS[self.preset]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("sample_with", self.sample_with, ("joined", "own"))
 
 
 class Objective:

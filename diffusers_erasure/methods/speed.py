@@ -12,7 +12,7 @@ directed prior augmentation (DPA) adds variants of the rest along W's least dire
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -21,10 +21,11 @@ from ..base_model import plain_weight, text_readers, weight_times
 from ..errors import ErasureInputError
 from ..logging import get_logger
 from ..schema import Concept
+from ..settings import Number, Whole
 from . import base_sums
 from .nullspace import Influence, edit, kept_directions, refine
 from .publishing import POOLED_SITE, Factors, as_lora, kept_names, make_erasure, padded, pooled_linear, report
-from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, Which, kept_rows, number, one_of, target_rows
+from .rows import POOLED, ROWS, KeptRows, TargetRows, Templates, TextConfig, Which, kept_rows, target_rows
 
 
 logger = get_logger(__name__)
@@ -107,38 +108,24 @@ class Config(TextConfig):
     published: bool = False
     params: Literal["V", "K", "KV"] | None = None
     rows: Which | None = None
-    templates: str | Sequence[str] | None = None
+    templates: Templates = None
     retain_rows: Literal["last", "all"] | None = None
     retain_templates: bool | None = None
     units: Literal["absolute", "relative"] | None = None
     filter: bool | None = None
-    augment: int | None = None
-    chunk: int = 128
-    threshold: float | None = None
-    ridge: float | None = None
-    lamb: float | None = None
-    centres: int = 3
-    adversarial: int = 0
-    reg: float = 0.1
-    seed: int = 0
+    augment: Annotated[int | None, Whole(least=0)] = None
+    chunk: Annotated[int, Whole(least=1)] = 128
+    threshold: Annotated[float | None, Number()] = None
+    ridge: Annotated[float | None, Number(above=0)] = None
+    lamb: Annotated[float | None, Number()] = None
+    centres: Annotated[int, Whole(least=0)] = 3
+    adversarial: Annotated[int, Whole(least=0)] = 0
+    reg: Annotated[float, Number(above=0)] = 0.1
+    seed: Annotated[int, Whole(least=0)] = 0
 
-    def __post_init__(self) -> None:
-        one_of("preset", self.preset, tuple(PRESETS))
-        one_of("params", self.params, ("V", "K", "KV", None))
-        one_of("units", self.units, ("absolute", "relative", None))
-        one_of("retain_rows", self.retain_rows, ("last", "all", None))
-        for name, value in (PUBLISHED if self.published else PRESETS)[self.preset].items():
-            if name != "anchor" and getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        super().__post_init__()
-        number("threshold", self.threshold)
-        number("ridge", self.ridge, above=True)
-        number("lamb", self.lamb)
-        number("reg", self.reg, above=True)
-        for name, least in (("augment", 0), ("chunk", 1), ("centres", 0), ("adversarial", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ErasureInputError(f"`{name}` must be a whole number of at least {least}, not {value!r}.")
+    def filled(self) -> Mapping[str, Any]:
+        chosen = (PUBLISHED if self.published else PRESETS)[self.preset]
+        return {name: value for name, value in chosen.items() if name != "anchor"}
 
     @property
     def anchor(self) -> str:

@@ -103,7 +103,7 @@ class Trainer:
         self.examples = objective.examples(concepts, config.template_list())
         targets = [str(concept.target) for concept in concepts]
         kept = config.kept().prompts if config.retain_weight else ()
-        self.near = nearest(pipe, kept, targets, config.retain_nearest) if earlier is None else earlier.near
+        self.near = nearest(pipe, kept, targets, config.retain_nearest or 0) if earlier is None else earlier.near
         self.retained = retained_examples(kept, self.near, config.template_list())
         if len(kept) > len({example.prompts[RETAIN] for example in self.retained}):
             logger.warning(
