@@ -132,13 +132,18 @@ class Rule:
     optional: bool
 
 
-@cache
 def rules_of(kind: type[Any]) -> dict[str, Rule]:
     """What each setting of a dataclass may be, by name, from the annotations of its fields.
 
     Raises:
         TypeError: an annotation does not tell.
     """
+    key: Any = kind  # a class can be hashed, whatever the type checker makes of `type[Any]`
+    return _rules(key)
+
+
+@cache
+def _rules(kind: Any) -> dict[str, Rule]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return {
         item.name: _rule(hints[item.name], f"{kind.__qualname__}.{item.name}") for item in dataclasses.fields(kind)
@@ -167,7 +172,7 @@ def check_settings(config: Any) -> None:
     Raises:
         ErasureInputError: one is not.
     """
-    for name, rule in rules_of(config.__class__).items():
+    for name, rule in rules_of(type(config)).items():
         value = getattr(config, name)
         if not (rule.range.holds(value) or (value is None and rule.optional)):
             raise ErasureInputError(f"`{name}` must be {rule.range.expected}, not {value!r}.")

@@ -95,7 +95,10 @@ def expected_files() -> set[str]:
     assets = {path.relative_to(ROOT).as_posix() for path in ASSETS.rglob("*") if path.is_file()}
     cards = {f"{PACKAGE}/hub_cards/{path.name}" for path in (ROOT / "hub_cards").iterdir() if path.is_file()}
     lists = {path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE / "lists").glob("*.txt")}
-    return {name for name in modules | assets | cards | lists if "__pycache__" not in name} | {f"{PACKAGE}/py.typed"}
+    catalogue = {f"{PACKAGE}/methods/catalogue.json"}
+    return {name for name in modules | assets | cards | lists | catalogue if "__pycache__" not in name} | {
+        f"{PACKAGE}/py.typed"
+    }
 
 
 @pytest.fixture(scope="module")

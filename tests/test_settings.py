@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import inspect
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from diffusers_erasure import ErasureInputError, cli, erase, loading
 from diffusers_erasure.methods import get_method, make_config, method_names
 from diffusers_erasure.methods.acterase_pairs import PAIRS
+from diffusers_erasure.methods.catalogue import FILE, as_json, documented, meanings
 from diffusers_erasure.settings import Choice, Number, Of, Switch, Whole, check_settings, rules_of
 from diffusers_erasure.training import TrainConfig, TrainingRun
 
@@ -143,3 +146,83 @@ def test_presets_are_named_and_within_the_ranges(name: str) -> None:
             stated = stated.get(preset, stated)
             for setting, value in stated.items() if isinstance(stated, dict) else ():
                 assert setting == "anchor" or getattr(made, setting) == value, setting
+
+
+# -------------------------------------------------------------------------------------------------------- the catalogue
+
+
+def test_the_catalogue_in_the_package_is_up_to_date() -> None:
+    assert FILE.read_text(encoding="utf-8") == as_json(), "run `python -m diffusers_erasure.methods.catalogue`"
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_setting_is_documented(name: str) -> None:
+    """In words of its own, without a docstring's marks, and without a parameter that there is not."""
+    config = get_method(name).config
+    told = meanings(config)
+    assert list(told) == [item.name for item in dataclasses.fields(config)]
+    for setting, meaning in told.items():
+        assert len(meaning) > 15 and meaning.endswith(".") and not re.search(r"`|\*|\[\w+\]|see |  ", meaning), setting
+    assert documented(config.__doc__ or "").keys() <= told.keys()
+
+
+def test_what_the_catalogue_says() -> None:
+    """Against the classes themselves: the most derived documentation, ranges, presets and what the authors ran."""
+    found = json.loads(FILE.read_text(encoding="utf-8"))
+    assert list(found) == list(method_names())
+    esd, dumo = (found[name]["settings"] for name in ("esd", "dumo"))
+    assert esd["rank"] == {
+        "meaning": "rank of the LoRA; its alpha is the same, so that its scale is 1.",
+        "range": "a whole number, at least 1",
+        "default": None,
+        "presets": {"style": 4, "object": 8, "nudity": 16},
+        "published": {"style": 4, "object": 8, "nudity": 16},
+    }
+    assert dumo["rank"]["meaning"] == "rank of the compact form's deltas."
+    assert esd["steps"]["presets"] == {} and "25 for each further concept" in esd["steps"]["meaning"]
+    assert esd["steps"]["published"]["nudity"] == 1000 and esd["retain_weight"]["presets"]["style"] == 5.0
+    assert esd["weight_decay"]["presets"]["style"] == 0.0  # of all methods that train
+    assert esd["lr_scheduler"]["range"].startswith("one of constant, constant_with_warmup, linear")
+    assert esd["ema_decay"]["range"] == "a number, at least 0 and below 1"
+    assert found["speed"]["settings"]["filter"]["range"] == "yes or no"
+    assert (found["uce"]["presets"], found["uce"]["has_published"]) == ([], False)
+    assert (found["sdd"]["presets"], found["sdd"]["has_published"]) == (["style", "object", "nudity"], True)
+    assert [name for name, entry in found.items() if entry["trains"]] == ["dumo", "esd", "sdd"]
+    assert [name for name, entry in found.items() if entry["resumable"]] == ["acterase", "dumo", "esd", "sdd"]
+    assert [name for name, entry in found.items() if not entry["retains"]] == ["acterase"]
+    assert "`blend`" in found["acterase"]["instead_of_retain"] and found["uce"]["instead_of_retain"] == ""
+
+
+def test_several_settings_in_one_entry_and_a_derived_class() -> None:
+    class Base:
+        """A base.
+
+        Args:
+            first, second (`int`, *optional*): both, see
+                [`Base`]. `"x"` is
+                **one**.
+            third (`str` or a tuple of `str`), fourth (`int`): an end: with a colon.
+
+        Text that is no setting: not this one.
+        """
+
+    @dataclasses.dataclass
+    class Derived(Base):
+        """A derived class.
+
+        Args:
+            second (`int`): another.
+        """
+
+        first: int = 0
+        second: int = 0
+        third: str = ""
+        fourth: int = 0
+        fifth: int = 0
+
+    assert meanings(Derived) == {
+        "first": 'both. "x" is one.',
+        "second": "another.",
+        "third": "an end: with a colon.",
+        "fourth": "an end: with a colon.",
+    }

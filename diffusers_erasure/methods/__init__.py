@@ -26,6 +26,7 @@ class Declared:
     instead: str = ""
 
 
+# `python -m diffusers_erasure.methods.catalogue` writes down again what is told about them.
 # A method is a module of its name. It has `Config`, a dataclass of settings, `fit(pipe, concepts, config)` (with a further
 # `run` where it is resumable) and, where erasures can be solved again, `refit(pipe, concepts, config, rows)`.
 _REGISTRY: dict[str, Declared] = {

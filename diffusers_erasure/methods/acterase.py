@@ -68,12 +68,12 @@ class Config:
         pairs (sequence of pairs of `str`, *optional*): one's own `(without, with)`. `{}` is the anchor on the left and the
             target on the right, which each right side needs where several concepts are erased.
         num_pairs (`int`, *optional*, defaults to 24): pairs that are denoised, each from noise of its own.
-        importance (`"activation"` or `"wanda"`, *optional*, defaults to `"activation"`): I as above, or times the norm of the
-            column of the weight that reads the unit.
-        tau (`float`, *optional*, defaults to 0.25): quantile of I_s over the units of a site, from 0 to below 1. Units that
-            matter less without the concept are left alone; with 0 none are.
-        top (`float`, *optional*, defaults to 0.1): of the units of a site keep at most this share, those with the largest
-            I_t - I_s; `None` for all.
+        importance (`"activation"` or `"wanda"`, *optional*, defaults to `"activation"`): how much a unit matters: by the root
+            mean square of its share in the activation, or by that times the norm of the weight's column that reads it.
+        tau (`float`, *optional*, defaults to 0.25): quantile of the importance without the concept over the units of a site.
+            Units that matter less are left alone; with 0 none are.
+        top (`float`, *optional*, defaults to 0.1): of the units of a site change at most this share, those whose
+            importance the concept raises most; `None` for all.
         blend (`float`, *optional*, defaults to 2.0): how far a unit is moved at strength 1: with 1 to its mean, as published,
             with 2 as far again beyond it.
         sites (`"ff"`, `"attn"`, `"attn1"`, `"attn2"`, `"ff+attn2"` or `"all"`, *optional*, defaults to `"ff"`): what is patched:
@@ -81,13 +81,13 @@ class Config:
         blocks (`"all"`, `"up"`, `"mid"` or `"down"`, *optional*, defaults to `"all"`): in which blocks of the UNet.
         by_timestep (`bool`, *optional*, defaults to `True`): a mask and means for each of several timesteps. `False` pools all
             timesteps: such an erasure can be fused into the weights (`pipe.fuse_erasures()`), and then costs nothing.
-        timesteps (`int`, *optional*, defaults to 20): how many are stored, evenly over the run.
+        timesteps (`int`, *optional*, defaults to 20): how many timesteps are stored, evenly over the run.
         rows (`"conditional"` or `"all"`, *optional*, defaults to `"conditional"`): which branches of classifier-free guidance
             are observed. Both are patched.
         num_inference_steps (`int`, *optional*, defaults to 30): DDIM steps of the calibration.
-        guidance_scale (`float`, *optional*, defaults to 7.5): of the calibration; 1 is none.
+        guidance_scale (`float`, *optional*, defaults to 7.5): classifier-free guidance of the calibration; 1 is none.
         batch_size (`int`, *optional*, defaults to 4): pairs that are denoised at once.
-        seed (`int`, *optional*, defaults to 0): of the noise.
+        seed (`int`, *optional*, defaults to 0): seed of the noise.
     """
 
     preset: Literal["object", "style", "nudity"] = "object"

@@ -49,17 +49,20 @@ class Config(TrainConfig):
     """Settings of DuMo, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
 
     Args:
-        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the task.
+        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
+            is not given is chosen for it.
+        train_set (*optional*): to be left out: DuMo trains a network of its own.
+        rank (`int`, *optional*): rank of the compact form's deltas.
+        steps (`int`, *optional*): optimiser steps of stage 1.
+        learning_rate (`float`, *optional*): AdamW's learning rate in stage 1.
         form (`"compact"` or `"full"`, *optional*): low-rank deltas on the frozen encoder (of `rank`; 30 MB in float16 for
             Stable Diffusion 1.x with whole convolutions), or a whole copy as published (720 MB).
         zero_rank (`int`, *optional*): rank of the 1x1 convolutions, 16 by default: whole ones, as published (0), learn faster
             than the encoder's deltas, and worse.
         eta (`float`, *optional*): strength of the negative guidance, in the units of ESD's paper.
         schedule_steps (`int`, *optional*): steps of stage 2; 0 for no schedule.
-        schedule_learning_rate (`float`, *optional*, defaults to 0.02): of stage 2.
+        schedule_learning_rate (`float`, *optional*, defaults to 0.02): AdamW's learning rate in stage 2.
         bins (`int`, *optional*, defaults to 20): rows of the schedule, as published.
-
-    `train_set` has no meaning here.
     """
 
     preset: Literal["style", "object", "nudity"] = "object"

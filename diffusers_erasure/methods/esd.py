@@ -69,10 +69,12 @@ class Config(TrainConfig):
     """Settings of ESD, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
 
     Args:
-        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the task.
+        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
+            is not given is chosen for it.
         published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (fresh on-policy
             denoising of 50 steps for every sample, no templates) instead of this library's.
-        formula (`"paper"` or `"newer"`, *optional*): the target, see the module.
+        formula (`"paper"` or `"newer"`, *optional*): the prediction from which the guidance away from the concept starts: the
+            anchor's (`"paper"`), or that of `erase_from`, by default the concept's own (`"newer"`); see the module.
         eta (`float`, *optional*): strength of the negative guidance, in the units of the formula.
         erase_from (`str`, *optional*): with `"newer"`: erase the concept from what this prompt draws; one for all concepts.
     """

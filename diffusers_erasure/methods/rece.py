@@ -84,28 +84,35 @@ class Config(TextConfig):
 
     Args:
         preset (`"object"`, `"hard_object"`, `"artist"`, `"nudity"` or `"unsafe"`, *optional*, defaults to `"object"`): the
-            task. The authors call objects hard that one epoch with a large `reg` does not remove.
+            kind of concept; what is not given is chosen for it. The authors call objects hard that one epoch with a large
+            `reg` does not remove.
         published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (window rows, no
             templates, absolute units) instead of this library's.
-        rows, templates (*optional*): which rows of a target UCE maps first, see [`TextConfig`].
+        rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target the first edit (UCE) maps: that
+            of its last word piece, that and all after it, all but the start token's, or all; see [`TextConfig`].
+        templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which each target and its
+            anchor are encoded; the name of a set of them, or one's own.
         adversarial_rows (as `rows`, *optional*): for which rows of a target the epochs look for others
             that still reach it.
         retain (tuple of `str`, *optional*): prompts that must not change; with `retain_rows="all"` the empty prompt too.
-        retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt.
+        retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt must not change.
         retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
         epochs (`int`, *optional*): how often rows are looked for and erased; 0 leaves UCE.
         reg (`float`, *optional*): weight of a small adversarial row; the smaller, the farther it may lie.
         keep_erased (`bool`, *optional*): ours: an epoch's edit leaves the targets' own rows where the edits before it have put
             them. As published, they move again with the rows that were found, and may move back.
-        lamb, retain_scale (`float`, *optional*): of an epoch's edit, as in UCE.
-        uce_lamb, uce_retain_scale (`float`, *optional*): of the first edit.
+        lamb (`float`, *optional*): weight of staying near the weights before, in an epoch's edit.
+        retain_scale (`float`, *optional*): weight of the retained rows, in an epoch's edit.
+        uce_lamb (`float`, *optional*): weight of staying near the original, in the first edit.
+        uce_retain_scale (`float`, *optional*): weight of the retained rows, in the first edit.
         units (`"absolute"` or `"relative"`, *optional*): whether these are the published numbers, or shares: `lamb` of the
             targets' mean |x|^2, `retain_scale` of the number of prompts as in UCE, `reg` of the mean square of the
             projections' columns.
         layer (`"text_map"` or `"lora"`, *optional*, defaults to `"text_map"`): how the erasure is published. The map is exact
             and small; a LoRA has the map's rank in every layer, or is truncated (`rank`, `max_error`).
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*), max_error (`float`, *optional*): truncate what is published; the error is recorded.
+        rank (`int`, *optional*): truncate what is published to this rank; the error is recorded.
+        max_error (`float`, *optional*): truncate what is published to the least rank whose relative error is no larger.
     """
 
     preset: Literal["object", "hard_object", "artist", "nudity", "unsafe"] = "object"

@@ -71,7 +71,8 @@ class Config(TrainConfig):
     """Settings of SDD, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
 
     Args:
-        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the task.
+        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
+            is not given is chosen for it.
         published (`bool`, *optional*, defaults to `False`): take the defaults of the authors' code instead of this library's.
         sample_with (`"joined"` or `"own"`, *optional*, defaults to `"joined"`): what noisy latents are denoised with: all the
             concepts, joined by commas (published), or the one that is trained on.

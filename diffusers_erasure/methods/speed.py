@@ -74,11 +74,15 @@ class Config(TextConfig):
     """Settings of SPEED. Those that are `None` come from the preset.
 
     Args:
-        preset (`"instance"`, `"style"`, `"celebrity"` or `"nudity"`, *optional*, defaults to `"instance"`): the task.
+        preset (`"instance"`, `"style"`, `"celebrity"` or `"nudity"`, *optional*, defaults to `"instance"`): the kind of
+            concept; what is not given is chosen for it.
         published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (last rows, no
             templates, absolute units) instead of this library's.
-        params (`"V"`, `"K"` or `"KV"`, *optional*): which projections are edited.
-        rows, templates (*optional*): which rows of a target are mapped, see [`TextConfig`].
+        params (`"V"`, `"K"` or `"KV"`, *optional*): which projections are edited: values, keys or both.
+        rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target are mapped: that of its last word
+            piece, that and all after it, all but the start token's, or all; see [`TextConfig`].
+        templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which each target and its
+            anchor are encoded; the name of a set of them, or one's own.
         retain (tuple of `str`, *optional*): prompts whose rows must not change; the rows of the empty prompt otherwise.
         retain_rows (`"last"` or `"all"`, *optional*): ours, beside the published `"last"`: `"all"` also keeps all further
             rows of the retained prompts, padding included, unfiltered.
@@ -86,7 +90,7 @@ class Config(TextConfig):
         units (`"absolute"` or `"relative"`, *optional*): whether `threshold`, `ridge` and `lamb` are the published numbers,
             which fit rows with |x|^2 of about 750, or shares: `threshold` of the retain set's mean |x|^2, `ridge` of the
             targets' mean |x|^2 and `lamb` of the same, divided by the ridge.
-        filter (`bool`, *optional*): influence-based prior filtering.
+        filter (`bool`, *optional*): influence-based prior filtering: leave out retained rows that the edit hardly touches.
         augment (`int`, *optional*): how often each kept row is augmented; 0 for no augmentation.
         chunk (`int`, *optional*, defaults to 128): rows that are augmented and compared together.
         threshold (`float`, *optional*): directions of the retain set with a larger mean square must not change.
@@ -98,10 +102,11 @@ class Config(TextConfig):
             weights (RECE) are added as targets.
         reg (`float`, *optional*, defaults to 0.1): RECE's weight of a small adversarial row; relative to the mean square of
             the projections' columns where `units` is `"relative"`.
-        seed (`int`, *optional*, defaults to 0): of the augmentation, the chunks and k-means.
+        seed (`int`, *optional*, defaults to 0): seed of the augmentation, the chunks and k-means.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*), max_error (`float`, *optional*): truncate the published LoRA; our presets do, to 1e-3, as
-            the many rows of a window lie close together.
+        rank (`int`, *optional*): truncate the published LoRA to this rank; the error is recorded.
+        max_error (`float`, *optional*): truncate the published LoRA to the least rank whose relative error is no larger; our
+            presets do, as the many rows of a window lie close together.
     """
 
     preset: Literal["instance", "style", "celebrity", "nudity"] = "instance"

@@ -57,7 +57,8 @@ class Config(TextConfig):
         lamb (`float`, *optional*, defaults to 1e-3): weight of staying near the original. Relative to the mean squared
             norm of the targets' rows: the published 0.5 is 7e-4 for Stable Diffusion 1.x (|x|^2 about 750).
         absolute (`bool`, *optional*, defaults to `False`): take `retain_scale` and `lamb` as they are, as published.
-        layer (`"lora"` or `"text_map"`, *optional*, defaults to `"lora"`): how the erasure is published.
+        layer (`"lora"` or `"text_map"`, *optional*, defaults to `"lora"`): how the erasure is published: as a LoRA,
+            or as a map of the text rows.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
         rank (`int`, *optional*): truncate to this rank; the error is recorded. The exact rank by default.
         max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger.

@@ -32,32 +32,33 @@ class TrainConfig:
             `"none"` (the concept alone, as published), `"object"`, `"style"`, `"person"`, `"object_context"`,
             `"style_context"`, or one's own.
         retain (tuple of `str`, *optional*): prompts for which the prediction must stay that of the base.
-        retain_weight (`float`, *optional*): weight of that in the loss; no effect without `retain`.
+        retain_weight (`float`, *optional*): weight of the retained prompts in the loss; no effect without `retain`.
         retain_nearest (`int`, *optional*, defaults to 8): half of the retained samples are of the so many prompts that lie
             nearest to a target; they are the ones that would change most.
         steps (`int`, *optional*): optimiser steps. By default 300, and 25 for each further concept.
         batch_size (`int`, *optional*): noisy latents of the concepts in a step, for each process; as many of retained
             prompts come on top.
         accumulation (`int`, *optional*, defaults to 1): batches whose gradients make one step.
-        learning_rate (`float`, *optional*): AdamW's. By default 1e-4 for text rows as large as those of Stable Diffusion 1.x,
-            and more in proportion where they are smaller: a LoRA does in proportion to what it reads.
-        weight_decay (`float`, *optional*): AdamW's.
+        learning_rate (`float`, *optional*): AdamW's learning rate. By default 1e-4 for text rows as large as those of Stable
+            Diffusion 1.x, and more in proportion where they are smaller: a LoRA does in proportion to what it reads.
+        weight_decay (`float`, *optional*): AdamW's weight decay.
         lr_scheduler (`str`, *optional*): one of diffusers' schedules: `"constant"`, `"constant_with_warmup"`,
             `"linear"`, `"cosine"`, `"cosine_with_restarts"` or `"polynomial"`.
         lr_warmup_steps (`int`, *optional*, defaults to 0): steps over which the learning rate rises.
         max_grad_norm (`float`, *optional*, defaults to 1.0): gradients are scaled down to this norm.
-        ema_decay (`float`, *optional*): decay of the moving average of the LoRA; none is kept without it.
-        save (`"student"` or `"ema"`, *optional*): which of the two becomes the erasure.
+        ema_decay (`float`, *optional*): decay of the moving average of what is trained; none is kept without it.
+        save (`"student"` or `"ema"`, *optional*): what becomes the erasure: what was trained, or its moving average.
         policy (`"base"`, `"student"` or `"ema"`, *optional*): whose denoising gives the noisy latents. With `"base"` the
             base's predictions along it are also the teacher's, so that a step is one forward pass.
         trajectories (`int`, *optional*): trajectories in the pool, each of `num_inference_steps` noisy latents; 0 for no
             pool: every sample is denoised anew, as published. By default 16, or two a concept if these are more.
         refresh_every (`int`, *optional*, defaults to 20): with the policies `"student"` and `"ema"`: steps after which the
             oldest trajectories of the pool are drawn again.
-        refresh (`int`, *optional*, defaults to 4): how many of them.
+        refresh (`int`, *optional*, defaults to 4): how many trajectories are drawn again each time.
         num_inference_steps (`int`, *optional*): steps N of the DDIM sampler that denoises; a noisy latent lies after k of them.
-        guidance_scale (`float`, *optional*): of that sampler; 1 is none.
-        gradient_checkpointing (`bool`, *optional*, defaults to `False`): less memory, for more time.
+        guidance_scale (`float`, *optional*): classifier-free guidance of the sampler that denoises; 1 is none.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): compute activations again in the backward pass: less
+            memory, for more time.
         resolution (`int`, *optional*): pixels of a side; the base's own by default.
         seed (`int`, *optional*, defaults to 0): everything random depends on it and on the step, nothing on the process.
     """
