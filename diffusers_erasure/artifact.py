@@ -27,6 +27,7 @@ from .schema import (
     LayerSpec,
     SolveSpec,
 )
+from .showing import as_html, as_text, erasure_rows
 
 
 if TYPE_CHECKING:
@@ -78,6 +79,12 @@ class Erasure:
             strangers = sorted(set(self.tensors[name]) - used[name])
             if strangers:
                 raise ErasureFileError(f"{name} holds tensors that no layer uses: {[s[:120] for s in strangers[:3]]}.")
+
+    def __repr__(self) -> str:
+        return as_text("Erasure", erasure_rows(self))
+
+    def _repr_html_(self) -> str:
+        return as_html("Erasure", erasure_rows(self))
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -163,17 +170,16 @@ class Erasure:
         )
         return Erasure(config, self.tensors, self.source, self.revision)
 
-    def cast(self, dtype: torch.dtype) -> "Erasure":
+    def cast(self, dtype: "torch.dtype | str") -> "Erasure":
         """Return a copy with its tensors in another dtype; the additional error is added to `stock.max_error`.
 
         Args:
-            dtype (`torch.dtype`): `torch.float32`, `torch.float16` or `torch.bfloat16`.
+            dtype (`torch.dtype` or `str`): `torch.float32`, `torch.float16` or `torch.bfloat16`, or its name.
 
         Raises:
             ErasureInputError: another dtype, or a value that the dtype cannot hold.
         """
-        if dtype not in tensor_io.DTYPES:
-            raise ErasureInputError(f"Tensors can be saved as float32, float16 or bfloat16, not as {dtype}.")
+        dtype = tensor_io.dtype_of(dtype)
         tensors = {
             name: {k: v.to(dtype) if v.dtype.is_floating_point else v for k, v in items.items()}
             for name, items in self.tensors.items()
@@ -190,7 +196,7 @@ class Erasure:
 
     # ------------------------------------------------------------------------------------------------- writing
 
-    def to_files(self, *, dtype: torch.dtype | None = None, redact_concepts: bool = False) -> dict[str, bytes]:
+    def to_files(self, *, dtype: torch.dtype | str | None = None, redact_concepts: bool = False) -> dict[str, bytes]:
         """Serialise to `{file name: content}`; the same erasure always gives the same bytes.
 
         Raises:
@@ -212,7 +218,7 @@ class Erasure:
         self,
         save_directory: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         redact_concepts: bool = False,
     ) -> list[Path]:
         """Save the erasure to a folder: `README.md`, `erasure_config.json` and one or two safetensors files.
@@ -221,7 +227,7 @@ class Erasure:
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
-            dtype (`torch.dtype`, *optional*): dtype of the tensors; as they are by default (float32).
+            dtype (`torch.dtype` or `str`, *optional*): dtype of the tensors; as they are by default (float32).
             redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names.
 
         Returns:
@@ -239,7 +245,7 @@ class Erasure:
         revision: str | None = None,
         create_pr: bool = False,
         commit_message: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         redact_concepts: bool = False,
         grid: "Image.Image | None" = None,
         license: str | None = None,
@@ -257,7 +263,7 @@ class Erasure:
             revision (`str`, *optional*): the branch, created from the main one where it does not exist; main by default.
             create_pr (`bool`, *optional*, defaults to `False`): propose the commit as a pull request.
             commit_message (`str`, *optional*): the commit's message.
-            dtype (`torch.dtype`, *optional*): dtype of the tensors; as they are by default (float32).
+            dtype (`torch.dtype` or `str`, *optional*): dtype of the tensors; as they are by default (float32).
             redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names.
             grid (`PIL.Image.Image`, *optional*): a picture for the card, of images before and after.
             license (`str`, *optional*): identifier of the licence, for the card's metadata.

@@ -2,7 +2,7 @@
 
 An entry is a safetensors file, named by what it holds and a SHA-256 over everything that it was computed from. It
 appears whole or not at all, so that two processes may write it at the same time, and it holds a SHA-256 of its values,
-so that one that a disk or a lost power supply has damaged is noticed.
+so that one that a disk or a lost power supply has damaged is noticed. A folder that cannot be used costs time, no result.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ KINDS = {
 HASH = "sha256"  # the tensor that holds the hash of the others, a byte in each of its numbers
 # Only names that `fetch` makes: somebody's own files may lie in the same folder.
 NAME = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{64}}\.safetensors")
+_told: set[Path] = set()  # folders of which it was said in this process that they cannot be used
 LEFT = re.compile(rf"\.({'|'.join(KINDS)})-[0-9a-f]*\..*\.tmp")
 
 
@@ -81,10 +82,8 @@ def fetch(
         make: returns tensors by name, any shape, float64.
 
     Returns:
-        `dict`: float64 tensors, of which 48 bits are kept, in the order of their names.
-
-    Raises:
-        ErasureFileError: the entry cannot be written, for example because the disk is full.
+        `dict`: float64 tensors, of which 48 bits are kept, in the order of their names. Where the entry cannot be
+            written, for example because the disk is full, they are made each time, with one warning in a process.
     """
     folder = cache_dir()
     parts = [] if folder is None else list(key())
@@ -116,6 +115,9 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
         return stored
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        _tell(path, "read", error)
+        return None
     except (OSError, ErasureFileError) as error:
         logger.warning("The cached %s cannot be used and is made again: %s", path, error)
         return None
@@ -131,14 +133,26 @@ def _write(path: Path, data: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):  # `clear` in another process took the temporary file
             os.replace(temporary, path)
     except OSError as error:
-        raise ErasureFileError(
-            f"The cache entry {path} ({len(data)} bytes) cannot be written: {error}. Make room with `diffusers-erasure "
-            f"cache clear`, name another folder in ${VARIABLE}, or set it to `off`."
-        ) from error
+        _tell(path, f"written ({len(data)} bytes)", error)
     finally:
         if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _tell(path: Path, what: str, error: OSError) -> None:
+    """Warn that the folder cannot be used, once in a process: each entry would say the same."""
+    if path.parent in _told:
+        return
+    _told.add(path.parent)
+    logger.warning(
+        "The cache entry %s cannot be %s: %s. It goes on without, and takes longer. Make room with `diffusers-erasure cache "
+        "clear`, name another folder in $%s, or set it to `off`.",
+        path,
+        what,
+        error,
+        VARIABLE,
+    )
 
 
 def entries() -> list[Entry]:

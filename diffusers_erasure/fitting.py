@@ -9,7 +9,7 @@ from .encoding import one_fit
 from .errors import ErasureInputError
 from .lists import expand, retained
 from .logging import get_logger
-from .methods import get_method, make_config, method_names
+from .methods import check_names, get_method, make_config, method_names
 from .pipeline import erasures_disabled
 from .schema import Concept
 
@@ -45,7 +45,8 @@ def erase(
             (see [`read_prompts`]), and names of the lists that the library ships (`"list:artists"`, see
             [`list_names`]). Entries of lists that name a target as whole words are left out.
         method (`str`, *optional*, defaults to `"uce"`): one of `diffusers-erasure methods`.
-        training ([`TrainingRun`], *optional*): for methods that train: checkpoints, resuming, progress and sample images.
+        training ([`TrainingRun`], *optional*): for methods that train, and for `"acterase"`: checkpoints, resuming, progress
+            and (where it trains) sample images.
         settings: the method's own settings.
 
     Returns:
@@ -66,6 +67,7 @@ def erase(
     ```
     """
     entry = get_method(method)
+    check_names(entry, settings if retain is None else [*settings, "retain"])  # before a list is read
     names = expand(targets, "targets")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -86,10 +88,12 @@ def erase(
     if retain is not None:
         settings["retain"] = retained(retain, names)
     config = make_config(entry, settings)
-    if training is not None and not entry.trains:
-        raise ErasureInputError(f"`training` is for methods that train; {method!r} solves a closed form.")
+    if training is not None and not entry.resumable:
+        raise ErasureInputError(
+            f"`training` is for methods that can be interrupted and resumed; {method!r} solves a closed form."
+        )
     with erasures_disabled(pipe), one_fit():
-        erasure = entry.fit(pipe, concepts, config, *([training] if entry.trains else []))
+        erasure = entry.fit(pipe, concepts, config, *([training] if entry.resumable else []))
     assert isinstance(erasure, Erasure)
     logger.info("Made an erasure of %d concepts by %s.", len(concepts), method)
     return erasure

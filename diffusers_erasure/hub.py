@@ -294,7 +294,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
-    dtype: "torch.dtype | None" = None,
+    dtype: "torch.dtype | str | None" = None,
     redact_concepts: bool = False,
     grid: "Image.Image | None" = None,
     license: str | None = None,

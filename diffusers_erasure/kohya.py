@@ -12,7 +12,7 @@ import torch
 from .artifact import Erasure
 from .errors import ErasureError, ErasureInputError
 from .layers.lora import DOWN, UP, pad_rank
-from .tensors import dump
+from .tensors import dtype_of, dump
 
 
 _PREFIXES = {
@@ -21,14 +21,14 @@ _PREFIXES = {
 }
 
 
-def to_kohya(erasure: Erasure, *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> dict[str, torch.Tensor]:
     """Return an erasure as the tensors of a kohya-style LoRA file.
 
     All modules have one rank (padded with zeros) and one alpha, equal to it: readers disagree about anything else.
 
     Args:
         erasure ([`Erasure`]): of `lora` layers alone, for Stable Diffusion 1.x, 2.x or XL.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the factors.
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): of the factors.
 
     Returns:
         `dict`: for each module `lora_unet_….lora_down.weight`, `….lora_up.weight` and `….alpha`.
@@ -37,6 +37,7 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype = torch.float32) -> dict[st
         ErasureInputError: the erasure is of another family, has layers that are no LoRA or modules whose names diffusers
             would not read back, or its values do not fit the dtype.
     """
+    dtype = dtype_of(dtype)
     family = erasure.config.base_model.family
     prefixes = _PREFIXES.get(family)
     others = sorted({layer.kind for layer in erasure.config.layers if layer.kind != "lora"})
@@ -90,13 +91,13 @@ def _marker(
     }
 
 
-def save_kohya(erasure: Erasure, file: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> Path:
+def save_kohya(erasure: Erasure, file: str | os.PathLike[str], *, dtype: torch.dtype | str = torch.float32) -> Path:
     """Save an erasure as a kohya-style LoRA file.
 
     Args:
         erasure ([`Erasure`]): see [`to_kohya`].
         file (`str` or `os.PathLike`): a new file, ending in `.safetensors`.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the factors.
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): of the factors.
 
     Returns:
         `Path`: the file.

@@ -21,7 +21,8 @@ from .fusing import fuse_erasures, unfuse_erasures
 from .logging import get_logger
 from .peft_backend import PeftGuard
 from .provenance import check_not_contained
-from .schema import Concept, LayerSpec
+from .schema import Concept
+from .showing import layer_text
 from .state import components as _components
 from .state import known as _known
 from .state import loaded as _loaded
@@ -155,7 +156,7 @@ def _valid_strength(value: Any) -> float:
 
 def _info(pipe: Any, item: Loaded) -> ErasureInfo:
     config = item.erasure.config
-    layers = tuple(f"{layer.kind} on {layer.component} ({_about(layer)})" for layer in config.layers)
+    layers = tuple(map(layer_text, config.layers))
     kept = fusing.kept_bytes(pipe, item.name)
     return ErasureInfo(
         name=item.name,
@@ -169,12 +170,6 @@ def _info(pipe: Any, item: Loaded) -> ErasureInfo:
         backend="merge" if item.name in fusing.fused_names(pipe) else item.backend,
         kept_bytes=kept,
     )
-
-
-def _about(layer: LayerSpec) -> str:
-    sites = layer.sites[0] if len(layer.sites) == 1 else f"{len(layer.sites)} sites"
-    modified = {"by timestep": layer.schedule, "by prompt": layer.gate}
-    return ", ".join([sites, *(words for words, spec in modified.items() if spec is not None)])
 
 
 def _default_name(src: Any, taken: Mapping[str, Loaded]) -> str:

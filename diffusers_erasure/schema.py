@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ErasureConfigError
+from .showing import as_html, as_text, base_repr, config_rows
 
 
 SCHEMA = "1.0"
@@ -103,9 +104,9 @@ class Component:
     """
 
     class_name: str
-    architecture: str
+    architecture: str = field(repr=False)
     dtype: str | None = None
-    values: str | None = None
+    values: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _require(bool(_SHA256.fullmatch(self.architecture)), "`architecture` must be a SHA-256 in hexadecimal.")
@@ -128,6 +129,9 @@ class BaseModel:
     repo: str | None = None
     revision: str | None = None
     components: dict[str, Component] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return base_repr(self)
 
     def __post_init__(self) -> None:
         _require_names(family=self.family, repo=self.repo, revision=self.revision)
@@ -334,6 +338,12 @@ class ErasureConfig:
     published_strength: float = 1.0
     diagnostics: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return as_text("ErasureConfig", config_rows(self))
+
+    def _repr_html_(self) -> str:
+        return as_html("ErasureConfig", config_rows(self))
 
     def __post_init__(self) -> None:
         _require(0 < len(self.layers) <= MAX_LAYERS, f"An erasure must have 1 to {MAX_LAYERS} `layers`.")

@@ -4,17 +4,32 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 import safetensors.torch
 import torch
 
-from .errors import ErasureFileError
+from .errors import ErasureFileError, ErasureInputError
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PACKED = torch.uint8  # bit masks
 MAX_TENSORS = 65_536
 MAX_HEADER_BYTES = 8 * 2**20
+
+
+def dtype_of(value: Any) -> torch.dtype:
+    """The dtype to save in, from itself or its name, with `torch.` before it or without.
+
+    Raises:
+        ErasureInputError: it is none in which floating-point tensors are saved.
+    """
+    known = {str(dtype): dtype for dtype in DTYPES}
+    name = value if isinstance(value, str) else str(value)
+    name = name if name.startswith("torch.") else f"torch.{name}"
+    if name not in known:
+        raise ErasureInputError(f"Tensors can be saved as float32, float16 or bfloat16, not as {value}.")
+    return known[name]
 
 
 def dump(tensors: Mapping[str, torch.Tensor]) -> bytes:

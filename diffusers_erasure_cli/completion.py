@@ -68,9 +68,11 @@ def settings(context: typer.Context, incomplete: str) -> Iterator[tuple[str, str
     method = catalogue().get(context.params.get("method") or "uce", {"settings": {}})
     name, equals, _ = incomplete.partition("=")
     for setting, entry in method["settings"].items():
+        if setting == "retain":  # an option of its own
+            continue
         if not equals and setting.startswith(incomplete):
             yield f"{setting}=", entry["meaning"]
         elif equals and setting == name:
-            for choice in entry.get("choices", ()):
+            for choice in entry["choices"]:
                 if f"{name}={choice}".startswith(incomplete):
                     yield f"{name}={choice}", ""

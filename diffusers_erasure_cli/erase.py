@@ -97,7 +97,7 @@ def erase(
     from diffusers_erasure.errors import ErasureInputError
     from diffusers_erasure.fitting import erase as make
     from diffusers_erasure.fitting import recipe_of
-    from diffusers_erasure.methods import get_method, make_config
+    from diffusers_erasure.methods import check_names, get_method, make_config
 
     recipe: dict[str, Any] = {"targets": targets, "anchors": anchor, "retain": retain, "method": method or "uce"}
     if config is not None:
@@ -108,11 +108,12 @@ def erase(
         raise ErasureInputError(f"`--set {own[0]}=...` is no setting of a method; it has an option of its own.")
     settings = {**recipe.pop("settings", {}), **settings}
     entry = get_method(recipe["method"])
+    check_names(entry, [*settings, *(["retain"] if recipe["retain"] else [])])
     make_config(entry, settings)  # wrong settings are told before a model is loaded
-    trains = entry.trains
+    resumable, trains = entry.resumable, entry.trains
     folder = checkpoints or _beside(output)
-    run = _run(folder, checkpoint_every, resume, sample_every, sample_prompt or ()) if trains else None
-    if not trains and (checkpoints or resume or sample_every or sample_prompt):
+    run = _run(folder, checkpoint_every, resume, sample_every, sample_prompt or ()) if resumable else None
+    if not resumable and (checkpoints or resume or sample_every or sample_prompt):
         raise ErasureInputError(
             f"{recipe['method']} does not train: there is nothing to checkpoint, resume or sample."
         )
@@ -127,12 +128,12 @@ def erase(
         half="bfloat16" if trains else "float16",
     )
     status = f"making an erasure of {len(recipe['targets'])} concepts by {recipe['method']}"
-    with nullcontext() if trains else err.status(status):
+    with nullcontext() if resumable else err.status(status):
         erasure = make(pipe, **recipe, training=run, **settings)
     if not _is_main():
         return
     files = erasure.save_pretrained(output, dtype=save_dtype(half), redact_concepts=redact)
-    if trains:
+    if resumable:
         from diffusers_erasure.training.checkpoint import clear
 
         clear(folder)  # the erasure is saved: they have done their work

@@ -38,24 +38,25 @@ def _print_method(name: str, entry: dict[str, Any]) -> None:
 
     out.print(Text(f"{name}: {entry['summary']}", style="bold"))
     if not entry["retains"]:
-        out.print(Text(f"It takes no --retain. {entry['instead']}"))
+        out.print(Text(f"It takes no --retain. {entry['instead_of_retain']}"))
     if entry["presets"]:
-        out.print(Text(f"Presets: {', '.join(entry['presets'])}. A preset gives the settings without a default."))
-    table = Table("setting", "meaning", "values", "default", "by preset")
+        out.print(Text(f"Presets (--set preset=NAME): {', '.join(entry['presets'])}."))
+    if entry["has_published"]:
+        out.print(Text("With --set published=true the values are the authors' own: those after the /."))
+    table = Table("setting", "meaning", "values", "default, or by preset", show_lines=True)
     for setting, told in entry["settings"].items():
-        table.add_row(
-            Text(setting),
-            Text(told["meaning"]),
-            Text(told["range"]),
-            Text(_plain(told["default"])),
-            Text(_by_preset(told["presets"])),
-        )
+        default = _plain(told["default"]) or _by_preset(told["presets"], told["published"])
+        option = "--retain" if setting == "retain" else setting
+        table.add_row(*map(Text, (option, told["meaning"], told["range"], default)))
     out.print(table)
 
 
-def _by_preset(values: dict[str, Any]) -> str:
+def _by_preset(ours: dict[str, Any], published: dict[str, Any]) -> str:
     """One value where all presets agree, else one for each."""
-    texts = {name: _plain(value) for name, value in values.items()}
+    texts = {}
+    for name in {**ours, **published}:
+        own, theirs = _plain(ours.get(name)) or "none", _plain(published.get(name)) or "none"
+        texts[name] = own if own == theirs or not published else f"{own} / {theirs}"
     same = set(texts.values())
     return same.pop() if len(same) == 1 else "\n".join(f"{name}: {text}" for name, text in texts.items())
 

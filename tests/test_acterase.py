@@ -386,7 +386,7 @@ def test_pairs_of_the_user(pipe: Any) -> None:
         ({"timesteps": 0}, "timesteps"),
         ({"guidance_scale": 0}, "guidance_scale"),
         ({"by_timestep": "no"}, "by_timestep"),
-        ({"retain": ["dog"]}, "no setting 'retain'"),
+        ({"retain": ["dog"]}, "takes no retained prompts"),
         ({"training": TrainingRun(checkpoint_dir="c", sample_every=1)}, "sample_every"),
         ({"pairs": [("a " + "very " * 30, "b")]}, "tokens"),
     ],

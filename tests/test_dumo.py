@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusers_erasure import Erasure, ErasureInputError, erase, without_schedule
+from diffusers_erasure import Erasure, ErasureInputError, demo, erase, without_schedule
 from diffusers_erasure.schema import TENSOR_FILE
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.epr_student import CHILD, EprStudent, ScheduleStudent
@@ -153,6 +153,32 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     with pytest.raises(ErasureInputError, match="resume"):
         make(pipe, tmp_path, retain=["fox"])
     assert make(pipe, tmp_path, resume=True, retain=["fox"]).to_files() == whole.to_files()
+
+
+def test_released_encoders_are_not_missed_in_stage_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the command line runs it: with `release`, on the embedded model, interrupted in stage 2 and resumed."""
+    settings = {**SMALL, "steps": 2, "schedule_steps": 2, "retain": ["dog", "house"]}
+
+    def made(folder: Path | None = None, **run: Any) -> Erasure:
+        run = {"checkpoint_dir": folder, "checkpoint_every": 1, "progress": False, **run}
+        return erase(demo.load_pipeline(), "cat", method="dumo", training=TrainingRun(**run), **settings)
+
+    whole = made()
+    save, released = loop.Trainer._save, []
+
+    def cutting(self: Any, state: Any) -> None:
+        save(self, state)
+        stage = self.checkpoints.folder.name
+        released.append((stage, self.pipe.text_encoder is None and self.pipe.vae is None))
+        if stage == "stage-2" and state.step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_save", cutting)
+        with pytest.raises(KeyboardInterrupt):
+            made(tmp_path, release=True)
+    assert released == [("stage-1", True), ("stage-1", True), ("stage-2", True)]
+    assert made(tmp_path, release=True, resume=True).to_files() == whole.to_files()
 
 
 def test_without_a_schedule(pipe: Any) -> None:

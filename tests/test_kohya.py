@@ -86,6 +86,27 @@ def test_refused(tmp_path: Path) -> None:
     assert (tmp_path / "there.safetensors").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_a_dtype_may_be_named(tmp_path: Path, name: str) -> None:
+    """In kohya's files and in our own, with `torch.` before the name or without."""
+    erasure, dtype = random_erasure(tiny_sd_pipe(), "lora"), getattr(torch, name)
+    files = erasure.to_files(dtype=dtype)
+    assert erasure.to_files(dtype=name) == files == erasure.to_files(dtype=f"torch.{name}")
+    erasure.save_pretrained(tmp_path / "e", dtype=name)
+    assert Erasure.from_pretrained(tmp_path / "e").to_files() == files
+    assert {tensor.dtype for items in erasure.cast(name).tensors.values() for tensor in items.values()} == {dtype}
+    saved = load_file(save_kohya(erasure, tmp_path / "kohya.safetensors", dtype=name))
+    assert {tensor.dtype for key, tensor in saved.items() if not key.endswith(".alpha")} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", ["half", "float64", "torch.uint8", "", torch.float64, 16])
+def test_another_dtype_is_told(dtype: Any) -> None:
+    erasure = random_erasure(tiny_sd_pipe(), "lora")
+    for save in (erasure.to_files, erasure.cast, lambda dtype: to_kohya(erasure, dtype=dtype)):
+        with pytest.raises(ErasureInputError, match=f"bfloat16, not as {dtype}"):
+            save(dtype=dtype)
+
+
 def test_command_line(tmp_path: Path, demo_pipe: Any) -> None:
     sites = ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",)
     erasure = random_erasure(demo_pipe, "lora", sites)

@@ -14,10 +14,10 @@ here, and so are two things of ours, `top` and `blend`, which is 1 in the paper.
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -32,15 +32,15 @@ from ..layers.lora import find_site
 from ..logging import get_logger
 from ..probes import Moments, inputs_seen
 from ..schema import MAX_LAYERS, TENSOR_FILE, Concept, LayerSpec
+from ..settings import Number, Of, Whole, check_settings
 from ..training.checkpoint import Checkpoints
-from ..training.config import TrainingRun, whole
+from ..training.config import TrainingRun
 from ..training.interrupts import Interrupt, noted
 from ..training.prompts import Prompts
 from ..training.publish import as_erasure, text_components
 from ..training.sampler import EMPTY, SAMPLE, Sampler, guided
 from ..training.student import Published
-from .acterase_pairs import PAIRS, Pair, pairs_for
-from .rows import number, one_of
+from .acterase_pairs import Pair, pairs_for
 
 
 logger = get_logger(__name__)
@@ -54,6 +54,7 @@ SITES = {
     "ff+attn2": (FEED_FORWARD, *ATTENTIONS[1:]),
     "all": (FEED_FORWARD, *ATTENTIONS),
 }
+PAIRS_OF_PROMPTS = "one or more pairs of prompts, (without the concept, with it)"
 BLOCKS = {"all": "", "up": "up_blocks.", "mid": "mid_block.", "down": "down_blocks."}
 
 
@@ -67,12 +68,12 @@ class Config:
         pairs (sequence of pairs of `str`, *optional*): one's own `(without, with)`. `{}` is the anchor on the left and the
             target on the right, which each right side needs where several concepts are erased.
         num_pairs (`int`, *optional*, defaults to 24): pairs that are denoised, each from noise of its own.
-        importance (`"activation"` or `"wanda"`, *optional*, defaults to `"activation"`): I as above, or times the norm of the
-            column of the weight that reads the unit.
-        tau (`float`, *optional*, defaults to 0.25): quantile of I_s over the units of a site, from 0 to below 1. Units that
-            matter less without the concept are left alone; with 0 none are.
-        top (`float`, *optional*, defaults to 0.1): of the units of a site keep at most this share, those with the largest
-            I_t - I_s; `None` for all.
+        importance (`"activation"` or `"wanda"`, *optional*, defaults to `"activation"`): how much a unit matters: by the root
+            mean square of its share in the activation, or by that times the norm of the weight's column that reads it.
+        tau (`float`, *optional*, defaults to 0.25): quantile of the importance without the concept over the units of a site.
+            Units that matter less are left alone; with 0 none are.
+        top (`float`, *optional*, defaults to 0.1): of the units of a site change at most this share, those whose
+            importance the concept raises most; `None` for all.
         blend (`float`, *optional*, defaults to 2.0): how far a unit is moved at strength 1: with 1 to its mean, as published,
             with 2 as far again beyond it.
         sites (`"ff"`, `"attn"`, `"attn1"`, `"attn2"`, `"ff+attn2"` or `"all"`, *optional*, defaults to `"ff"`): what is patched:
@@ -80,49 +81,34 @@ class Config:
         blocks (`"all"`, `"up"`, `"mid"` or `"down"`, *optional*, defaults to `"all"`): in which blocks of the UNet.
         by_timestep (`bool`, *optional*, defaults to `True`): a mask and means for each of several timesteps. `False` pools all
             timesteps: such an erasure can be fused into the weights (`pipe.fuse_erasures()`), and then costs nothing.
-        timesteps (`int`, *optional*, defaults to 20): how many are stored, evenly over the run.
+        timesteps (`int`, *optional*, defaults to 20): how many timesteps are stored, evenly over the run.
         rows (`"conditional"` or `"all"`, *optional*, defaults to `"conditional"`): which branches of classifier-free guidance
             are observed. Both are patched.
         num_inference_steps (`int`, *optional*, defaults to 30): DDIM steps of the calibration.
-        guidance_scale (`float`, *optional*, defaults to 7.5): of the calibration; 1 is none.
+        guidance_scale (`float`, *optional*, defaults to 7.5): classifier-free guidance of the calibration; 1 is none.
         batch_size (`int`, *optional*, defaults to 4): pairs that are denoised at once.
-        seed (`int`, *optional*, defaults to 0): of the noise.
+        seed (`int`, *optional*, defaults to 0): seed of the noise.
     """
 
     preset: Literal["object", "style", "nudity"] = "object"
-    pairs: Sequence[Pair] | None = None
-    num_pairs: int = 24
+    pairs: Annotated[Sequence[Pair] | None, Of(PAIRS_OF_PROMPTS, Iterable)] = None
+    num_pairs: Annotated[int, Whole(least=1)] = 24
     importance: Literal["activation", "wanda"] = "activation"
-    tau: float = 0.25
-    top: float | None = 0.1
-    blend: float = 2.0
+    tau: Annotated[float, Number(below=1)] = 0.25
+    top: Annotated[float | None, Number(above=0, most=1)] = 0.1
+    blend: Annotated[float, Number(above=0)] = 2.0
     sites: Literal["ff", "attn", "attn1", "attn2", "ff+attn2", "all"] = "ff"
     blocks: Literal["all", "up", "mid", "down"] = "all"
     by_timestep: bool = True
-    timesteps: int = 20
+    timesteps: Annotated[int, Whole(least=1)] = 20
     rows: Literal["conditional", "all"] = "conditional"
-    num_inference_steps: int = 30
-    guidance_scale: float = 7.5
-    batch_size: int = 4
-    seed: int = 0
+    num_inference_steps: Annotated[int, Whole(least=1)] = 30
+    guidance_scale: Annotated[float, Number(above=0)] = 7.5
+    batch_size: Annotated[int, Whole(least=1)] = 4
+    seed: Annotated[int, Whole(least=0)] = 0
 
     def __post_init__(self) -> None:
-        one_of("preset", self.preset, tuple(PAIRS))
-        one_of("importance", self.importance, ("activation", "wanda"))
-        one_of("sites", self.sites, tuple(SITES))
-        one_of("blocks", self.blocks, tuple(BLOCKS))
-        one_of("rows", self.rows, ("conditional", "all"))
-        for name in ("num_pairs", "timesteps", "num_inference_steps", "batch_size"):
-            whole(name, getattr(self, name), least=1)
-        whole("seed", self.seed, least=0)
-        number("tau", self.tau, below=1.0)
-        number("top", self.top, above=True, optional=True)
-        number("blend", self.blend, above=True)
-        number("guidance_scale", self.guidance_scale, above=True)
-        if self.top is not None and self.top > 1:
-            raise ErasureInputError(f"`top` is a share of the units, above 0 and at most 1, not {self.top!r}.")
-        if not isinstance(self.by_timestep, bool):
-            raise ErasureInputError(f"`by_timestep` must be True or False, not {self.by_timestep!r}.")
+        check_settings(self)
         if self.pairs is not None:
             object.__setattr__(self, "pairs", _tidy_pairs(self.pairs))
 
@@ -139,7 +125,7 @@ def _tidy_pairs(pairs: Any) -> tuple[Pair, ...]:
         not isinstance(pair, str) and len(pair) == 2 and all(isinstance(side, str) for side in pair) for pair in pairs
     )
     if not plain or not pairs:
-        raise ErasureInputError("`pairs` must be one or more pairs of prompts, (without the concept, with it).")
+        raise ErasureInputError(f"`pairs` must be {PAIRS_OF_PROMPTS}.")
     return tuple((str(left), str(right)) for left, right in pairs)
 
 

@@ -11,20 +11,18 @@ frozen encoder, run a second time, instead of a copy.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ..artifact import Erasure
 from ..errors import ErasureInputError
-from ..layers.epr import FORMS
 from ..logging import get_logger
 from ..schema import Concept
+from ..settings import Number, Whole
 from ..training import Fit, TrainConfig, TrainingRun
-from ..training.config import whole
 from ..training.epr_student import EprStudent, ScheduleStudent
 from ..training.publish import curve
 from .esd import PRESETS as ESD_PRESETS
 from .esd import Objective
-from .rows import number, one_of
 
 
 logger = get_logger(__name__)
@@ -51,41 +49,37 @@ class Config(TrainConfig):
     """Settings of DuMo, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
 
     Args:
-        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the task.
+        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
+            is not given is chosen for it.
+        train_set (*optional*): to be left out: DuMo trains a network of its own.
+        rank (`int`, *optional*): rank of the compact form's deltas.
+        steps (`int`, *optional*): optimiser steps of stage 1.
+        learning_rate (`float`, *optional*): AdamW's learning rate in stage 1.
         form (`"compact"` or `"full"`, *optional*): low-rank deltas on the frozen encoder (of `rank`; 30 MB in float16 for
             Stable Diffusion 1.x with whole convolutions), or a whole copy as published (720 MB).
         zero_rank (`int`, *optional*): rank of the 1x1 convolutions, 16 by default: whole ones, as published (0), learn faster
             than the encoder's deltas, and worse.
         eta (`float`, *optional*): strength of the negative guidance, in the units of ESD's paper.
         schedule_steps (`int`, *optional*): steps of stage 2; 0 for no schedule.
-        schedule_learning_rate (`float`, *optional*, defaults to 0.02): of stage 2.
+        schedule_learning_rate (`float`, *optional*, defaults to 0.02): AdamW's learning rate in stage 2.
         bins (`int`, *optional*, defaults to 20): rows of the schedule, as published.
-
-    `train_set` has no meaning here.
     """
 
     preset: Literal["style", "object", "nudity"] = "object"
     form: Literal["compact", "full"] | None = None
-    zero_rank: int | None = None
-    eta: float | None = None
-    schedule_steps: int | None = None
-    schedule_learning_rate: float = 0.02
-    bins: int = 20
+    zero_rank: Annotated[int | None, Whole(least=0)] = None
+    eta: Annotated[float | None, Number()] = None
+    schedule_steps: Annotated[int | None, Whole(least=0)] = None
+    schedule_learning_rate: Annotated[float, Number(above=0)] = 0.02
+    bins: Annotated[int, Whole(least=1)] = 20
 
     def filled(self) -> dict[str, Any]:
-        one_of("preset", self.preset, tuple(PRESETS))
         return PRESETS[self.preset]
 
     def __post_init__(self) -> None:
         if self.train_set not in (None, "full"):
             raise ErasureInputError("DuMo trains a network of its own, on the whole encoder: leave `train_set` out.")
         super().__post_init__()
-        one_of("form", self.form, FORMS)
-        number("eta", self.eta)
-        number("schedule_learning_rate", self.schedule_learning_rate, above=True)
-        whole("bins", self.bins, least=1)
-        whole("schedule_steps", self.schedule_steps, least=0)
-        whole("zero_rank", self.zero_rank, least=0)
 
 
 def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun | None = None) -> Erasure:

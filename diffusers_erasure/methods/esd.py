@@ -12,18 +12,18 @@ it is erased from, by default c itself. Then the second target is (1 - eta) e*(c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from ..artifact import Erasure
 from ..errors import ErasureInputError
 from ..schema import Concept
+from ..settings import Number, Of
 from ..training import TrainConfig, TrainingRun, fit_by_training
 from ..training.objective import STUDENT, Step, squares
 from ..training.pool import Example
 from ..training.sampler import SAMPLE
-from .rows import number, one_of
 
 
 CONCEPT, NEUTRAL = "concept", "neutral"  # roles
@@ -69,10 +69,12 @@ class Config(TrainConfig):
     """Settings of ESD, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
 
     Args:
-        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the task.
+        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
+            is not given is chosen for it.
         published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (fresh on-policy
             denoising of 50 steps for every sample, no templates) instead of this library's.
-        formula (`"paper"` or `"newer"`, *optional*): the target, see the module.
+        formula (`"paper"` or `"newer"`, *optional*): the prediction from which the guidance away from the concept starts: the
+            anchor's (`"paper"`), or that of `erase_from`, by default the concept's own (`"newer"`); see the module.
         eta (`float`, *optional*): strength of the negative guidance, in the units of the formula.
         erase_from (`str`, *optional*): with `"newer"`: erase the concept from what this prompt draws; one for all concepts.
     """
@@ -80,11 +82,10 @@ class Config(TrainConfig):
     preset: Literal["style", "object", "nudity"] = "object"
     published: bool = False
     formula: Literal["paper", "newer"] | None = None
-    eta: float | None = None
-    erase_from: str | None = None
+    eta: Annotated[float | None, Number()] = None
+    erase_from: Annotated[str | None, Of("a prompt", str)] = None
 
     def filled(self) -> dict[str, Any]:
-        one_of("preset", self.preset, tuple(PRESETS))
         chosen = dict((PUBLISHED if self.published else PRESETS)[self.preset])
         if self.erase_from is not None and self.formula is None:  # only the newer one knows it
             chosen["formula"] = "newer"
@@ -95,8 +96,6 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("formula", self.formula, ("paper", "newer"))
-        number("eta", self.eta)
         if self.erase_from is not None and self.formula != "newer":
             raise ErasureInputError('`erase_from` needs `formula="newer"`.')
         if self.erase_from is not None and not self.erase_from.strip():

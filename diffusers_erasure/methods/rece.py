@@ -13,28 +13,26 @@ X are the rows of the concepts, G those of their anchors, R what is retained. Th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 from ..artifact import Erasure
 from ..base_model import text_readers
-from ..errors import ErasureInputError
 from ..schema import Concept
+from ..settings import Number, Whole
 from . import base_sums
 from .publishing import POOLED_SITE, Factors, kept_names, make_erasure, pooled_linear, report
 from .rows import (
     POOLED,
     ROWS,
-    WHICH,
     KeptRows,
     TargetRows,
+    Templates,
     TextConfig,
     Which,
     kept_rows,
-    number,
-    one_of,
     target_rows,
 )
 from .speed import with_anchors
@@ -86,62 +84,56 @@ class Config(TextConfig):
 
     Args:
         preset (`"object"`, `"hard_object"`, `"artist"`, `"nudity"` or `"unsafe"`, *optional*, defaults to `"object"`): the
-            task. The authors call objects hard that one epoch with a large `reg` does not remove.
+            kind of concept; what is not given is chosen for it. The authors call objects hard that one epoch with a large
+            `reg` does not remove.
         published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (window rows, no
             templates, absolute units) instead of this library's.
-        rows, templates (*optional*): which rows of a target UCE maps first, see [`TextConfig`].
+        rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target the first edit (UCE) maps: that
+            of its last word piece, that and all after it, all but the start token's, or all; see [`TextConfig`].
+        templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which each target and its
+            anchor are encoded; the name of a set of them, or one's own.
         adversarial_rows (as `rows`, *optional*): for which rows of a target the epochs look for others
             that still reach it.
         retain (tuple of `str`, *optional*): prompts that must not change; with `retain_rows="all"` the empty prompt too.
-        retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt.
+        retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt must not change.
         retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
         epochs (`int`, *optional*): how often rows are looked for and erased; 0 leaves UCE.
         reg (`float`, *optional*): weight of a small adversarial row; the smaller, the farther it may lie.
         keep_erased (`bool`, *optional*): ours: an epoch's edit leaves the targets' own rows where the edits before it have put
             them. As published, they move again with the rows that were found, and may move back.
-        lamb, retain_scale (`float`, *optional*): of an epoch's edit, as in UCE.
-        uce_lamb, uce_retain_scale (`float`, *optional*): of the first edit.
+        lamb (`float`, *optional*): weight of staying near the weights before, in an epoch's edit.
+        retain_scale (`float`, *optional*): weight of the retained rows, in an epoch's edit.
+        uce_lamb (`float`, *optional*): weight of staying near the original, in the first edit.
+        uce_retain_scale (`float`, *optional*): weight of the retained rows, in the first edit.
         units (`"absolute"` or `"relative"`, *optional*): whether these are the published numbers, or shares: `lamb` of the
             targets' mean |x|^2, `retain_scale` of the number of prompts as in UCE, `reg` of the mean square of the
             projections' columns.
         layer (`"text_map"` or `"lora"`, *optional*, defaults to `"text_map"`): how the erasure is published. The map is exact
             and small; a LoRA has the map's rank in every layer, or is truncated (`rank`, `max_error`).
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*), max_error (`float`, *optional*): truncate what is published; the error is recorded.
+        rank (`int`, *optional*): truncate what is published to this rank; the error is recorded.
+        max_error (`float`, *optional*): truncate what is published to the least rank whose relative error is no larger.
     """
 
     preset: Literal["object", "hard_object", "artist", "nudity", "unsafe"] = "object"
     published: bool = False
     rows: Which | None = None
-    templates: str | Sequence[str] | None = None
+    templates: Templates = None
     adversarial_rows: Which | None = None
     retain_rows: Literal["all", "last"] = "all"
-    epochs: int | None = None
-    reg: float | None = None
+    epochs: Annotated[int | None, Whole(least=0)] = None
+    reg: Annotated[float | None, Number(above=0)] = None
     keep_erased: bool | None = None
-    lamb: float | None = None
-    retain_scale: float | None = None
-    uce_lamb: float | None = None
-    uce_retain_scale: float | None = None
+    lamb: Annotated[float | None, Number(above=0)] = None
+    retain_scale: Annotated[float | None, Number()] = None
+    uce_lamb: Annotated[float | None, Number(above=0)] = None
+    uce_retain_scale: Annotated[float | None, Number()] = None
     units: Literal["absolute", "relative"] | None = None
     layer: Literal["text_map", "lora"] = "text_map"
 
-    def __post_init__(self) -> None:
-        one_of("preset", self.preset, tuple(PRESETS))
-        one_of("units", self.units, ("absolute", "relative", None))
-        one_of("adversarial_rows", self.adversarial_rows, WHICH)
-        one_of("retain_rows", self.retain_rows, ("all", "last"))
-        one_of("layer", self.layer, ("lora", "text_map"))
-        for name, value in (PUBLISHED if self.published else PRESETS)[self.preset].items():
-            if name != "anchor" and getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        super().__post_init__()
-        for name in ("retain_scale", "uce_retain_scale"):
-            number(name, getattr(self, name))
-        for name in ("reg", "lamb", "uce_lamb"):
-            number(name, getattr(self, name), above=True)
-        if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 0:
-            raise ErasureInputError(f"`epochs` must be a whole number of at least 0, not {self.epochs!r}.")
+    def filled(self) -> Mapping[str, Any]:
+        chosen = (PUBLISHED if self.published else PRESETS)[self.preset]
+        return {name: value for name, value in chosen.items() if name != "anchor"}
 
 
 @dataclass(frozen=True)

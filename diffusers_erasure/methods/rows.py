@@ -1,9 +1,10 @@
 """Which text rows the closed-form methods (UCE, RECE, SPEED) map, and which they keep."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -12,6 +13,7 @@ from ..encoding import all_rows, gram, last_rows, null_rows, pooled_rows
 from ..errors import ErasureInputError
 from ..lists import Retained
 from ..schema import Concept, SolveRows
+from ..settings import Number, Of, Whole, check_settings, fill
 
 
 TEMPLATES = {
@@ -30,7 +32,14 @@ TEMPLATES = {
     "person": ("{}", "a portrait of {}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}"),
 }
 Which = Literal["last", "window", "all", "whole"]
-WHICH = ("last", "window", "all", "whole", None)
+Templates = Annotated[
+    str | Sequence[str] | None,
+    Of(f"one of {', '.join(TEMPLATES)}, or a list of prompts with {{}} for the concept", str, Iterable),
+]
+Retain = Annotated[
+    Retained | Sequence[str],
+    Of("a list of prompts, of files of them and of shipped lists (list:NAME)", Retained, Iterable),
+]
 ROWS, POOLED = "encoder_hidden_states", "text_embeds"  # inputs of the denoiser
 MOST_RECORDED = 65_536  # characters of a user's own list, of the 256 KiB that a configuration may have
 SAME = 1e-7  # singular values below this share of the largest are float32's rounding
@@ -54,19 +63,21 @@ class TextConfig:
     """
 
     rows: Which | None = "last"
-    templates: str | Sequence[str] | None = "object"
-    retain: Retained | Sequence[str] = ()
+    templates: Templates = "object"
+    retain: Retain = ()
     retain_templates: bool | None = False
     pooled: bool = True
-    rank: int | None = None
-    max_error: float | None = None
+    rank: Annotated[int | None, Whole(least=1)] = None
+    max_error: Annotated[float | None, Number(below=1)] = None
+
+    def filled(self) -> Mapping[str, Any]:
+        """What stands for settings that are `None`; a method's config answers with its preset."""
+        return {}
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        fill(self, self.filled())
         tidy_texts(self)
-        one_of("rows", self.rows, WHICH)
-        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
-            raise ErasureInputError(f"`rank` must be a whole number above 0, not {self.rank!r}.")
-        number("max_error", self.max_error, below=1.0, optional=True)
 
     def template_list(self) -> tuple[str, ...]:
         """The templates themselves."""
@@ -94,8 +105,24 @@ def tidy_texts(config: Any) -> None:
     if isinstance(config.templates, Sequence) and not isinstance(config.templates, str):
         object.__setattr__(config, "templates", tuple(config.templates))
     for template in template_list(config.templates):
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ErasureInputError(f"The template {template!r} must hold {{}} once, for the concept.")
+        check_template(template)
+
+
+def check_template(template: Any) -> None:
+    """See that `template.format(concept)` puts the concept in once, and asks for nothing else.
+
+    Raises:
+        ErasureInputError: it is no such text.
+    """
+    try:
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
+    except (TypeError, ValueError):  # no text, or a brace alone
+        fields = []
+    if [field[1:] for field in fields] != [("", "", None)]:
+        raise ErasureInputError(
+            f"The template {template!r} must hold {{}} once, for the concept, and no other braces; a brace that belongs to "
+            "the prompt is doubled, as in {{ and }}."
+        )
 
 
 def template_list(templates: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -120,31 +147,6 @@ def recorded_settings(config: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not all(source.startswith("list:") for source in kept.source):
         secret.append("retain")
     return settings, tuple(sorted(secret))
-
-
-def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Check a setting that has a few values."""
-    if not any(value is each or (isinstance(value, str) and value == each) for each in allowed):
-        raise ErasureInputError(f"`{name}` must be one of {[each for each in allowed if each]}, not {value!r}.")
-
-
-def number(
-    name: str,
-    value: Any,
-    *,
-    least: float = 0.0,
-    below: float = float("inf"),
-    above: bool = False,
-    optional: bool = False,
-) -> None:
-    """Check a finite number with a least value (itself excluded where `above`)."""
-    if value is None and optional:
-        return
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if not plain or not least <= value < below or (above and value == least):
-        bound = f"above {least:g}" if above else f"of at least {least:g}"
-        bound += "" if below == float("inf") else f" and below {below:g}"
-        raise ErasureInputError(f"`{name}` must be a finite number {bound}, not {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from ..training import TrainConfig, TrainingRun, fit_by_training
 from ..training.objective import STUDENT, Step, squares
 from ..training.pool import Example
 from ..training.sampler import SAMPLE
-from .rows import one_of
 
 
 logger = get_logger(__name__)
@@ -72,7 +71,8 @@ class Config(TrainConfig):
     """Settings of SDD, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
 
     Args:
-        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the task.
+        preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
+            is not given is chosen for it.
         published (`bool`, *optional*, defaults to `False`): take the defaults of the authors' code instead of this library's.
         sample_with (`"joined"` or `"own"`, *optional*, defaults to `"joined"`): what noisy latents are denoised with: all the
             concepts, joined by commas (published), or the one that is trained on.
@@ -83,12 +83,7 @@ class Config(TrainConfig):
     sample_with: Literal["joined", "own"] = "joined"
 
     def filled(self) -> dict[str, Any]:
-        one_of("preset", self.preset, tuple(PRESETS))
         return PUBLISHED if self.published else PRESETS[self.preset]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("sample_with", self.sample_with, ("joined", "own"))
 
 
 class Objective:

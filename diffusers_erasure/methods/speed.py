@@ -12,7 +12,7 @@ directed prior augmentation (DPA) adds variants of the rest along W's least dire
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -21,10 +21,11 @@ from ..base_model import plain_weight, text_readers, weight_times
 from ..errors import ErasureInputError
 from ..logging import get_logger
 from ..schema import Concept
+from ..settings import Number, Whole
 from . import base_sums
 from .nullspace import Influence, edit, kept_directions, refine
 from .publishing import POOLED_SITE, Factors, as_lora, kept_names, make_erasure, padded, pooled_linear, report
-from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, Which, kept_rows, number, one_of, target_rows
+from .rows import POOLED, ROWS, KeptRows, TargetRows, Templates, TextConfig, Which, kept_rows, target_rows
 
 
 logger = get_logger(__name__)
@@ -73,11 +74,15 @@ class Config(TextConfig):
     """Settings of SPEED. Those that are `None` come from the preset.
 
     Args:
-        preset (`"instance"`, `"style"`, `"celebrity"` or `"nudity"`, *optional*, defaults to `"instance"`): the task.
+        preset (`"instance"`, `"style"`, `"celebrity"` or `"nudity"`, *optional*, defaults to `"instance"`): the kind of
+            concept; what is not given is chosen for it.
         published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (last rows, no
             templates, absolute units) instead of this library's.
-        params (`"V"`, `"K"` or `"KV"`, *optional*): which projections are edited.
-        rows, templates (*optional*): which rows of a target are mapped, see [`TextConfig`].
+        params (`"V"`, `"K"` or `"KV"`, *optional*): which projections are edited: values, keys or both.
+        rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target are mapped: that of its last word
+            piece, that and all after it, all but the start token's, or all; see [`TextConfig`].
+        templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which each target and its
+            anchor are encoded; the name of a set of them, or one's own.
         retain (tuple of `str`, *optional*): prompts whose rows must not change; the rows of the empty prompt otherwise.
         retain_rows (`"last"` or `"all"`, *optional*): ours, beside the published `"last"`: `"all"` also keeps all further
             rows of the retained prompts, padding included, unfiltered.
@@ -85,7 +90,7 @@ class Config(TextConfig):
         units (`"absolute"` or `"relative"`, *optional*): whether `threshold`, `ridge` and `lamb` are the published numbers,
             which fit rows with |x|^2 of about 750, or shares: `threshold` of the retain set's mean |x|^2, `ridge` of the
             targets' mean |x|^2 and `lamb` of the same, divided by the ridge.
-        filter (`bool`, *optional*): influence-based prior filtering.
+        filter (`bool`, *optional*): influence-based prior filtering: leave out retained rows that the edit hardly touches.
         augment (`int`, *optional*): how often each kept row is augmented; 0 for no augmentation.
         chunk (`int`, *optional*, defaults to 128): rows that are augmented and compared together.
         threshold (`float`, *optional*): directions of the retain set with a larger mean square must not change.
@@ -97,48 +102,35 @@ class Config(TextConfig):
             weights (RECE) are added as targets.
         reg (`float`, *optional*, defaults to 0.1): RECE's weight of a small adversarial row; relative to the mean square of
             the projections' columns where `units` is `"relative"`.
-        seed (`int`, *optional*, defaults to 0): of the augmentation, the chunks and k-means.
+        seed (`int`, *optional*, defaults to 0): seed of the augmentation, the chunks and k-means.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*), max_error (`float`, *optional*): truncate the published LoRA; our presets do, to 1e-3, as
-            the many rows of a window lie close together.
+        rank (`int`, *optional*): truncate the published LoRA to this rank; the error is recorded.
+        max_error (`float`, *optional*): truncate the published LoRA to the least rank whose relative error is no larger; our
+            presets do, as the many rows of a window lie close together.
     """
 
     preset: Literal["instance", "style", "celebrity", "nudity"] = "instance"
     published: bool = False
     params: Literal["V", "K", "KV"] | None = None
     rows: Which | None = None
-    templates: str | Sequence[str] | None = None
+    templates: Templates = None
     retain_rows: Literal["last", "all"] | None = None
     retain_templates: bool | None = None
     units: Literal["absolute", "relative"] | None = None
     filter: bool | None = None
-    augment: int | None = None
-    chunk: int = 128
-    threshold: float | None = None
-    ridge: float | None = None
-    lamb: float | None = None
-    centres: int = 3
-    adversarial: int = 0
-    reg: float = 0.1
-    seed: int = 0
+    augment: Annotated[int | None, Whole(least=0)] = None
+    chunk: Annotated[int, Whole(least=1)] = 128
+    threshold: Annotated[float | None, Number()] = None
+    ridge: Annotated[float | None, Number(above=0)] = None
+    lamb: Annotated[float | None, Number()] = None
+    centres: Annotated[int, Whole(least=0)] = 3
+    adversarial: Annotated[int, Whole(least=0)] = 0
+    reg: Annotated[float, Number(above=0)] = 0.1
+    seed: Annotated[int, Whole(least=0)] = 0
 
-    def __post_init__(self) -> None:
-        one_of("preset", self.preset, tuple(PRESETS))
-        one_of("params", self.params, ("V", "K", "KV", None))
-        one_of("units", self.units, ("absolute", "relative", None))
-        one_of("retain_rows", self.retain_rows, ("last", "all", None))
-        for name, value in (PUBLISHED if self.published else PRESETS)[self.preset].items():
-            if name != "anchor" and getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        super().__post_init__()
-        number("threshold", self.threshold)
-        number("ridge", self.ridge, above=True)
-        number("lamb", self.lamb)
-        number("reg", self.reg, above=True)
-        for name, least in (("augment", 0), ("chunk", 1), ("centres", 0), ("adversarial", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ErasureInputError(f"`{name}` must be a whole number of at least {least}, not {value!r}.")
+    def filled(self) -> Mapping[str, Any]:
+        chosen = (PUBLISHED if self.published else PRESETS)[self.preset]
+        return {name: value for name, value in chosen.items() if name != "anchor"}
 
     @property
     def anchor(self) -> str:

@@ -12,7 +12,7 @@ LoRA of that rank, or as a map of the text rows (`layer="text_map"`), which does
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from ..artifact import Erasure
 from ..base_model import text_readers, weight_times
 from ..errors import ErasureInputError
 from ..schema import Concept
+from ..settings import Number
 from .publishing import (
     POOLED_SITE,
     Factors,
@@ -33,7 +34,7 @@ from .publishing import (
     pooled_linear,
     report,
 )
-from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, kept_rows, number, one_of, target_rows
+from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, kept_rows, target_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +57,17 @@ class Config(TextConfig):
         lamb (`float`, *optional*, defaults to 1e-3): weight of staying near the original. Relative to the mean squared
             norm of the targets' rows: the published 0.5 is 7e-4 for Stable Diffusion 1.x (|x|^2 about 750).
         absolute (`bool`, *optional*, defaults to `False`): take `retain_scale` and `lamb` as they are, as published.
-        layer (`"lora"` or `"text_map"`, *optional*, defaults to `"lora"`): how the erasure is published.
+        layer (`"lora"` or `"text_map"`, *optional*, defaults to `"lora"`): how the erasure is published: as a LoRA,
+            or as a map of the text rows.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
         rank (`int`, *optional*): truncate to this rank; the error is recorded. The exact rank by default.
         max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger.
     """
 
     retain_rows: Literal["all", "last"] = "all"
-    erase_scale: float = 1.0
-    retain_scale: float = 1.0
-    lamb: float = 1e-3
+    erase_scale: Annotated[float, Number(above=0)] = 1.0
+    retain_scale: Annotated[float, Number()] = 1.0
+    lamb: Annotated[float, Number(above=0)] = 1e-3
     absolute: bool = False
     layer: Literal["lora", "text_map"] = "lora"
 
@@ -73,11 +75,6 @@ class Config(TextConfig):
         super().__post_init__()
         if self.rows is None or self.templates is None:
             raise ErasureInputError("UCE has no presets: name `rows` and `templates`.")
-        one_of("retain_rows", self.retain_rows, ("all", "last"))
-        one_of("layer", self.layer, ("lora", "text_map"))
-        number("retain_scale", self.retain_scale)
-        number("erase_scale", self.erase_scale, above=True)
-        number("lamb", self.lamb, above=True)
 
 
 def solve(

@@ -56,7 +56,7 @@ class Fit:
 
         Args:
             student ([`Student`]): what is trained.
-            earlier ([`Trained`], *optional*): the stage before, whose noisy latents are taken over.
+            earlier ([`Trained`], *optional*): the stage before, whose noisy latents and encoded prompts are taken over.
             stage: settings that are others in this stage; with `folder`, a folder of its own for the checkpoints.
         """
         run, folder = self.run, stage.pop("folder", None)
@@ -67,8 +67,8 @@ class Fit:
         identity = {"method": self.name, "settings": settings, "concepts": pairs}
         config = dataclasses.replace(self.config, **stage)
         with accelerate_state_restored():
-            trainer = Trainer(self.pipe, student, self.concepts, self.objective, config, run, identity, self.base)
-            return trainer.train(None if earlier is None else earlier.sources)
+            how = config, run, identity, self.base, earlier
+            return Trainer(self.pipe, student, self.concepts, self.objective, *how).train()
 
     def erasure(self, published: Published, **diagnostics: Any) -> Erasure:
         """The erasure of what was trained."""

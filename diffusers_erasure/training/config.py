@@ -2,22 +2,22 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from ..errors import ErasureInputError
 from ..lists import Retained
-from ..methods.rows import number, one_of, recorded_settings, template_list, tidy_texts
-from .sites import train_set_name
+from ..methods.rows import Retain, Templates, recorded_settings, template_list, tidy_texts
+from ..settings import Number, Of, Whole, check_settings, fill
+from .sites import TRAIN_SETS, train_set_name
 
 
 Policy = Literal["base", "student", "ema"]
-POLICIES = ("base", "student", "ema")
 STEPS, MORE_STEPS = 300, 25  # for one concept, and for each further one
 RATE, SQUARES = 1e-4, 750.0  # the learning rate for Stable Diffusion 1.x, and the |x|^2 of its text rows
 TRAJECTORIES = 16  # in a pool, if these are enough for the concepts
-LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,89 +32,76 @@ class TrainConfig:
             `"none"` (the concept alone, as published), `"object"`, `"style"`, `"person"`, `"object_context"`,
             `"style_context"`, or one's own.
         retain (tuple of `str`, *optional*): prompts for which the prediction must stay that of the base.
-        retain_weight (`float`, *optional*): weight of that in the loss; no effect without `retain`.
+        retain_weight (`float`, *optional*): weight of the retained prompts in the loss; no effect without `retain`.
         retain_nearest (`int`, *optional*, defaults to 8): half of the retained samples are of the so many prompts that lie
             nearest to a target; they are the ones that would change most.
         steps (`int`, *optional*): optimiser steps. By default 300, and 25 for each further concept.
         batch_size (`int`, *optional*): noisy latents of the concepts in a step, for each process; as many of retained
             prompts come on top.
         accumulation (`int`, *optional*, defaults to 1): batches whose gradients make one step.
-        learning_rate (`float`, *optional*): AdamW's. By default 1e-4 for text rows as large as those of Stable Diffusion 1.x,
-            and more in proportion where they are smaller: a LoRA does in proportion to what it reads.
-        weight_decay (`float`, *optional*): AdamW's.
+        learning_rate (`float`, *optional*): AdamW's learning rate. By default 1e-4 for text rows as large as those of Stable
+            Diffusion 1.x, and more in proportion where they are smaller: a LoRA does in proportion to what it reads.
+        weight_decay (`float`, *optional*): AdamW's weight decay.
         lr_scheduler (`str`, *optional*): one of diffusers' schedules: `"constant"`, `"constant_with_warmup"`,
             `"linear"`, `"cosine"`, `"cosine_with_restarts"` or `"polynomial"`.
         lr_warmup_steps (`int`, *optional*, defaults to 0): steps over which the learning rate rises.
         max_grad_norm (`float`, *optional*, defaults to 1.0): gradients are scaled down to this norm.
-        ema_decay (`float`, *optional*): decay of the moving average of the LoRA; none is kept without it.
-        save (`"student"` or `"ema"`, *optional*): which of the two becomes the erasure.
+        ema_decay (`float`, *optional*): decay of the moving average of what is trained; none is kept without it.
+        save (`"student"` or `"ema"`, *optional*): what becomes the erasure: what was trained, or its moving average.
         policy (`"base"`, `"student"` or `"ema"`, *optional*): whose denoising gives the noisy latents. With `"base"` the
             base's predictions along it are also the teacher's, so that a step is one forward pass.
         trajectories (`int`, *optional*): trajectories in the pool, each of `num_inference_steps` noisy latents; 0 for no
             pool: every sample is denoised anew, as published. By default 16, or two a concept if these are more.
         refresh_every (`int`, *optional*, defaults to 20): with the policies `"student"` and `"ema"`: steps after which the
             oldest trajectories of the pool are drawn again.
-        refresh (`int`, *optional*, defaults to 4): how many of them.
+        refresh (`int`, *optional*, defaults to 4): how many trajectories are drawn again each time.
         num_inference_steps (`int`, *optional*): steps N of the DDIM sampler that denoises; a noisy latent lies after k of them.
-        guidance_scale (`float`, *optional*): of that sampler; 1 is none.
-        gradient_checkpointing (`bool`, *optional*, defaults to `False`): less memory, for more time.
+        guidance_scale (`float`, *optional*): classifier-free guidance of the sampler that denoises; 1 is none.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`): compute activations again in the backward pass: less
+            memory, for more time.
         resolution (`int`, *optional*): pixels of a side; the base's own by default.
         seed (`int`, *optional*, defaults to 0): everything random depends on it and on the step, nothing on the process.
     """
 
-    train_set: str | Sequence[str] | None = None
-    rank: int | None = None
-    templates: str | Sequence[str] | None = None
-    retain: Retained | Sequence[str] = ()
-    retain_weight: float | None = None
-    retain_nearest: int = 8
-    steps: int | None = None
-    batch_size: int | None = None
-    accumulation: int = 1
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    lr_scheduler: str | None = None
-    lr_warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    ema_decay: float | None = None
+    train_set: Annotated[
+        str | Sequence[str] | None,
+        Of(f"one of {', '.join(TRAIN_SETS)}, or a list of endings of module names", str, Iterable),
+    ] = None
+    rank: Annotated[int | None, Whole(least=1)] = None
+    templates: Templates = None
+    retain: Retain = ()
+    retain_weight: Annotated[float | None, Number()] = None
+    retain_nearest: Annotated[int | None, Whole(least=0)] = 8
+    steps: Annotated[int | None, Whole(least=1)] = None
+    batch_size: Annotated[int | None, Whole(least=1)] = None
+    accumulation: Annotated[int, Whole(least=1)] = 1
+    learning_rate: Annotated[float | None, Number(above=0)] = None
+    weight_decay: Annotated[float | None, Number()] = None
+    lr_scheduler: LRSchedule | None = None
+    lr_warmup_steps: Annotated[int, Whole(least=0)] = 0
+    max_grad_norm: Annotated[float, Number(above=0)] = 1.0
+    ema_decay: Annotated[float | None, Number(below=1)] = None
     save: Literal["student", "ema"] | None = None
     policy: Policy | None = None
-    trajectories: int | None = None
-    refresh_every: int = 20
-    refresh: int = 4
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    trajectories: Annotated[int | None, Whole(least=0)] = None
+    refresh_every: Annotated[int, Whole(least=1)] = 20
+    refresh: Annotated[int, Whole(least=1)] = 4
+    num_inference_steps: Annotated[int | None, Whole(least=1)] = None
+    guidance_scale: Annotated[float | None, Number()] = None
     gradient_checkpointing: bool = False
-    resolution: int | None = None
-    seed: int = 0
+    resolution: Annotated[int | None, Whole(least=1)] = None
+    seed: Annotated[int, Whole(least=0)] = 0
 
     def filled(self) -> dict[str, Any]:
         """What stands for settings that are `None`; a method's config answers with its preset."""
         return {}
 
     def __post_init__(self) -> None:
-        for name, value in {**DEFAULTS, **self.filled()}.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        check_settings(self)
+        fill(self, {**DEFAULTS, **self.filled()})
         tidy_texts(self)
         assert self.train_set is not None  # filled in above
         object.__setattr__(self, "train_set", train_set_name(self.train_set))
-        for name in ("rank", "batch_size", "accumulation", "refresh_every", "refresh", "num_inference_steps"):
-            whole(name, getattr(self, name), least=1)
-        whole("lr_warmup_steps", self.lr_warmup_steps, least=0)
-        whole("seed", self.seed, least=0)
-        for name, least in (("steps", 1), ("trajectories", 0), ("resolution", 1), ("retain_nearest", 0)):
-            if getattr(self, name) is not None:
-                whole(name, getattr(self, name), least=least)
-        number("learning_rate", self.learning_rate, above=True, optional=True)
-        number("max_grad_norm", self.max_grad_norm, above=True)
-        number("retain_weight", self.retain_weight)
-        number("weight_decay", self.weight_decay)
-        number("guidance_scale", self.guidance_scale)
-        number("ema_decay", self.ema_decay, below=1.0, optional=True)
-        one_of("policy", self.policy, POLICIES)
-        one_of("save", self.save, ("student", "ema"))
-        one_of("lr_scheduler", self.lr_scheduler, LR_SCHEDULES)
         if self.ema_decay is None and "ema" in (self.policy, self.save):
             raise ErasureInputError("`policy` or `save` is 'ema', but there is no moving average: give `ema_decay`.")
 
@@ -174,23 +161,15 @@ class TrainingRun:
         progress (`bool`, *optional*, defaults to `True`): show a bar.
     """
 
-    checkpoint_dir: str | os.PathLike[str] | None = None
-    checkpoint_every: int = 100
+    checkpoint_dir: Annotated[str | os.PathLike[str] | None, Of("a folder", str, os.PathLike)] = None
+    checkpoint_every: Annotated[int, Whole(least=1)] = 100
     resume: bool = False
-    sample_every: int | None = None
-    sample_prompts: Sequence[str] = ()
+    sample_every: Annotated[int | None, Whole(least=1)] = None
+    sample_prompts: Annotated[Sequence[str], Of("a list of prompts", Iterable)] = ()
     release: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
-        whole("checkpoint_every", self.checkpoint_every, least=1)
-        if self.sample_every is not None:
-            whole("sample_every", self.sample_every, least=1)
+        check_settings(self)
         if self.checkpoint_dir is None and (self.resume or self.sample_every):
             raise ErasureInputError("`resume` and `sample_every` need a `checkpoint_dir`.")
-
-
-def whole(name: str, value: Any, *, least: int) -> None:
-    """Check a whole number with a least value."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ErasureInputError(f"`{name}` must be a whole number of at least {least}, not {value!r}.")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,15 @@ class Trained:
         tensors: the student's, by name, float32, on the CPU.
         losses: the mean loss of each step.
         sources: the pools of noisy latents.
+        prompts: the encoded prompts.
+        near: the retained prompts that are nearest to a target.
     """
 
     tensors: dict[str, torch.Tensor]
     losses: list[float]
     sources: dict[str, Source]
+    prompts: Prompts
+    near: list[str]
 
 
 class Trainer:
@@ -64,6 +68,8 @@ class Trainer:
         run ([`TrainingRun`]): those that only carry it out.
         identity: name and settings of the method, by which a checkpoint is known again.
         base ([`BaseModel`]): the base model's fingerprint.
+        earlier ([`Trained`], *optional*): the stage before, with the same examples and settings of the sampler. Its noisy
+            latents are taken over, and its encoded prompts: the text encoders may be released by now.
     """
 
     def __init__(
@@ -76,8 +82,10 @@ class Trainer:
         run: TrainingRun,
         identity: dict[str, Any],
         base: BaseModel,
+        earlier: Trained | None = None,
     ) -> None:
         self.pipe, self.student, self.objective, self.config, self.run = pipe, student, objective, config, run
+        self.earlier = earlier
         # Filled in by the preset and by `resolved`; the assert tells the type checker.
         assert config.num_inference_steps is not None and config.steps is not None and config.batch_size is not None
         self.steps, self.batch_size = config.steps, config.batch_size
@@ -95,7 +103,7 @@ class Trainer:
         self.examples = objective.examples(concepts, config.template_list())
         targets = [str(concept.target) for concept in concepts]
         kept = config.kept().prompts if config.retain_weight else ()
-        self.near = nearest(pipe, kept, targets, config.retain_nearest)
+        self.near = nearest(pipe, kept, targets, config.retain_nearest or 0) if earlier is None else earlier.near
         self.retained = retained_examples(kept, self.near, config.template_list())
         if len(kept) > len({example.prompts[RETAIN] for example in self.retained}):
             logger.warning(
@@ -121,11 +129,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- one run
 
-    def train(self, sources: Mapping[str, Source] | None = None) -> Trained:
+    def train(self) -> Trained:
         """Train to the end.
-
-        Args:
-            sources (mapping, *optional*): pools of an earlier stage, with the same examples and settings of the sampler.
 
         Raises:
             ErasureTrainingError: the loss is not finite, or a checkpoint cannot be written.
@@ -134,7 +139,7 @@ class Trainer:
         """
         config = self.config
         with ExitStack() as stack:
-            prompts = self._encode()
+            prompts = self._encode() if self.earlier is None else self.earlier.prompts
             stack.enter_context(self._others_away())
             network = stack.enter_context(
                 in_training(
@@ -146,13 +151,13 @@ class Trainer:
                     config.gradient_checkpointing,
                 )
             )
-            state = State(network, config, sources or self._sources(network))
+            state = State(network, config, self._sources(network) if self.earlier is None else self.earlier.sources)
             if self.checkpoints is not None and self.run.resume:
                 self._resume(state, self.checkpoints)
             interrupt = stack.enter_context(noted())
             self._fill(state, interrupt)
             self._steps(state, interrupt)
-            return Trained(state.factors(config.save or "student"), state.losses, state.sources)
+            return Trained(state.factors(config.save or "student"), state.losses, state.sources, prompts, self.near)
 
     def _steps(self, state: State, interrupt: Interrupt) -> None:
         """The loop itself."""

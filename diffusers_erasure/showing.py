@@ -1,0 +1,108 @@
+"""How an erasure shows itself, in a terminal and in a notebook: what it removes and how, in a few lines, without hashes."""
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .artifact import Erasure
+    from .schema import BaseModel, Concept, ErasureConfig, LayerSpec
+
+
+WIDTH = 96  # characters of a value
+MOST_CONCEPTS, MOST_LAYERS = 5, 4
+MOST_NAME = 40  # characters of a concept's name
+
+Rows = list[tuple[str, str]]
+
+
+def size_text(count: int) -> str:
+    """A size in bytes, for people."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def one_line(value: Any, most: int = WIDTH) -> str:
+    """Text on one line of limited length, without what would steer a terminal or turn the direction of text."""
+    line = " ".join("".join(sign if sign.isprintable() else " " for sign in str(value)).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def layer_text(layer: "LayerSpec") -> str:
+    """A layer in words, such as `"lora on unet (32 sites)"`."""
+    sites = layer.sites[0] if len(layer.sites) == 1 else f"{len(layer.sites)} sites"
+    modified = {"by timestep": layer.schedule, "by prompt": layer.gate}
+    about = ", ".join([sites, *(words for words, spec in modified.items() if spec is not None)])
+    return f"{layer.kind} on {layer.component} ({about})"
+
+
+def concepts_text(concepts: "Sequence[Concept]") -> str:
+    """The first concepts, each with what it is mapped to, and how many more there are."""
+    named = [(concept.target, concept.anchor) for concept in concepts[:MOST_CONCEPTS]]
+    texts = [
+        f"{one_line(target, MOST_NAME)} → {one_line(anchor or '(empty prompt)', MOST_NAME)}"
+        for target, anchor in named
+    ]
+    more = len(concepts) - len(texts)
+    return ", ".join(texts) + (f" and {more} more" if more else "")
+
+
+def base_text(base: "BaseModel") -> str:
+    """The base model: its repository and family."""
+    return f"{base.repo or 'a local model'} ({base.family})"
+
+
+def rows_of(config: "ErasureConfig", sizes: dict[str, int], source: str | None = None) -> Rows:
+    """What is shown, as labels and values.
+
+    Args:
+        config ([`ErasureConfig`]): the configuration.
+        sizes (`dict`): bytes of its tensor files.
+        source (`str`, *optional*): where it was read from.
+    """
+    hidden = f"{len(config.concepts)} concepts, not named"
+    rows = [
+        ("removes", hidden if config.redacted else concepts_text(config.concepts) or "not stated"),
+        ("method", config.method.name),
+        ("base model", base_text(config.base_model)),
+        *(("layer", layer_text(layer)) for layer in config.layers[:MOST_LAYERS]),
+    ]
+    more = len(config.layers) - MOST_LAYERS
+    rows += [("", f"and {more} more layers")] if more > 0 else []
+    rows += [(name, size_text(size)) for name, size in sorted(sizes.items())]
+    if config.published_strength != 1:
+        rows.append(("strength 1 is", f"{config.published_strength:g} of the original"))
+    rows += [("read from", source)] if source else []
+    return [(one_line(label), one_line(value, WIDTH if label != "removes" else 5 * WIDTH)) for label, value in rows]
+
+
+def as_text(title: str, rows: Rows) -> str:
+    """Rows for a terminal."""
+    width = max(len(label) for label, _ in rows)
+    return "\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows)])
+
+
+def as_html(title: str, rows: Rows) -> str:
+    """Rows for a notebook, escaped."""
+    cells = "".join(f"<tr><th>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>" for label, value in rows)
+    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
+
+
+def erasure_rows(erasure: "Erasure") -> Rows:
+    """What is shown of an erasure."""
+    sizes = {
+        name: sum(tensor.numel() * tensor.element_size() for tensor in items.values())
+        for name, items in erasure.tensors.items()
+    }
+    return rows_of(erasure.config, sizes, erasure.source)
+
+
+def config_rows(config: "ErasureConfig") -> Rows:
+    """What is shown of a configuration; the sizes are known once it was saved."""
+    return rows_of(config, {name: record.size for name, record in config.files.items()})
+
+
+def base_repr(base: "BaseModel") -> str:
+    """A base model on one line, its components by their classes."""
+    parts = [f"{one_line(name)}: {one_line(part.class_name, MOST_NAME)}" for name, part in base.components.items()]
+    return one_line(f"<BaseModel {base_text(base)}; {', '.join(parts) or 'components unknown'}>", 4 * WIDTH)
