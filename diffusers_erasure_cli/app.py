@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.text import Text
 
-from . import convert, erase, fit, hub, methods, pictures
+from . import completion, convert, erase, fit, hub, methods, pictures
 from .export import export
 from .options import err
 
@@ -71,6 +71,7 @@ app.add_typer(convert.convert_app, name="convert")
 
 def main() -> None:
     """Entry point: errors of the library and of the Hub become one line and exit code 1 (`--debug` shows tracebacks)."""
+    completion.step_over_marks()
     try:
         app()
     except Exception as error:

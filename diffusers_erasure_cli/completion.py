@@ -1,6 +1,7 @@
 """What the shell completes: methods, settings, lists. Read from the library's data files, without importing it."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -63,16 +64,42 @@ def paths(incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+def _settings(context: typer.Context) -> dict[str, Any]:
+    method = catalogue().get(context.params.get("method") or "uce", {"settings": {}})
+    return {name: entry for name, entry in method["settings"].items() if name != "retain"}  # an option of its own
+
+
 def settings(context: typer.Context, incomplete: str) -> Iterator[tuple[str, str]]:
     """`name=` of the chosen method's settings; after it, the values that a setting may have."""
-    method = catalogue().get(context.params.get("method") or "uce", {"settings": {}})
     name, equals, _ = incomplete.partition("=")
-    for setting, entry in method["settings"].items():
-        if setting == "retain":  # an option of its own
-            continue
+    for setting, entry in _settings(context).items():
         if not equals and setting.startswith(incomplete):
             yield f"{setting}=", entry["meaning"]
         elif equals and setting == name:
             for choice in entry["choices"]:
                 if f"{name}={choice}".startswith(incomplete):
                     yield f"{name}={choice}", ""
+
+
+def _typed() -> tuple[list[str], int]:
+    """Bash's words, and which of them is completed."""
+    return os.environ.get("COMP_WORDS", "").split(), int(os.environ.get("COMP_CWORD") or 0)
+
+
+def step_over_marks() -> None:
+    """Let bash's word behind a `:` or `=` be the one that is completed: it makes words of these marks themselves."""
+    words, index = _typed()
+    if words[index:] in ([":"], ["="]):
+        os.environ["COMP_CWORD"] = str(index + 1)
+
+
+def targets(context: typer.Context, incomplete: str) -> list[str]:
+    """Files and lists. And bash takes `list:NAME` and `name=value` apart: what stands behind the marks is asked for here."""
+    words, index = _typed()
+    before = words[:index]
+    if before[-2:] == ["list", ":"]:
+        return lists(incomplete)
+    if before[-1:] == ["="]:
+        choices = _settings(context).get(before[-2], {}).get("choices", [])
+        return [choice for choice in choices if choice.startswith(incomplete)]
+    return retained(incomplete)

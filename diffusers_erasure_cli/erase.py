@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 def erase(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erasure.")],
     targets: Annotated[
-        list[str] | None, typer.Argument(help="The concepts to remove, or a .txt or .csv file of them.")
+        list[str] | None,
+        typer.Argument(
+            help="The concepts to remove, or a .txt or .csv file of them.", autocompletion=completion.targets
+        ),
     ] = None,
     anchor: Annotated[list[str] | None, typer.Option(help="What they are mapped to: one, or one each.")] = None,
     retain: Annotated[
