@@ -48,10 +48,7 @@ def load_base(
     if offload not in ("none", "model", "sequential"):
         raise ErasureInputError(f'`--offload` must be "none", "model" or "sequential", not {offload!r}.')
     device = device or _best_device()
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ErasureInputError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
+    kind = _usable(device)
     by_default = (half or torch.float16) if kind != "cpu" and base != "demo" else torch.float32
     torch_dtype = by_default if dtype == "auto" else getattr(torch, dtype)
     if base == "demo":
@@ -68,6 +65,24 @@ def load_base(
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _usable(device: str) -> str:
+    """The type of a device, once a tensor could be put there.
+
+    Raises:
+        ErasureInputError: there is no such device, or this torch does not reach it.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).cpu()  # "meta" has no values to bring back
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # what torch raises depends on its build
+        raise ErasureInputError(
+            f"Nothing can be computed on the device {device!r}: {str(error).splitlines()[0]} Name another `--device`; "
+            f"the best one here is {_best_device()!r}."
+        ) from error
+    return torch.device(device).type
 
 
 def _best_device() -> str:

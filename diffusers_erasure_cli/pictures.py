@@ -1,6 +1,7 @@
 """The commands that draw: `demo` and `generate`."""
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,8 @@ def demo(
     limit_threads()
     from diffusers_erasure.demo.command import run_demo
 
+    # What the fit warns of in numbers, the demo measures on pictures.
+    logging.getLogger("diffusers_erasure.methods.publishing").setLevel(logging.ERROR)
     with bar() as shown:
         tasks: dict[str, Any] = {}
 

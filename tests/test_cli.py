@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -120,6 +121,12 @@ def test_methods_lists_the_settings() -> None:
         (("erase", "cat", "--method", "magic", "-o", "x"), "no method 'magic'"),
         (("erase", "cat", "--base", "./missing", "-o", "x"), "no folder"),
         (("erase", "cat", "--device", "toaster", "-o", "x"), "toaster"),
+        (("erase", "cat", "--device", "meta", "-o", "x"), "on the device 'meta'"),
+        pytest.param(
+            ("generate", "a cat", "--device", "cuda", "-o", "x"),
+            "on the device 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it can be computed on here"),
+        ),
         (("erase", "cat", "--dtype", "int3", "-o", "x"), "--dtype"),
         (("erase", "cat", "--offload", "yes", "-o", "x"), "--offload"),
         (("info", "./missing"), "missing"),
