@@ -193,6 +193,8 @@ def info(
 ) -> None:
     """Show what an erasure removes, how it was made, for which base model, and its layers."""
     from .artifact import Erasure
+    from .cards import flattened
+    from .demo import is_embedded
 
     erasure = Erasure.from_pretrained(source, subfolder=subfolder, revision=revision, token=token)
     config = erasure.config
@@ -212,7 +214,7 @@ def info(
         "removes": f"{len(config.concepts)} concepts, not named" if config.redacted else concepts or "not stated",
         "method": config.method.name,
         "settings": json.dumps(config.method.settings, ensure_ascii=False),
-        "base model": f"{config.base_model.repo or 'local'} ({config.base_model.family})",
+        "base model": f"{config.base_model.repo or ('demo' if is_embedded(config.base_model) else 'local')} ({config.base_model.family})",
         "commit": erasure.revision,
         "strength 1 is": None if config.published_strength == 1 else f"{config.published_strength:g} of the original",
         "loads without this package": f"yes, {config.stock.file}, error {config.stock.max_error:.1e}"
@@ -225,6 +227,7 @@ def info(
         rows[f"layer {index}, {layer.kind}"] = (
             f"{layer.component}, {len(layer.sites)} sites, in {layer.file}{modified}"
         )
+    rows.update({f"result, {name}": str(value) for name, value in flattened(config.results)})
     for name, record in config.files.items():
         rows[name] = f"{size_text(record.size)}, sha256 {record.sha256[:12]}…"
     for label, value in rows.items():

@@ -49,6 +49,9 @@ def erase(
     ] = None,
     sample_prompt: Annotated[list[str] | None, typer.Option(help="Training: their prompts; repeatable.")] = None,
     base: Base = "demo",
+    base_model: Annotated[
+        str | None, typer.Option(help="Id of the base model on the Hub, for the card, where --base is a folder.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     variant: Variant = None,
@@ -61,11 +64,14 @@ def erase(
     import torch
 
     from .artifact import Erasure
+    from .cards import check_repo_id
     from .fitting import erase as make
     from .fitting import recipe_of
     from .loading import load_base
     from .methods import get_method
 
+    if base_model is not None:
+        check_repo_id(base_model)
     settings = _settings(setting)  # wrong settings are told before a model is loaded
     if (config is None) == (not targets):
         raise ErasureInputError("Name the concepts to remove, or give `--config` with an erasure to repeat.")
@@ -103,6 +109,7 @@ def erase(
         erasure = make(pipe, **recipe, training=run, **settings)
     if not _is_main():
         return
+    erasure = erasure if base_model is None else erasure.with_base_model(base_model)
     files = erasure.save_pretrained(output, dtype=torch.float16 if half else None, redact_concepts=redact)
     if trains:
         from .training.checkpoint import clear

@@ -17,6 +17,7 @@ Subfolder = Annotated[str | None, typer.Option(help="A folder within it.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 Token = Annotated[str | None, typer.Option(help="Hub token; the stored one by default.", envvar="HF_TOKEN")]
 Redact = Annotated[bool, typer.Option("--redact", help="Leave the concepts' names out.")]
+Card = Annotated[str | None, typer.Option(help="local or hub: whose card holds where both were edited.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -33,6 +34,10 @@ def push(
     redact: Redact = False,
     grid: Annotated[Path | None, typer.Option(help="A picture for the card, of images before and after.")] = None,
     license: Annotated[str | None, typer.Option(help="Identifier of the licence, such as apache-2.0.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Id of the base model on the Hub, where none is recorded.")
+    ] = None,
+    card: Card = None,
     subfolder: Subfolder = None,
     token: Token = None,
     as_json: Json = False,
@@ -56,6 +61,8 @@ def push(
         redact_concepts=redact,
         grid=picture,
         license=license,
+        base_model=base_model,
+        card=card,  # type: ignore[arg-type]  # `push_to_hub` checks it
     )
     if as_json:
         print(json.dumps({"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}, indent=2))
@@ -69,11 +76,13 @@ def pull(
     revision: Revision = None,
     subfolder: Subfolder = None,
     token: Token = None,
+    card: Card = None,
     force: Annotated[bool, typer.Option("--force", help="Download again what is cached.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Download an erasure from the Hub into a folder, checked."""
+    """Download an erasure from the Hub into a folder, checked, with its card and the pictures of that."""
     from .artifact import Erasure
+    from .beside import beside_of
     from .errors import ErasureInputError
 
     if os.path.isdir(repo_id):
@@ -81,7 +90,8 @@ def pull(
     erasure = Erasure.from_pretrained(
         repo_id, subfolder=subfolder, revision=revision, token=token, force_download=force
     )
-    files = erasure.save_pretrained(output)
+    beside_of(erasure.origin, strict=True)
+    files = erasure.save_pretrained(output, card=card)  # type: ignore[arg-type]  # it is checked there
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}
         print(json.dumps({"commit": erasure.revision, "output": str(output), "files": sizes}, indent=2))
@@ -99,13 +109,12 @@ def card(
     subfolder: Subfolder = None,
     token: Token = None,
 ) -> None:
-    """Print the card (README.md) that a push would write for an erasure."""
+    """Print the card (README.md) that a push would write for an erasure, with what was edited in it by hand."""
     from .artifact import Erasure
-    from .cards import render_card
+    from .joining import pushed_card
 
     erasure = Erasure.from_pretrained(source, subfolder=subfolder, revision=revision, token=token)
-    erasure = erasure.redacted() if redact else erasure
-    print(render_card(erasure.config, repo_id), end="")
+    print(pushed_card(erasure, repo_id, redact_concepts=redact), end="")
 
 
 def register(app: typer.Typer) -> None:
