@@ -1,7 +1,9 @@
 """Cards: the rendered examples, hostile text, and what the Hub's own parser makes of them."""
 
+import copy
 import dataclasses
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ from diffusers_erasure.beside import (
     FolderOrigin,
     Record,
     Sight,
+    keep_record,
     linked_pictures,
 )
 from diffusers_erasure.cards import escape_markdown, is_edited, merge_card, render_card
 from diffusers_erasure.demo.command import Accuracy, with_results
+from diffusers_erasure.hub import Snapshot
 from diffusers_erasure.joining import join, pushed_card
 from diffusers_erasure.methods import method_names
 from diffusers_erasure.methods.citations import CITATIONS
@@ -438,3 +442,21 @@ def test_what_the_demo_measured_is_recorded() -> None:
     assert "| erased\\_accuracy, after | 0.125 |" in card and "| images | 200 |" in card
     assert "No measurements" not in card
     assert found.to_files() == with_results(erasure, Accuracy(1.0, 0.99), Accuracy(0.125, 0.98), 200).to_files()
+
+
+def test_a_redacted_folder_keeps_no_record(tmp_path: Path) -> None:
+    erasure = random_erasure(tiny_sd_pipe())
+    erasure.save_pretrained(tmp_path / "a")
+    keep_record(tmp_path / "a", Record("user/a@main", Sight(FRESH, {}), Sight(FRESH, {})))
+    erasure.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / RECORD_FILE).is_file()
+    erasure.save_pretrained(tmp_path / "a", redact_concepts=True)
+    assert not (tmp_path / "a" / RECORD_FILE).exists()
+    assert b"zebra" not in b"".join(path.read_bytes() for path in (tmp_path / "a").iterdir())
+
+
+def test_a_token_is_in_no_copy() -> None:
+    there = Snapshot("user/a", "0" * 40, "user/a@main", token="hf_secret")
+    for copied in (copy.deepcopy(there), pickle.loads(pickle.dumps(there))):
+        assert copied == dataclasses.replace(there, token=None)
+    assert there.token == "hf_secret" and "hf_secret" not in repr(there)
