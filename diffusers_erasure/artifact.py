@@ -5,14 +5,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from . import tensors as tensor_io
-from .cards import render_card
+from .beside import RECORD_FILE, FolderOrigin, Origin, beside_of
+from .cards import check_repo_id, render_card
 from .errors import ErasureConfigError, ErasureFileError, ErasureInputError, ErasureNotFoundError
 from .folders import read_folder, write_folder
+from .joining import beside_files, check_side
 from .layers import layer_kind
 from .logging import get_logger
 from .schema import (
@@ -46,12 +48,14 @@ class Erasure:
         tensors (`dict`): for each tensor file its tensors by name, on the CPU.
         source (`str`, *optional*): the folder or repository that it was read from.
         revision (`str`, *optional*): the commit that it was read from.
+        origin (*optional*): where its card and pictures lie; they are read when it is saved or pushed.
     """
 
     config: ErasureConfig
     tensors: dict[str, dict[str, torch.Tensor]] = field(repr=False)
     source: str | None = None
     revision: str | None = None
+    origin: Origin | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         expected = self.config.tensor_files
@@ -139,7 +143,28 @@ class Erasure:
             scaled = layer_kind(layer.kind).rescaled(self.layer_tensors(layer), factor)
             tensors[layer.file].update({layer.prefix + name: value for name, value in scaled.items()})
         config = dataclasses.replace(self.config, published_strength=self.config.published_strength * factor, files={})
-        return Erasure(config, tensors)
+        return Erasure(config, tensors, origin=self.origin)
+
+    def with_base_model(self, repo_id: str, revision: str | None = None) -> "Erasure":
+        """Return a copy that names its base model on the Hub, for its card: one that was read from a folder has no id.
+
+        Args:
+            repo_id (`str`): the base model's repository, such as `"user/model"`. Its weights are not looked at.
+            revision (`str`, *optional*): branch, tag or commit; where `repo_id` is recorded already, by default the one
+                that was recorded with it.
+
+        Raises:
+            ErasureInputError: that cannot be the id of a repository.
+        """
+        check_repo_id(repo_id)
+        base = self.config.base_model
+        if revision is None and base.repo == repo_id:
+            revision = base.revision
+        try:
+            base = dataclasses.replace(base, repo=repo_id, revision=revision)
+        except ErasureConfigError as error:
+            raise ErasureInputError(f"`revision` cannot be one: {error}") from error
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, base_model=base))
 
     def redacted(self) -> "Erasure":
         """Return a copy without the concepts' names and without everything that states them.
@@ -168,7 +193,7 @@ class Erasure:
             results={},
             redacted=True,
         )
-        return Erasure(config, self.tensors, self.source, self.revision)
+        return Erasure(config, self.tensors, self.source, self.revision, self.origin)
 
     def cast(self, dtype: "torch.dtype | str") -> "Erasure":
         """Return a copy with its tensors in another dtype; the additional error is added to `stock.max_error`.
@@ -192,7 +217,7 @@ class Erasure:
             config = dataclasses.replace(
                 config, stock=dataclasses.replace(config.stock, max_error=config.stock.max_error + error)
             )
-        return Erasure(config, tensors, self.source, self.revision)
+        return Erasure(config, tensors, self.source, self.revision, self.origin)
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -220,21 +245,37 @@ class Erasure:
         *,
         dtype: torch.dtype | str | None = None,
         redact_concepts: bool = False,
+        card: Literal["local", "hub"] | None = None,
     ) -> list[Path]:
         """Save the erasure to a folder: `README.md`, `erasure_config.json` and one or two safetensors files.
 
-        The folder appears whole or not at all. An erasure that is already there is replaced; other files stay.
+        The folder appears whole or not at all. An erasure that is already there is replaced; other files stay, and so does
+        what was edited in its card. The card and the pictures that lay where this erasure was read from come along.
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
             dtype (`torch.dtype` or `str`, *optional*): dtype of the tensors; as they are by default (float32).
-            redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names.
+            redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names, and with them what
+                was written into the card by hand, and its pictures.
+            card (`"local"` or `"hub"`, *optional*): which card holds where the folder's and that of the place that this
+                erasure was read from were edited differently.
 
         Returns:
             `list` of `Path`: the files.
+
+        Raises:
+            ErasureInputError: both cards were edited, or a card edited by hand lies where a redacted erasure is to be
+                saved; then nothing is changed.
         """
+        check_side(card)
         files = self.to_files(dtype=dtype, redact_concepts=redact_concepts)
-        return write_folder(Path(save_directory), files)
+        del files[CARD_FILE]
+        redacts = redact_concepts and not self.config.redacted
+        config = ErasureConfig.from_json(files[CONFIG_FILE])
+        folder = Path(save_directory)
+        files |= beside_files(config, beside_of(self.origin), folder, card=card, redacts=redacts)
+        written = write_folder(folder, files, without=(RECORD_FILE,) if redacts else ())
+        return [path for path in written if path.name != RECORD_FILE]
 
     def push_to_hub(
         self,
@@ -249,11 +290,14 @@ class Erasure:
         redact_concepts: bool = False,
         grid: "Image.Image | None" = None,
         license: str | None = None,
+        base_model: str | None = None,
+        card: Literal["local", "hub"] | None = None,
     ) -> "CommitInfo":
         """Push the erasure to the Hub in one commit: all of it becomes visible, or nothing.
 
-        A tensor file of an earlier erasure that this one does not have is deleted in the same commit. A card whose text
-        was edited by hand is kept; then only its metadata is updated.
+        A tensor file of an earlier erasure that this one does not have is deleted in the same commit; nothing else is.
+        What was edited in the card, here or on the Hub, is kept; then only its metadata is updated. The pictures to which
+        the card refers go along.
 
         Args:
             repo_id (`str`): the repository, such as `"user/no-cat"`; it is created where it does not exist.
@@ -267,13 +311,16 @@ class Erasure:
             redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names.
             grid (`PIL.Image.Image`, *optional*): a picture for the card, of images before and after.
             license (`str`, *optional*): identifier of the licence, for the card's metadata.
+            base_model (`str`, *optional*): the base model's repository; see [`Erasure.with_base_model`].
+            card (`"local"` or `"hub"`, *optional*): which card holds where both were edited differently.
 
         Returns:
             [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.
 
         Raises:
             ErasureHubError: the Hub refused it or gave no answer, or somebody else pushed meanwhile.
-            ErasureInputError: the repository's name, or what it holds, does not allow it.
+            ErasureInputError: the base model has no id; the card was edited here and on the Hub; or the repository's
+                name, or what it holds, does not allow it.
         """
         from .hub import push
 
@@ -289,6 +336,8 @@ class Erasure:
             redact_concepts=redact_concepts,
             grid=grid,
             license=license,
+            base_model=base_model,
+            card=card,
         )
 
     # ------------------------------------------------------------------------------------------------- reading
@@ -350,12 +399,14 @@ class Erasure:
         """
         folder, commit = Path(pretrained_model_name_or_path), None
         source = str(pretrained_model_name_or_path)
+        origin: Origin
         if folder.is_dir():
             files = read_folder(folder, subfolder)
+            origin = FolderOrigin(folder.resolve() / (subfolder or ""))
         else:
             from .hub import fetch
 
-            files, commit = fetch(
+            files, snapshot = fetch(
                 source,
                 subfolder=subfolder,
                 revision=revision,
@@ -364,8 +415,9 @@ class Erasure:
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
+            origin, commit = snapshot, snapshot.commit
         erasure = cls.from_files(files, source=source)
-        erasure.revision = commit
+        erasure.revision, erasure.origin = commit, origin
         return erasure
 
 

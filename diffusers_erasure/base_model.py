@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import weakref
 from collections.abc import Iterable, Iterator
@@ -208,7 +209,8 @@ def _text_components(pipe: Any, family: Family) -> Iterator[tuple[str, Any]]:
 def _repo_and_revision(pipe: Any, denoiser: Any) -> tuple[str | None, str | None]:
     """Repository id and commit, as far as the pipeline remembers them; a local path is no repository."""
     name = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(pipe, "_name_or_path", None)
-    repo = name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) else None
+    named = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not os.path.isdir(name)
+    repo = name if named else None
     path = str(getattr(denoiser.config, "_name_or_path", ""))
     commit = re.search(r"snapshots[/\\]([0-9a-f]{40})", path)
     return repo, commit[1] if repo and commit else None

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from .errors import ErasureInputError
-from .schema import GRID_FILE, ErasureConfig
+from .schema import GRID_FILE, LORA_FILE, ErasureConfig
 
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ _FAMILY_TAGS = {
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # Control characters, marks that turn the direction of text, and halves of surrogate pairs.
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_PROMPT = re.compile(r"\w[\w ,.'-]{0,99}")  # what stands between quotes in code as it is
+_LICENCE = re.compile(r"[A-Za-z0-9.+-]{1,64}", re.ASCII)
 _SEAL = re.compile(r"\n*<!-- diffusers-erasure: sha256 of the text above: ([0-9a-f]{64}) -->\s*\Z")
 
 
@@ -49,7 +52,8 @@ def escape_yaml(text: Any) -> str:
 
 
 @cache
-def _environment() -> "jinja2.Environment":
+def card_environment() -> "jinja2.Environment":
+    """The templates' environment, with the filters `md` and `yaml`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -85,6 +89,31 @@ def _rows(values: Any) -> list[tuple[str, Any]]:
     return rows if left <= 0 else [*rows[:MAX_ROWS], ("…", f"{left} more in erasure_config.json")]
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Check the form of a base model's id.
+
+    Raises:
+        ErasureInputError: it is not "user/model".
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        valid = bool(_REPO.fullmatch(repo_id))
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise ErasureInputError(
+            f'A base model is named by the id of its repository on the Hub, "user/model", not {repo_id!r}.'
+        )
+
+
+def base_repo(config: ErasureConfig) -> str | None:
+    """The id of the base model's repository on the Hub, where one is recorded."""
+    repo = config.base_model.repo
+    return repo if repo and _REPO.fullmatch(repo) else None
+
+
 def render_card(
     config: ErasureConfig, repo_id: str | None = None, *, grid: bool = False, license: str | None = None
 ) -> str:
@@ -102,23 +131,29 @@ def render_card(
     Returns:
         `str`: front matter for the Hub, and text for people. Concept strings are escaped for YAML and Markdown.
     """
+    from .demo import is_embedded
     from .methods.citations import CITATIONS
 
-    if license is not None and not re.fullmatch(r"[A-Za-z0-9.+-]{1,64}", license, re.ASCII):
+    if license is not None and not _LICENCE.fullmatch(license):
         raise ErasureInputError(f"`license` must be an identifier such as 'apache-2.0', not {license!r}.")
     source = resources.files("diffusers_erasure.hub_cards").joinpath("erasure.md.j2").read_text(encoding="utf-8")
     named = [escape_markdown(concept.target) for concept in config.concepts[:MAX_NAMED]]
     if len(config.concepts) > MAX_NAMED:
         named.append(f"and {len(config.concepts) - MAX_NAMED} more")
-    base = config.base_model.repo
+    target = config.concepts[0].target if config.concepts and not config.redacted else None
+    plain = config.method.name == "lora" and not config.concepts
     text = (
-        _environment()
+        card_environment()
         .from_string(source)
         .render(
             config=config,
             named=named,
             concepts=config.concepts[:MAX_ROWS],
-            base_repo=base if base and _REPO.fullmatch(base) else None,
+            base_repo=base_repo(config),
+            embedded=is_embedded(config.base_model),
+            prompt=target if target and _PROMPT.fullmatch(target) else None,
+            plain=plain,
+            lora_file=LORA_FILE if plain or config.stock else None,
             family_tags=_FAMILY_TAGS.get(config.base_model.family, ()),
             place=repo_id if repo_id and _REPO.fullmatch(repo_id) else "PATH_OR_REPO",
             settings=_rows(config.method.settings),
@@ -129,7 +164,7 @@ def render_card(
             license=license,
         )
     )
-    return _sealed(text)
+    return sealed(text)
 
 
 def _body(text: str) -> str:
@@ -142,16 +177,108 @@ def _digest(body: str) -> str:
     return hashlib.sha256("\n".join(body.split("\r\n")).strip().encode("utf-8", "replace")).hexdigest()
 
 
-def _sealed(text: str) -> str:
+def sealed(text: str) -> str:
     """Add a comment by which a later push sees whether the text was edited meanwhile."""
     return f"{text.rstrip()}\n\n<!-- diffusers-erasure: sha256 of the text above: {_digest(_body(text))} -->\n"
 
 
 def is_edited(card: str) -> bool:
     """Whether a card's text was written or edited by hand (its metadata does not count)."""
+    return _written(card) is not None
+
+
+def _written(card: str) -> str | None:
+    """The text that was written or edited by hand, without the seal; `None` where it is as it was rendered."""
     body = _body(card)
     seal = _SEAL.search(body)
-    return bool(body.strip()) and (seal is None or _digest(body[: seal.start()]) != seal[1])
+    if not body.strip() or (seal is not None and _digest(body[: seal.start()]) == seal[1]):
+        return None
+    return "\n".join((body if seal is None else body[: seal.start()]).split("\r\n")).strip()
+
+
+@dataclass(frozen=True)
+class ParsedCard:
+    """A card taken apart.
+
+    Attributes:
+        card: all of it.
+        data: its metadata.
+        text: its text.
+        written: its text where that was written or edited by hand, without the seal, else `None`.
+    """
+
+    card: str
+    data: dict[str, Any]
+    text: str
+    written: str | None
+
+    @property
+    def keys(self) -> list[str]:
+        """The metadata's keys in their order."""
+        return re.findall(r"(?m)^([\w-]+):", self.card[: len(self.card) - len(self.text)])
+
+    def foreign(self, fresh: "ParsedCard") -> dict[str, Any]:
+        """The metadata that this library did not write, without the tags."""
+        ours = self.data.get("library_name") == fresh.data["library_name"]
+        stale = ("base_model", "base_model_relation") if ours else ()
+        return {key: value for key, value in self.data.items() if key not in {*fresh.data, *stale, "tags"}}
+
+    @property
+    def foreign_tags(self) -> list[Any]:
+        """The tags without those that say how an erasure can be loaded and was made."""
+        tags = self.data.get("tags") or []
+        tags = [tags] if isinstance(tags, str) else tags
+        return [tag for tag in tags if tag != "lora" and not str(tag).startswith("erasure-method:")]
+
+
+def parse_card(card: str) -> ParsedCard:
+    """Take a card apart.
+
+    Raises:
+        ValueError: its metadata cannot be read.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        parsed = ModelCard(card)
+        return ParsedCard(card, parsed.data.to_dict(), parsed.text, _written(card))
+    except Exception as error:  # the YAML parser's, and whatever metadata of odd types leads to
+        raise ValueError(f"its metadata cannot be read: {error}") from error
+
+
+def check_card(card: str) -> None:
+    """Raise `ValueError` where a card's metadata cannot be read or written again."""
+    parsed = parse_card(card)
+    assemble([], parsed.data, parsed.text)
+
+
+def licence_of(card: str) -> str | None:
+    """The identifier of the licence that a card states."""
+    licence = parse_card(card).data.get("license")
+    return licence if isinstance(licence, str) and _LICENCE.fullmatch(licence) else None
+
+
+def assemble(sides: Sequence[ParsedCard], data: Mapping[str, Any], text: str) -> str:
+    """Put a card together; one of `sides` that has the same content is returned without a byte changed.
+
+    Args:
+        sides (sequence of [`ParsedCard`]): the cards whose content it has, for the order of the metadata's keys.
+        data (mapping): the metadata.
+        text (`str`): the text.
+
+    Raises:
+        ValueError: the metadata cannot be written.
+    """
+    from huggingface_hub import ModelCardData
+
+    for side in sides:
+        if side.data == data and side.text == text:
+            return side.card
+    order = dict.fromkeys([*(key for side in sides for key in side.keys), *data])
+    try:
+        return f"---\n{ModelCardData(**data).to_yaml(original_order=list(order))}\n---\n{text}"
+    except Exception as error:
+        raise ValueError(f"its metadata cannot be written: {error}") from error
 
 
 def merge_card(old: str, new: str) -> tuple[str, bool]:
@@ -170,26 +297,12 @@ def merge_card(old: str, new: str) -> tuple[str, bool]:
     Raises:
         ValueError: the old card's metadata cannot be read.
     """
-    from huggingface_hub import ModelCard
+    there, fresh = parse_card(old), parse_card(new)
+    kept = there.written is not None
+    data = {**there.foreign(fresh), **fresh.data, "tags": joined_tags(fresh, there.foreign_tags)}
+    return assemble([there, fresh], data, there.text if kept else fresh.text), kept
 
-    edited = is_edited(old)
-    try:
-        card, fresh = ModelCard(old), ModelCard(new)
-    except Exception as error:  # the YAML parser's, and whatever metadata of odd types leads to
-        raise ValueError(str(error)) from error
-    before, now = card.data.to_dict(), fresh.data.to_dict()
-    for key in ("base_model", "base_model_relation"):
-        if key not in now and before.get("library_name") == now["library_name"]:
-            before.pop(key, None)
-    tags = before.get("tags") or []
-    tags = [tags] if isinstance(tags, str) else tags
-    foreign = [tag for tag in tags if tag != "lora" and not str(tag).startswith("erasure-method:")]
-    now["tags"] = [*now["tags"], *(tag for tag in foreign if tag not in now["tags"])]
-    merged = {**before, **now}
-    text = card.text if edited else fresh.text
-    if merged == card.data.to_dict() and text == card.text:
-        return old, edited  # not a byte of it changes
-    data = type(card.data)(**merged)
-    there = re.findall(r"(?m)^([\w-]+):", old[: len(old) - len(card.text)])  # keys keep their order
-    order = [*there, *re.findall(r"(?m)^([\w-]+):", new[: len(new) - len(fresh.text)]), *merged]
-    return f"---\n{data.to_yaml(original_order=list(dict.fromkeys(order)))}\n---\n{text}", edited
+
+def joined_tags(fresh: ParsedCard, others: Iterable[Any]) -> list[Any]:
+    """The tags of a fresh card, and others behind them."""
+    return list(dict.fromkeys([*fresh.data["tags"], *others]))

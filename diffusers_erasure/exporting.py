@@ -14,7 +14,7 @@ from torch import nn
 from . import compat, fusing
 from ._version import __version__
 from .base_model import describe_base, describe_model
-from .cards import _environment as card_environment
+from .cards import card_environment, sealed
 from .errors import ErasureError, ErasureInputError
 from .logging import get_logger
 from .provenance import KIND, PLACES, Contained, Provenance, contained_config
@@ -175,7 +175,7 @@ def render_model_card(provenance: Provenance) -> str:
         `str`: the text of `README.md`. Concept strings are escaped for YAML and Markdown.
     """
     source = resources.files("diffusers_erasure.hub_cards").joinpath("erased_model.md.j2").read_text(encoding="utf-8")
-    return (
+    return sealed(
         card_environment()
         .from_string(source)
         .render(**{field.name: getattr(provenance, field.name) for field in dataclasses.fields(provenance)})

@@ -3,11 +3,11 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .errors import ErasureConfigError, ErasureError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from .schema import CARD_FILE, CONFIG_FILE, MAX_CONFIG_BYTES, TENSOR_FILES, ErasureConfig
+from .schema import CONFIG_FILE, MAX_CONFIG_BYTES, TENSOR_FILES, ErasureConfig
 
 
 def read_folder(folder: Path, subfolder: str | None = None) -> dict[str, bytes]:
@@ -28,16 +28,21 @@ def read_folder(folder: Path, subfolder: str | None = None) -> dict[str, bytes]:
             else ""
         )
         raise ErasureNotFoundError(f"{place} holds no erasure: there is no {CONFIG_FILE}.{hint}")
-    files = {CONFIG_FILE: _read_inside(place, CONFIG_FILE, MAX_CONFIG_BYTES)}
+    files = {CONFIG_FILE: read_inside(place, CONFIG_FILE, MAX_CONFIG_BYTES)}
     for name, record in ErasureConfig.from_json(files[CONFIG_FILE]).files.items():
-        files[name] = _read_inside(place, name, record.size)
+        files[name] = read_inside(place, name, record.size)
     missing = ErasureConfig.from_json(files[CONFIG_FILE]).tensor_files - set(files)
     if missing:
         raise ErasureConfigError(f"`files` does not name {sorted(missing)}, where tensors lie.")
     return files
 
 
-def _read_inside(folder: Path, name: str, limit: int) -> bytes:
+def read_inside(folder: Path, name: str, limit: int) -> bytes:
+    """Read a file of a folder (resolved), also where it is a link within it or into the Hub's cache.
+
+    Raises:
+        ErasureFileError: it is missing, no plain file, larger than `limit`, or a link that leads out.
+    """
     path = folder / name
     try:
         real = path.resolve(strict=True)
@@ -52,6 +57,11 @@ def _read_inside(folder: Path, name: str, limit: int) -> bytes:
         raise ErasureFileError(f"{path} is missing or cannot be read: {error}") from error
 
 
+def in_hub_cache(folder: Path) -> bool:
+    """Whether a folder belongs to the Hub's cache, which is not ours to write to."""
+    return _blobs(folder) is not None
+
+
 def _blobs(folder: Path) -> Path | None:
     """Where the Hub's cache keeps the content of a snapshot's files: `models--x--y/snapshots/<commit>` links there."""
     for place in (folder, *folder.parents):
@@ -61,8 +71,11 @@ def _blobs(folder: Path) -> Path | None:
     return None
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Write files so that the folder holds all of them or none: a temporary folder beside it, then a rename."""
+def write_folder(folder: Path, files: Mapping[str, bytes], *, without: Collection[str] = ()) -> list[Path]:
+    """Write files so that the folder holds all of them or none: a temporary folder beside it, then a rename.
+
+    What else lies there stays, but for the tensors of an earlier erasure and the files named in `without`.
+    """
     folder = folder.expanduser().resolve()  # behind a link, so that the link stays
     if folder.exists() and not folder.is_dir():
         raise ErasureInputError(f"{folder} is a file; name a folder.")
@@ -83,7 +96,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
                 raise ErasureFileError(f"{fresh / name} does not read back as it was written; nothing was saved.")
         if folder.exists():
             os.rename(folder, old)
-            foreign = [e.name for e in old.iterdir() if e.name not in (*TENSOR_FILES, CONFIG_FILE, CARD_FILE)]
+            foreign = [e.name for e in old.iterdir() if e.name not in {*TENSOR_FILES, CONFIG_FILE, *files, *without}]
             try:
                 for name in foreign:  # what is not ours stays
                     os.rename(old / name, fresh / name)

@@ -423,7 +423,7 @@ def save_erasure(
         pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
         save_directory (`str` or `os.PathLike`): the folder.
         adapter_name (`str`, *optional*): the erasure; may be left out where only one is loaded.
-        kwargs: `dtype` and `redact_concepts` of [`Erasure.save_pretrained`].
+        kwargs: `dtype`, `redact_concepts` and `card` of [`Erasure.save_pretrained`].
 
     Returns:
         `list` of `Path`: the files.
@@ -450,7 +450,7 @@ def push_erasure_to_hub(
         repo_id (`str`): the repository, such as `"user/no-cat"`; it is created where it does not exist.
         adapter_name (`str`, *optional*): the erasure; may be left out where only one is loaded.
         private, token, revision, create_pr, commit_message: see [`Erasure.push_to_hub`].
-        kwargs: `dtype`, `redact_concepts`, `grid` and `license` of [`Erasure.push_to_hub`].
+        kwargs: `dtype`, `redact_concepts`, `grid`, `license`, `base_model` and `card` of [`Erasure.push_to_hub`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.

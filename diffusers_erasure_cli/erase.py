@@ -79,6 +79,9 @@ def erase(
     ] = None,
     sample_prompt: Annotated[list[str] | None, typer.Option(help="Training: their prompts; repeatable.")] = None,
     base: Base = "demo",
+    base_model: Annotated[
+        str | None, typer.Option(help="Id of the base model on the Hub, for the card, where --base is a folder.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     variant: Variant = None,
@@ -97,11 +100,14 @@ def erase(
     if sample_prompt and not sample_every:
         raise typer.BadParameter("`--sample-prompt` needs `--sample-every`.")
     new_erasure_folder(output, overwrite)
+    from diffusers_erasure.cards import check_repo_id
     from diffusers_erasure.errors import ErasureInputError
     from diffusers_erasure.fitting import erase as make
     from diffusers_erasure.fitting import recipe_of
     from diffusers_erasure.methods import check_names, get_method, make_config
 
+    if base_model is not None:
+        check_repo_id(base_model)
     recipe: dict[str, Any] = {"targets": targets, "anchors": anchor, "retain": retain, "method": method or "uce"}
     if config is not None:
         recipe = recipe_of(Source.parse(config).read(token=token))
@@ -135,6 +141,7 @@ def erase(
         erasure = make(pipe, **recipe, training=run, **settings)
     if not _is_main():
         return
+    erasure = erasure if base_model is None else erasure.with_base_model(base_model)
     files = erasure.save_pretrained(output, dtype=save_dtype(half), redact_concepts=redact)
     if resumable:
         from diffusers_erasure.training.checkpoint import clear

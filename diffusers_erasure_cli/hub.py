@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from . import options
+from . import completion, options
 from .options import ERASURE, Json, Token, out, save_dtype
 
 
@@ -16,6 +16,13 @@ Source = Annotated[str, typer.Argument(help=f"{ERASURE}.")]
 Subfolder = Annotated[str | None, typer.Option(help="A folder within it.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 Redact = Annotated[bool, typer.Option("--redact", help="Leave the concepts' names out.")]
+Card = Annotated[
+    str | None,
+    typer.Option(
+        help="local or hub: whose card holds where both were edited.",
+        autocompletion=completion.of("local", "hub"),
+    ),
+]
 
 
 def push(
@@ -31,6 +38,10 @@ def push(
     redact: Redact = False,
     grid: Annotated[Path | None, typer.Option(help="A picture for the card, of images before and after.")] = None,
     license: Annotated[str | None, typer.Option(help="Identifier of the licence, such as apache-2.0.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Id of the base model on the Hub, where none is recorded.")
+    ] = None,
+    card: Card = None,
     subfolder: Subfolder = None,
     token: Token = None,
     as_json: Json = False,
@@ -51,6 +62,8 @@ def push(
         redact_concepts=redact,
         grid=picture,
         license=license,
+        base_model=base_model,
+        card=card,
     )
     if as_json:
         print(json.dumps({"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}, indent=2))
@@ -64,15 +77,19 @@ def pull(
     revision: Revision = None,
     subfolder: Subfolder = None,
     token: Token = None,
+    card: Card = None,
     force: Annotated[bool, typer.Option("--force", help="Download again what is cached.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Download an erasure from the Hub into a folder, checked."""
+    """Download an erasure from the Hub into a folder, checked, with its card and the pictures of that."""
     if os.path.isdir(repo_id):
         raise typer.BadParameter(f"{repo_id!r} is a folder here; name a repository on the Hub.")
     place = options.Source.parse(repo_id, revision=revision)
     erasure = place.read(subfolder=subfolder, token=token, force_download=force)
-    files = erasure.save_pretrained(output)
+    from diffusers_erasure.beside import beside_of
+
+    beside_of(erasure.origin, strict=True)
+    files = erasure.save_pretrained(output, card=card)
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}
         print(json.dumps({"commit": erasure.revision, "output": str(output), "files": sizes}, indent=2))
@@ -90,9 +107,8 @@ def card(
     subfolder: Subfolder = None,
     token: Token = None,
 ) -> None:
-    """Print the card (README.md) that a push would write for an erasure."""
-    from diffusers_erasure.cards import render_card
-
+    """Print the card (README.md) that a push would write for an erasure, with what was edited in it by hand."""
     erasure = options.Source.parse(source, revision=revision).read(subfolder=subfolder, token=token)
-    erasure = erasure.redacted() if redact else erasure
-    print(render_card(erasure.config, repo_id), end="")
+    from diffusers_erasure.joining import pushed_card
+
+    print(pushed_card(erasure, repo_id, redact_concepts=redact), end="")

@@ -92,13 +92,17 @@ def info(
         return
     from rich.table import Table
 
+    from diffusers_erasure.cards import flattened
+    from diffusers_erasure.demo import is_embedded
+
     table = Table(show_header=False)
+    here = "demo" if is_embedded(config.base_model) else "local"
     concepts = ", ".join(f"{c.target} → {c.anchor or '(empty prompt)'}" for c in config.concepts)
     rows = {
         "removes": f"{len(config.concepts)} concepts, not named" if config.redacted else concepts or "not stated",
         "method": config.method.name,
         "settings": json.dumps(config.method.settings, ensure_ascii=False),
-        "base model": f"{config.base_model.repo or 'local'} ({config.base_model.family})",
+        "base model": f"{config.base_model.repo or here} ({config.base_model.family})",
         "commit": erasure.revision,
         "strength 1 is": None if config.published_strength == 1 else f"{config.published_strength:g} of the original",
         "loads without this package": f"yes, {config.stock.file}, error {config.stock.max_error:.1e}"
@@ -111,6 +115,7 @@ def info(
         rows[f"layer {index}, {layer.kind}"] = (
             f"{layer.component}, {len(layer.sites)} sites, in {layer.file}{modified}"
         )
+    rows.update({f"result, {name}": str(value) for name, value in flattened(config.results)})
     for name, record in config.files.items():
         rows[name] = f"{size_text(record.size)}, sha256 {record.sha256[:12]}…"
     for label, value in rows.items():

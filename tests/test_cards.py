@@ -1,16 +1,38 @@
 """Cards: the rendered examples, hostile text, and what the Hub's own parser makes of them."""
 
+import copy
 import dataclasses
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
+from diffusers_erasure import Erasure, ErasureInputError, demo
+from diffusers_erasure.base_model import describe_base
+from diffusers_erasure.beside import (
+    MAX_CARD_BYTES,
+    MAX_PICTURE_BYTES,
+    MAX_PICTURES,
+    RECORD_FILE,
+    Beside,
+    FolderOrigin,
+    Record,
+    Sight,
+    keep_record,
+    linked_pictures,
+)
 from diffusers_erasure.cards import escape_markdown, is_edited, merge_card, render_card
+from diffusers_erasure.demo.command import Accuracy, with_results
+from diffusers_erasure.hub import Snapshot
+from diffusers_erasure.joining import join, pushed_card
 from diffusers_erasure.methods import method_names
 from diffusers_erasure.methods.citations import CITATIONS
 from diffusers_erasure.schema import (
@@ -24,6 +46,7 @@ from diffusers_erasure.schema import (
     Method,
     Stock,
 )
+from tests.helpers import images, random_erasure, style_lora, tiny_sd_pipe
 
 
 CARDS = Path(__file__).resolve().parents[1] / "hub_cards"
@@ -194,7 +217,7 @@ def test_escaped_markdown_is_one_short_line() -> None:
 def test_merging() -> None:
     old, new = render_card(config(), "user/a"), render_card(config(concepts=(Concept("dog", "animal"),)), "user/a")
     assert not is_edited(old) and merge_card(old, old) == (old, False)
-    assert merge_card(old, new)[0] == ModelCard(new).content  # the keys keep their order too
+    assert merge_card(old, new) == (new, False)
     windows = old.replace("\n", "\r\n")
     assert not is_edited(windows)
     edited = old.replace("## Limits", "## My limits")
@@ -223,3 +246,217 @@ def test_each_method_has_its_citation() -> None:
         citation = CITATIONS[name]
         assert citation.url.startswith("https://") and citation.bibtex.startswith("@") and str(citation.year)
         assert citation.title in citation.bibtex
+
+
+# ------------------------------------------------------------------------------------- what lies beside an erasure
+
+
+def beside(card: str | None, **more: Any) -> Beside:
+    return Beside(card, **{"where": "there", **more})
+
+
+def text_of(card: str) -> str:
+    return re.sub(r"<!--.*?-->", "", ModelCard(card).text).strip()
+
+
+FRESH = render_card(config(), "user/a")
+MINE, THEIRS, OLD = (FRESH.replace("## Limits", f"{who} words.\n\n## Limits") for who in ("My", "Their", "Old"))
+
+
+@pytest.mark.parametrize(
+    ("local", "hub", "then", "expected"),
+    [
+        (None, None, None, FRESH),
+        (FRESH, None, None, FRESH),
+        (None, THEIRS, None, THEIRS),
+        (MINE, None, None, MINE),
+        (MINE, FRESH, None, MINE),
+        (FRESH, THEIRS, None, THEIRS),
+        (MINE, MINE, None, MINE),
+        (MINE, THEIRS, None, None),
+        (MINE, THEIRS, (MINE, MINE), THEIRS),
+        (MINE, THEIRS, (THEIRS, THEIRS), MINE),
+        (MINE, THEIRS, (OLD, OLD), None),
+        (FRESH, THEIRS, (THEIRS, THEIRS), FRESH),  # taken out here
+        (MINE, FRESH, (MINE, MINE), FRESH),  # taken out there
+        (MINE, THEIRS, (MINE, OLD), THEIRS),
+    ],
+)
+def test_which_text_holds(
+    local: str | None, hub: str | None, then: tuple[str, str] | None, expected: str | None
+) -> None:
+    record = None if then is None else Record("user/a@main", Sight(then[0], {}), Sight(then[1], {}))
+    sides = beside(local, record=record, where="mine"), beside(hub, place="user/a@main")
+    if expected is None:
+        with pytest.raises(ErasureInputError, match='of mine and of there.*the text.*card="local".*--card'):
+            join(FRESH, *sides)
+        assert join(FRESH, *sides, card="local").card == MINE and join(FRESH, *sides, card="hub").card == THEIRS
+    else:
+        assert join(FRESH, *sides).card == expected
+    if then == (MINE, MINE) and hub == THEIRS:  # of another repository nothing is known
+        with pytest.raises(ErasureInputError):
+            join(FRESH, sides[0], beside(hub, place="user/b@main"))
+
+
+def test_which_metadata_holds() -> None:
+    def card(extra: str, tag: str = "") -> str:
+        text = FRESH.replace("pipeline_tag:", f"{extra}pipeline_tag:")
+        return text.replace("- lora\n", f"- lora\n- {tag}\n") if tag else text
+
+    def joined(local: str, hub: str, then: str | None = None, **more: Any) -> dict[str, Any]:
+        record = None if then is None else Record("user/a@main", Sight(then, {}), Sight(then, {}))
+        result = join(FRESH, beside(local, record=record), beside(hub, place="user/a@main"), **more)
+        assert text_of(result.card) == text_of(FRESH)
+        return ModelCard(result.card).data.to_dict()
+
+    both = joined(card("license: mit\n", "mine"), card("language: en\n", "theirs"))
+    assert (both["license"], both["language"]) == ("mit", "en") and both["tags"][-2:] == ["theirs", "mine"]
+    mit, apache = card("license: mit\n"), card("license: apache-2.0\n")
+    with pytest.raises(ErasureInputError, match="`license` of the metadata"):
+        joined(mit, apache)
+    assert joined(mit, apache, card="local")["license"] == "mit"
+    assert joined(mit, apache, card="hub")["license"] == "apache-2.0"
+    assert joined(mit, apache, then=mit)["license"] == "apache-2.0"
+    assert joined(mit, apache, then=apache)["license"] == "mit"
+    assert "license" not in joined(FRESH, mit, then=mit)  # taken out here
+    assert "license" not in joined(mit, FRESH, then=mit)  # taken out there
+    assert "mine" not in joined(card("", "mine"), FRESH, then=card("", "mine"))["tags"]
+    assert join(FRESH, beside(mit), beside(mit)).card == mit  # to the byte
+
+
+def test_which_pictures_hold() -> None:
+    def joined(
+        local: dict[str, bytes], hub: dict[str, bytes], then: dict[str, bytes] | None = None
+    ) -> dict[str, bytes]:
+        seen = None if then is None else Beside(FRESH, then).sight()
+        record = None if seen is None else Record("user/a@main", seen, seen)
+        sides = beside(FRESH, pictures=local, record=record), beside(FRESH, pictures=hub, place="user/a@main")
+        return join(FRESH, *sides).pictures
+
+    assert joined({"a.png": b"1"}, {"b.png": b"2"}) == {"a.png": b"1", "b.png": b"2"}
+    assert joined({"a.png": b"1"}, {"a.png": b"2"}, {"a.png": b"1"}) == {"a.png": b"2"}
+    assert joined({"a.png": b"1"}, {"a.png": b"2"}, {"a.png": b"2"}) == {"a.png": b"1"}
+    assert joined({}, {"a.png": b"2"}, {"a.png": b"2"}) == {"a.png": b"2"}  # none is taken away
+    with pytest.raises(ErasureInputError, match=r"picture a\.png"):
+        joined({"a.png": b"1"}, {"a.png": b"2"})
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_pictures_that_a_card_may_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["a.png", "b.JPG", "c.webp", "d.jpeg", "e.png"]
+    card = """![x](a.png) [y](./b.JPG "title") <img width=3 src="c.webp"> [z]: d.jpeg
+    ![no](../secret.png) ![no](/etc/x.png) ![no](sub/x.png) ![no](https://127.0.0.1/x.png) [e](e.png) [f](f.gif) e.txt"""
+    assert linked_pictures(card + " ") == ["before_after.png", *names]
+    folder = tmp_path / "erasure"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(PNG)
+    (folder / "README.md").write_text(card)
+    (folder / "a.png").write_bytes(PNG)
+    (folder / "b.JPG").symlink_to(tmp_path / "secret.png")  # leads out
+    (folder / "c.webp").write_bytes(b"RIFFxxxxWEBP")
+    (folder / "d.jpeg").write_bytes(b"no picture")
+    with open(folder / "e.png", "wb") as file:
+        file.write(PNG)
+        file.truncate(MAX_PICTURE_BYTES + 1)
+    found = FolderOrigin(folder).beside()
+    assert set(found.pictures) == {"a.png", "c.webp"} and found.card == card
+    assert all(name in caplog.text for name in ("b.JPG", "d.jpeg", "e.png"))
+    many = "".join(f"![x](p{i}.png) " for i in range(100))
+    (folder / "README.md").write_text(many)
+    for i in range(100):
+        (folder / f"p{i}.png").write_bytes(PNG)
+    assert len(FolderOrigin(folder).beside().pictures) == MAX_PICTURES - 1  # there is no before_after.png
+
+
+@pytest.mark.parametrize("odd", [b"---\n- a: [\n---\n", b"\xff\xfe", b"x" * (MAX_CARD_BYTES + 1)])
+def test_an_odd_card_is_no_obstacle_and_is_not_lost(odd: bytes, tmp_path: Path) -> None:
+    random_erasure(tiny_sd_pipe()).save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_bytes(odd)
+    (tmp_path / "a" / RECORD_FILE).write_bytes(odd)
+    erasure = Erasure.from_pretrained(tmp_path / "a")
+    erasure.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / "README.md").read_bytes() == odd
+    erasure.save_pretrained(tmp_path / "b")
+    assert not is_edited((tmp_path / "b" / "README.md").read_text(encoding="utf-8"))
+    with pytest.raises(ErasureInputError, match="cannot be kept"):
+        erasure.push_to_hub("user/a", base_model="user/base")
+
+
+def test_a_record_that_is_none() -> None:
+    good = Record("user/a@main", Sight("card", {"a.png": "0"}), Sight(None, {}))
+    assert Record.from_bytes(good.to_bytes()) == good
+    for odd in (b"", b"[]", b"{}", b'{"place": 1, "local": 2, "hub": 3}', b"[" * 100_000, b"\xff"):
+        assert Record.from_bytes(odd) is None
+
+
+def test_the_embedded_model_is_recognised() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert demo.is_embedded(describe_base(demo.load_pipeline(dtype)))
+    pipe = demo.load_pipeline()
+    text = render_card(config(base_model=describe_base(pipe)))
+    assert "pipe = demo.load_pipeline()" in text and "BASE_MODEL" not in text and "embedded model" in text
+    with torch.no_grad():
+        pipe.unet.conv_in.weight += 1
+    assert not demo.is_embedded(describe_base(pipe)) and not demo.is_embedded(BaseModel("stable-diffusion"))
+    assert "BASE_MODEL" in render_card(config(base_model=describe_base(pipe)))
+
+
+def test_a_base_model_from_a_folder_has_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder "models/base" looks like a repository's id."""
+    demo.load_pipeline().save_pretrained(tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained("models/base")
+    assert describe_base(pipe).repo is None
+    monkeypatch.chdir(tmp_path / "models")
+    assert describe_base(pipe).repo == "models/base"  # no such folder here, so an id
+
+
+def test_a_plain_lora_says_that_it_is_one(tmp_path: Path) -> None:
+    pipe = tiny_sd_pipe()
+    (tmp_path / "lora").mkdir()
+    save_file(style_lora(pipe), tmp_path / "lora" / LORA_FILE)
+    pipe.load_erasure(tmp_path / "lora", "style", method="lora")
+    drawn = images(pipe)
+    pipe.save_erasure(tmp_path / "erasure")
+    card = (tmp_path / "erasure" / "README.md").read_text(encoding="utf-8")
+    assert "# A plain LoRA" in card and "were not recorded" in card and "layers that are no LoRA" not in card
+    assert 'weight_name="pytorch_lora_weights.safetensors"' in card and 'pipe.load_erasure("PATH_OR_REPO")' in card
+    assert (
+        "the concepts below" not in card and "It lowers the chance" not in card and "lora" in ModelCard(card).data.tags
+    )
+    stock = tiny_sd_pipe()  # and what the card says of diffusers alone is true
+    stock.load_lora_weights(tmp_path / "erasure", weight_name="pytorch_lora_weights.safetensors")
+    assert abs(images(stock) - drawn).max() < 1e-4 and abs(images(tiny_sd_pipe()) - drawn).max() > 0.01
+    named = Erasure.from_pretrained(tmp_path / "erasure").with_base_model("user/base")
+    assert "as its publisher states" in pushed_card(named, "user/style")
+    assert 'from_pretrained("user/base")' in pushed_card(named, "user/style")
+
+
+def test_what_the_demo_measured_is_recorded() -> None:
+    erasure = random_erasure(tiny_sd_pipe())
+    found = with_results(erasure, Accuracy(1.0, 0.99), Accuracy(0.125, 0.98), 200)
+    assert found.config.results["erased_accuracy"] == {"before": 1.0, "after": 0.125}
+    card = render_card(found.config)
+    assert "| erased\\_accuracy, after | 0.125 |" in card and "| images | 200 |" in card
+    assert "No measurements" not in card
+    assert found.to_files() == with_results(erasure, Accuracy(1.0, 0.99), Accuracy(0.125, 0.98), 200).to_files()
+
+
+def test_a_redacted_folder_keeps_no_record(tmp_path: Path) -> None:
+    erasure = random_erasure(tiny_sd_pipe())
+    erasure.save_pretrained(tmp_path / "a")
+    keep_record(tmp_path / "a", Record("user/a@main", Sight(FRESH, {}), Sight(FRESH, {})))
+    erasure.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / RECORD_FILE).is_file()
+    erasure.save_pretrained(tmp_path / "a", redact_concepts=True)
+    assert not (tmp_path / "a" / RECORD_FILE).exists()
+    assert b"zebra" not in b"".join(path.read_bytes() for path in (tmp_path / "a").iterdir())
+
+
+def test_a_token_is_in_no_copy() -> None:
+    there = Snapshot("user/a", "0" * 40, "user/a@main", token="hf_secret")
+    for copied in (copy.deepcopy(there), pickle.loads(pickle.dumps(there))):
+        assert copied == dataclasses.replace(there, token=None)
+    assert there.token == "hf_secret" and "hf_secret" not in repr(there)

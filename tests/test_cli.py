@@ -44,6 +44,10 @@ def test_demo_erases_the_concept_and_keeps_the_others(tmp_path: Path) -> None:
         assert grid.size[0] > 500
     assert json.loads((tmp_path / "here" / "report.json").read_text()) == report
     assert (tmp_path / "here" / "erasure" / "pytorch_lora_weights.safetensors").is_file()
+    card = (tmp_path / "here" / "erasure" / "README.md").read_text()  # what was measured is recorded, and shown
+    assert f"| erased\\_accuracy, after | {after['erased_accuracy']:.4g} |" in card and "](before_after.png)" in card
+    shown = invoke("info", str(tmp_path / "here" / "erasure")).stdout
+    assert f"{after['kept_accuracy']:.4g}" in shown and "demo (stable-diffusion)" in shown
 
 
 def test_demo_refuses_what_it_cannot_do(tmp_path: Path) -> None:

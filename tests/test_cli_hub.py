@@ -15,7 +15,7 @@ from tests.mini_hub import Hub
 from tests.test_hub import environment
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("erasure") / "no-zebra"
     random_erasure(tiny_sd_pipe()).save_pretrained(path)
@@ -50,15 +50,15 @@ print(json.dumps([one(arguments) for arguments in json.loads(sys.argv[1])]))
 
 
 def test_push_pull_card(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    token = ["--token", "hf_alice"]
+    token, base = ["--token", "hf_alice"], ["--base-model", "user/zoo"]
     pushed, proposed, shown, pulled, redacted, refused, missing = in_child(
         hub,
         tmp_path / "home",
-        ["push", str(folder), "alice/no-zebra", "--private", "-m", "Take the zebra out", "--json", *token],
-        ["push", str(folder), "alice/no-zebra", "--create-pr", "--half", *token],
+        ["push", str(folder), "alice/no-zebra", "--private", "-m", "Take the zebra out", "--json", *base, *token],
+        ["push", str(folder), "alice/no-zebra", "--create-pr", "--half", *base, *token],
         ["info", "alice/no-zebra", "--json", *token],
         ["pull", "alice/no-zebra", "-o", str(tmp_path / "back"), "--json", *token],
-        ["push", str(folder), "alice/secret", "--redact", "--revision", "quiet", *token],
+        ["push", str(folder), "alice/secret", "--redact", "--revision", "quiet", *base, *token],
         ["pull", "alice/no-zebra", "-o", str(tmp_path / "not"), "--token", "hf_bob"],
         ["pull", "alice/nothing", "-o", str(tmp_path / "not"), *token],
     )
@@ -70,14 +70,78 @@ def test_push_pull_card(hub: Hub, folder: Path, tmp_path: Path) -> None:
     assert proposed["out"].strip().endswith("/alice/no-zebra/discussions/1")
     assert json.loads(shown["out"])["concepts"] == [{"anchor": "horse", "target": "zebra"}]
     assert json.loads(pulled["out"])["commit"] == commit
-    for name in ("erasure_config.json", "pytorch_lora_weights.safetensors"):
-        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    files = hub.files("alice/no-zebra")
+    for name in ("README.md", "erasure_config.json", "pytorch_lora_weights.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == files[name]
+    assert set(json.loads(pulled["out"])["files"]) == {*files}
+    name = "pytorch_lora_weights.safetensors"
+    assert files[name] == (folder / name).read_bytes()
+    assert json.loads(files["erasure_config.json"])["base_model"]["repo"] == "user/zoo"
+    assert 'DiffusionPipeline.from_pretrained("user/zoo")' in files["README.md"].decode()
     half = hub.files("alice/no-zebra", "refs/pr/1")["pytorch_lora_weights.safetensors"]
     assert len(half) < 0.7 * os.path.getsize(folder / "pytorch_lora_weights.safetensors")
     assert not any(b"zebra" in data for data in hub.files("alice/secret", "quiet").values())
     for answer in (refused, missing):
         assert answer["error"] == "ErasureNotFoundError" and "hf auth login" in answer["text"]
     assert not (tmp_path / "not").exists()
+
+
+def test_what_was_edited_is_pulled_shown_and_pushed(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    token, repo = ["--token", "hf_alice"], "alice/edited"
+    mine, home = tmp_path / "mine", tmp_path / "home"
+    Erasure.from_pretrained(folder).with_base_model("user/zoo").save_pretrained(mine)
+    (nameless, pushed) = in_child(
+        hub, home, ["push", str(folder), repo, *token], ["push", str(mine), repo, "--license", "mit", *token]
+    )
+    assert nameless["error"] == "ErasureInputError" and "--base-model" in nameless["text"]
+    assert pushed["code"] == 0, pushed
+    files = hub.files(repo)
+    card = files["README.md"].decode().replace("## Limits", "Their words.\n\n## Limits")
+    hub.set(repo, files={**files, "README.md": card.encode(), "notes.txt": b"x"})
+    readme = mine / "README.md"
+    readme.write_text(readme.read_text().replace("## Limits", "My words.\n\n## Limits"))
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    refused, untouched, shown, here, fresh, hubs, again, local = in_child(
+        hub,
+        home,
+        ["push", str(mine), repo, *token],
+        ["pull", repo, "-o", str(mine), *token],
+        ["card", repo, *token],
+        ["card", str(mine)],
+        ["pull", repo, "-o", str(tmp_path / "fresh"), *token],
+        ["push", str(mine), repo, "--card", "hub", *token],
+        ["pull", repo, "-o", str(tmp_path / "fresh"), *token],
+        ["push", str(mine), repo, "--card", "local", *token],
+    )
+    for answer in (refused, untouched):
+        assert answer["error"] == "ErasureInputError" and "--card" in answer["text"]
+        assert repo in answer["text"] and str(mine) in answer["text"]
+    for answer in (shown, here, fresh, hubs, again, local):
+        assert answer["code"] == 0, answer
+    kept = {path.name: path.read_bytes() for path in mine.iterdir()}
+    assert {name: kept[name] for name in before if not name.startswith(".")} == {
+        name: data for name, data in before.items() if not name.startswith(".")
+    }
+    assert shown["out"] == card and "license: " in card and "Their words." in card
+    assert "My words." in here["out"] and f'load_erasure("{repo}")' not in here["out"]
+    assert (tmp_path / "fresh" / "README.md").read_text() == card
+    now = hub.files(repo)
+    assert "My words." in now["README.md"].decode() and now["notes.txt"] == b"x"
+    assert "license: mit" in now["README.md"].decode().replace('"', "")
+
+
+def test_erase_names_the_base_model(tmp_path: Path) -> None:
+    def invoke(*arguments: str) -> Any:
+        return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "160"})
+
+    erase = ["erase", "cat", "--anchor", "animal", "--set", "rank=1", "-o", str(tmp_path / "no-cat")]
+    wrong = invoke(*erase, "--base-model", "model")
+    assert type(wrong.exception).__name__ == "ErasureInputError" and not (tmp_path / "no-cat").exists()
+    assert invoke(*erase).exit_code == 0
+    assert "demo.load_pipeline()" in invoke("card", str(tmp_path / "no-cat")).stdout
+    assert invoke(*erase, "--base-model", "user/model").exit_code == 0
+    assert Erasure.from_pretrained(tmp_path / "no-cat").config.base_model.repo == "user/model"
+    assert 'from_pretrained("user/model")' in invoke("card", str(tmp_path / "no-cat")).stdout
 
 
 def test_card_and_usage(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,9 +243,234 @@ def test_a_card_with_a_picture_and_a_licence(hub: Hub, client: Client) -> None:
     assert files["before_after.png"].startswith(b"\x89PNG")
     card = files[CARD].decode()
     assert "](before_after.png)" in card and "license: " in card and "apache-2.0" in card
-    ok(client(code, grid=False, licence=None))  # another push, without a picture: the old one goes
-    assert set(hub.files("alice/shown")) == {CARD, CONFIG, LORA, TENSORS}
-    assert "before_after.png" not in hub.files("alice/shown")[CARD].decode()
+    ok(client(code, grid=False, licence=None))  # another push, without a picture: the old one stays, and is shown
+    now = hub.files("alice/shown")
+    assert now == files
+
+
+# An edit of the card in a folder: a licence, a line of text and a picture.
+EDIT = """
+    from pathlib import Path
+    from PIL import Image
+    folder = Path(folder)
+    def edit(old, new):
+        path = folder / "README.md"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+    def push(**more):
+        return Erasure.from_pretrained(folder).push_to_hub(repo, token="hf_alice", **more).oid
+    def pull(**more):
+        Erasure.from_pretrained(repo, token="hf_alice", cache_dir=cache).save_pretrained(folder, **more)
+    def contents():
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+"""
+
+
+def script(code: str) -> str:
+    return textwrap.dedent(EDIT) + textwrap.dedent(code)
+
+
+def edited(hub: Hub, repo: str, old: str, new: str, **files: bytes) -> None:
+    """Edit the card on the Hub."""
+    there = hub.files(repo)
+    assert old in there[CARD].decode()
+    hub.set(repo, files={**there, CARD: there[CARD].decode().replace(old, new, 1).encode(), **files})
+
+
+def test_what_was_edited_in_the_folder_travels_to_the_hub(hub: Hub, client: Client, tmp_path: Path) -> None:
+    repo, args = "alice/from-here", {"folder": str(tmp_path / "no-cat"), "cache": client.cache()}
+    code = script("""
+    lora.save_pretrained(folder)
+    edit("pipeline_tag:", "license: mit\\npipeline_tag:")
+    edit("## Limits", "My words, ![mine](./mine.png) and <img src='other.webp'>, ![no](../no.png).\\n\\n## Limits")
+    Image.new("RGB", (8, 4), "red").save(folder / "mine.png")
+    Image.new("RGB", (8, 4), "blue").save(folder / "other.webp")
+    Image.new("RGB", (8, 4)).save(folder / "unlinked.png")
+    Image.new("RGB", (8, 4)).save(folder / "before_after.png")
+    (folder.parent / "no.png").write_bytes((folder / "mine.png").read_bytes())
+    result = push()
+    """)
+    first = ok(client(code, repo=repo, **args))
+    files = hub.files(repo)
+    assert {CARD, CONFIG, LORA, TENSORS, "mine.png", "other.webp", "before_after.png"} == set(files)
+    assert files["mine.png"] == (tmp_path / "no-cat" / "mine.png").read_bytes()
+    card = files[CARD].decode()
+    assert "My words" in card and "license: mit" in card
+    again = script("result = push()")
+    assert ok(client(again, repo=repo, **args)) == first  # nothing changed, no commit
+
+    # edited again, and pushed again: the Hub's text is what this folder had pushed
+    code = script('edit("My words", "Better words"); edit("license: mit", "license: apache-2.0"); push()')
+    ok(client(code, repo=repo, **args))
+    card = hub.files(repo)[CARD].decode()
+    assert "Better words" in card and "My words" not in card and "license: apache-2.0" in card
+    # into another repository, where nothing was edited, and from there into another folder
+    ok(client(script('push(); repo = "alice/copy"; push()'), repo=repo, **args))
+    assert "Better words" in hub.files("alice/copy")[CARD].decode()
+    # a copy in half precision takes the card and the pictures along
+    code = script("Erasure.from_pretrained(folder).save_pretrained(copy, dtype=torch.float16)")
+    ok(client(code, repo=repo, copy=str(tmp_path / "half"), **args))
+    assert "Better words" in (tmp_path / "half" / CARD).read_text()
+    assert (tmp_path / "half" / "mine.png").read_bytes() == files["mine.png"]
+
+
+def test_what_was_edited_on_the_hub_travels_here_and_back(hub: Hub, client: Client, tmp_path: Path) -> None:
+    repo, folder = "alice/from-there", tmp_path / "pulled"
+    args = {"repo": repo, "folder": str(folder), "cache": client.cache()}
+    ok(client.push(repo))
+    png = b"\x89PNG\r\n\x1a\n picture"
+    edited(hub, repo, "pipeline_tag:", "license: mit\npipeline_tag:")
+    edited(hub, repo, "## Limits", "Their words, ![a](a.png) ![b](b.png).\n\n## Limits")
+    hub.set(repo, files={**hub.files(repo), "a.png": png, "b.png": b"no picture", "unlinked.png": png})
+    answer = client(script("pull()"), **args)
+    ok(answer)
+    assert "b.png" in answer["log"]
+    assert (folder / CARD).read_bytes() == hub.files(repo)[CARD]  # with the licence, to the byte
+    assert (folder / "a.png").read_bytes() == png
+    assert not (folder / "b.png").exists() and not (folder / "unlinked.png").exists()
+    before = hub.commits(repo)
+    ok(client(script("push()"), **args))
+    assert hub.commits(repo) == before  # what was pulled is not published anew
+
+    # edited here, not there: kept by a pull, published by a push
+    ok(client(script('edit("Their words", "My words"); pull()'), **args))
+    assert "My words" in (folder / CARD).read_text()
+    ok(client(script("push()"), **args))
+    assert "My words" in hub.files(repo)[CARD].decode() and "Their words" not in hub.files(repo)[CARD].decode()
+    # edited there, not here: kept by a push, brought by a pull
+    edited(hub, repo, "My words", "Newer words")
+    edited(hub, repo, "license: mit", "license: openrail")
+    ok(client(script("push()"), **args))
+    assert "Newer words" in hub.files(repo)[CARD].decode()
+    ok(client(script("pull()"), **args))
+    assert "Newer words" in (folder / CARD).read_text() and "license: openrail" in (folder / CARD).read_text()
+    assert hub.files(repo)["unlinked.png"] == png
+
+
+def test_a_card_that_was_edited_on_both_sides(hub: Hub, client: Client, tmp_path: Path) -> None:
+    repo, folder = "alice/both", tmp_path / "both"
+    args = {"repo": repo, "folder": str(folder), "cache": client.cache()}
+    png = b"\x89PNG\r\n\x1a\n"
+    ok(client(script("lora.save_pretrained(folder); push()"), **args))
+    edited(hub, repo, "## Limits", "Their words.\n\n## Limits", **{"before_after.png": png + b"theirs"})
+    edited(hub, repo, "pipeline_tag:", "license: mit\npipeline_tag:")
+    code = """
+    edit("## Limits", "My words.\\n\\n## Limits")
+    edit("pipeline_tag:", "license: openrail\\npipeline_tag:")
+    (folder / "before_after.png").write_bytes(picture)
+    """
+    there, picture = hub.files(repo), (png + b"mine").decode("latin-1")
+    ok(client(script('picture = picture.encode("latin-1")') + textwrap.dedent(code), picture=picture, **args))
+    here = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for action in ("push()", "pull()"):
+        answer = client(script(action), **args)
+        failed(answer, "ErasureInputError", repo, str(folder), 'card="local"', 'card="hub"', "--card")
+        failed(answer, "ErasureInputError", "the text", "`license`", "picture before_after.png")
+        assert hub.files(repo) == there and {path.name: path.read_bytes() for path in folder.iterdir()} == here
+    failed(client(script("push(card='mine')"), **args), "ErasureInputError", "`card`")
+
+    ok(client(script("push(card='local')"), **args))
+    now = hub.files(repo)
+    assert "My words." in now[CARD].decode() and "license: openrail" in now[CARD].decode()
+    assert now["before_after.png"] == png + b"mine"
+    hub.set(repo, files=there)
+    ok(client(script("pull(card='hub')"), **args))
+    assert "Their words." in (folder / CARD).read_text() and "license: mit" in (folder / CARD).read_text()
+    assert (folder / "before_after.png").read_bytes() == png + b"theirs"
+    ok(client(script('edit("Their words.", "Both words."); push()'), **args))  # it is known now what the Hub had
+    assert "Both words." in hub.files(repo)[CARD].decode()
+
+
+def test_the_names_are_not_carried_by_the_card(hub: Hub, client: Client, tmp_path: Path) -> None:
+    repo, folder = "alice/quiet", tmp_path / "quiet"
+    args = {"repo": repo, "folder": str(folder), "cache": client.cache()}
+    code = """
+    lora.save_pretrained(folder)
+    edit("## Limits", "No cats: ![cats](cats.png).\\n\\n## Limits")
+    edit("pipeline_tag:", "license: mit\\ncats: many\\npipeline_tag:")
+    Image.new("RGB", (8, 4)).save(folder / "cats.png")
+    push(redact_concepts=True)
+    """
+    answer = client(script(code), **args)
+    ok(answer)
+    assert "edited by hand" in answer["log"] and "left out" in answer["log"]
+    files = hub.files(repo)
+    assert set(files) == {CARD, CONFIG, LORA, TENSORS}
+    assert "license: mit" in files[CARD].decode() and not any(b"cat" in data[:3000] for data in files.values())
+    here = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code = "Erasure.from_pretrained(folder).save_pretrained({}, redact_concepts=True)"
+    failed(client(script(code.format("folder")), **args), "ErasureInputError", "edited by hand")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == here
+    ok(client(script(code.format("folder.parent / 'other'")), **args))
+    other = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    assert set(other) == {CARD, CONFIG, LORA, TENSORS} and b"cats" not in other[CARD]
+
+
+def test_a_push_deletes_the_old_tensors_alone(hub: Hub, client: Client) -> None:
+    repo = "alice/full"
+    ok(client.push(repo))
+    own = {"notes.txt": b"x", "before_after.png": b"y", "images/a.png": b"z", "model.safetensors": b"m"}
+    hub.set(repo, files={**hub.files(repo), **own})
+    ok(client.push(repo, "text_map"))
+    files = hub.files(repo)
+    assert set(files) == {CARD, CONFIG, TENSORS, *own} and own.items() <= files.items()
+    unknown = json.dumps({**json.loads(files[CONFIG]), "schema": "9.0"}).encode()
+    hub.set(repo, files={**files, CONFIG: unknown, LORA: b"of a newer version"})
+    answer = client.push(repo, "text_map")
+    ok(answer)
+    assert LORA in hub.files(repo) and LORA in answer["log"]
+
+
+def test_a_base_model_without_an_id(hub: Hub, client: Client) -> None:
+    code = """
+        import dataclasses
+        from diffusers_erasure.schema import BaseModel
+        base = BaseModel("stable-diffusion")
+        nameless = Erasure(dataclasses.replace(lora.config, base_model=base), lora.tensors)
+        erasure = nameless.with_base_model(named, "v1") if named else nameless
+        erasure.push_to_hub("alice/named", token="hf_alice", **args)
+    """
+    hub.log()
+    failed(client(code, named=None, args={}), "ErasureInputError", 'base_model="user/model"', "--base-model")
+    for wrong in ("model", "a/b/c", "/a", "a b/c", "a/..", "a--b/c", 'a/"b'):
+        failed(client(code, named=None, args={"base_model": wrong}), "ErasureInputError", '"user/model"')
+    assert hub.log() == []  # told before the Hub is asked
+    ok(client(code, named="user/one", args={}))
+    card = hub.files("alice/named")[CARD].decode()
+    assert json.loads(hub.files("alice/named")[CONFIG])["base_model"]["revision"] == "v1"
+    assert "user/one" in card.split("---")[1] and 'from_pretrained("user/one")' in card
+    ok(client(code, named="user/one", args={"base_model": "user/two"}))
+    assert 'from_pretrained("user/two")' in hub.files("alice/named")[CARD].decode()
+
+
+def test_a_visitor_can_follow_the_card(hub: Hub, client: Client) -> None:
+    """The code of the cards, as it stands there: on the embedded model, and on one that lies on the Hub."""
+    code = r"""
+        import re
+        import numpy
+        from huggingface_hub import HfApi
+        pipe.save_pretrained(folder)
+        HfApi(token="hf_alice").create_repo("alice/base")
+        HfApi(token="hf_alice").upload_folder(repo_id="alice/base", folder_path=folder)
+        result = []
+        for repo, base in (("alice/visited", None), ("alice/visited-too", "alice/base")):
+            lora.push_to_hub(repo, token="hf_alice", base_model=base)
+            card = Erasure.from_pretrained(repo).origin.beside().card
+            images = []
+            for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+                block = re.sub(r"(pipe\(.*?)(, num_inference_steps=20.*)?\)\.", r"\1, num_inference_steps=2).", block)
+                space = {}
+                torch.manual_seed(0)
+                exec(block, space)
+                images.append(numpy.asarray(space["image"]).tolist())
+            result.append([re.findall(r"```bash\n(.*?)\n```", card), images])
+    """
+    embedded, named = ok(client(code, folder=str(client.home / "base")))
+    assert embedded[0] == ["pip install diffusers-erasure"]
+    assert named[0] == ["pip install diffusers-erasure", "pip install diffusers peft"]
+    for _, images in (embedded, named):
+        ours, stock = images
+        assert max(abs(a - b) for x, y in zip(ours, stock) for p, q in zip(x, y) for a, b in zip(p, q)) <= 2
 
 
 def test_a_whole_erased_model(hub: Hub, client: Client) -> None:
@@ -275,6 +500,17 @@ def test_a_whole_erased_model(hub: Hub, client: Client) -> None:
     ok(client.push("alice/an-erasure"))
     code = 'pipe.load_erasure(lora, "cat"); pipe.push_erased_model("alice/an-erasure", token="hf_alice")'
     failed(client(code), "ErasureInputError", "something else")
+
+    # another push leaves what it did not write, and the card's own words; weights of the earlier one go
+    parts = {"unet/diffusion_pytorch_model-00001-of-00002.safetensors": b"x", "unet/model.fp16.safetensors": b"mine"}
+    own = {"notes.txt": b"x", "unet/mine.safetensors": b"y", "images/a.png": b"z"}
+    hub.set("alice/no-cats-at-all", files={**files, **parts, **own})
+    edited(hub, "alice/no-cats-at-all", "## Limits", "My words.\n\n## Limits")
+    code = 'pipe.load_erasure(lora, "cat", strength=0.5); pipe.push_erased_model(repo, token="hf_alice")'
+    ok(client(code, repo="alice/no-cats-at-all"))
+    now = hub.files("alice/no-cats-at-all")
+    assert set(now) == {*files, *own, "unet/model.fp16.safetensors"} and own.items() <= now.items()
+    assert "My words." in now[CARD].decode() and now[CONFIG] != files[CONFIG]
 
 
 def test_a_pull_fetches_the_schemas_files_of_one_commit(hub: Hub, client: Client) -> None:
@@ -537,6 +773,35 @@ OFFLINE = """
         results.append([[type(error).__name__, str(error)], time.monotonic() - start])
     print(json.dumps(results))
 """
+
+
+HANGING = """
+    import json, logging, time
+    from diffusers_erasure import Erasure
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("diffusers_erasure").addHandler(handler)
+    start = time.monotonic()
+    found = Erasure.from_pretrained("alice/kept")
+    loaded = time.monotonic() - start
+    found.save_pretrained({folder!r})
+    print(json.dumps([found.revision, loaded, time.monotonic() - start, lines]))
+"""
+
+
+def test_a_hub_that_hangs(kept: str, client: Client, tmp_path: Path) -> None:
+    """It accepts connections and never answers: what is in the cache is used within 5 s, with a word."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(16)  # the kernel accepts; nobody reads
+        nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
+        code = HANGING.replace("{folder!r}", repr(str(tmp_path / "saved")))
+        revision, loaded, saved, lines = python(code, nobody, client.home / "hf")
+    print(f"loaded after {loaded:.2f} s, saved after {saved:.2f} s")
+    assert revision == kept and loaded < 5 and saved < 5
+    assert any("no answer" in line and "cache" in line and kept in line for line in lines)
+    assert (tmp_path / "saved" / CARD).is_file()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ picture, so that an erasure can be made, applied and scored on any machine in a 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from diffusers_erasure.demo.dataset import Dataset
     from diffusers_erasure.demo.judge import Judge
+    from diffusers_erasure.schema import BaseModel
 
 __all__ = [
     "BROADER",
@@ -30,6 +32,7 @@ __all__ = [
     "OBJECTS",
     "STYLES",
     "SYNONYMS",
+    "is_embedded",
     "load_images",
     "load_judge",
     "load_pipeline",
@@ -40,6 +43,36 @@ __all__ = [
 # The sampling which the model was tuned for and which every published number uses.
 NUM_INFERENCE_STEPS = 20
 GUIDANCE_SCALE = 3.0
+
+# SHA-256 of the fingerprints that an erasure records of the embedded model: in float32 or float16, and in bfloat16.
+_FINGERPRINTS = {
+    "unet": (
+        "c12dc1e4d2207b0c68c13ebbccf1b521fa764797adf482480f83b9dd5709fdbb",
+        "12347898bf7284e19b0408e1245b987a7a8e4c6d988b1f7537da33b3f12fd282",
+    ),
+    "text_encoder": (
+        "7be419d18fc78c78a47825625b2ed0a09f0b66f276a3ae707ed96eb4fad1e057",
+        "0882d3ab2d8c4c56c06756f98189eab8823de0c69a70c6e697a53955b11b9770",
+    ),
+    "tokenizer": ("97a8960aec3230bba21aa06ea62f59fa66db8d53f896c7adec96648c9121fe65",),
+}
+
+
+def is_embedded(base: BaseModel) -> bool:
+    """
+    Whether an erasure was made on the embedded model, told by the fingerprints that it recorded.
+
+    Args:
+        base ([`~diffusers_erasure.schema.BaseModel`]):
+            What the erasure recorded of its base model.
+
+    Returns:
+        `bool`: `False` where nothing was recorded, or a component is another one.
+    """
+    return "unet" in base.components and all(
+        hashlib.sha256(f"{each.architecture} {each.values}".encode()).hexdigest() in _FINGERPRINTS.get(name, ())
+        for name, each in base.components.items()
+    )
 
 
 def assets() -> Traversable:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +14,7 @@ from typing import Any
 from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, load_judge, load_pipeline, prompt
 from diffusers_erasure.errors import ErasureInputError
 from diffusers_erasure.pictures import contact_sheet
+from diffusers_erasure.schema import GRID_FILE
 
 
 STEPS = 8  # of a second-order solver, to stay under a minute; benchmarks/demo_model.py takes 20 of DDIM
@@ -65,6 +68,20 @@ def make_erasure(pipe: Any, concept: str, anchor: str, **settings: Any) -> Any:
     if concept in STYLES:
         settings.setdefault("templates", "style")
     return erase(pipe, concept, anchors=anchor, retain=retain, method="uce", **settings)
+
+
+def with_results(erasure: Any, before: Accuracy, after: Accuracy, images: int) -> Any:
+    """The erasure with what the judge measured, for its card; no times, so that the same inputs give the same bytes."""
+    results = {
+        "judge": "the embedded model's, shares of images that show what the prompt names",
+        "images": images,
+        "sampling": f"DPM-Solver++, {STEPS} steps, guidance {GUIDANCE_SCALE:g}",
+        **{
+            name: {"before": getattr(before, name), "after": getattr(after, name)}
+            for name in ("erased_accuracy", "kept_accuracy")
+        },
+    }
+    return dataclasses.replace(erasure, config=dataclasses.replace(erasure.config, results=results))
 
 
 def prompts_for(concept: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -167,7 +184,8 @@ def run_demo(
     judge = load_judge()
 
     pipe = fast_pipeline()
-    make_erasure(pipe, concept, anchor).save_pretrained(folder / "erasure")
+    erasure = make_erasure(pipe, concept, anchor)
+    erasure.save_pretrained(folder / "erasure")
     before = draw(pipe, [*erased, *kept], "before", progress)
 
     fresh = fast_pipeline()
@@ -193,11 +211,14 @@ def run_demo(
         columns=[pairs[i][0] for i in indices],
         scale=2,
     ).save(grid)
+    scores = accuracy(before), accuracy(after)
+    shutil.copyfile(grid, folder / "erasure" / GRID_FILE)
+    with_results(erasure, *scores, len(after)).save_pretrained(folder / "erasure")
     report = DemoReport(
         concept=concept,
         anchor=anchor,
-        before=accuracy(before),
-        after=accuracy(after),
+        before=scores[0],
+        after=scores[1],
         images=len(after),
         seconds=round(time.perf_counter() - started, 1),
         output=str(folder),
