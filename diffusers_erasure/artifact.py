@@ -13,7 +13,7 @@ from . import tensors as tensor_io
 from .beside import RECORD_FILE, FolderOrigin, Origin, beside_of
 from .cards import check_repo_id, render_card
 from .errors import ErasureConfigError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from .folders import read_folder, write_folder
+from .folders import local_folder, read_folder, write_folder
 from .joining import beside_files, check_side
 from .layers import layer_kind
 from .logging import get_logger
@@ -384,7 +384,8 @@ class Erasure:
         """Read an erasure from a folder or from the Hub, and validate all of it.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a local folder, or a repository id on the Hub.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a local folder, a file in it, or a repository id on
+                the Hub.
             subfolder (`str`, *optional*): a folder within it.
             revision (`str`, *optional*): branch, tag or commit. It is resolved once, and all files come from there.
             token (`str` or `bool`, *optional*): token for private and gated repositories; the stored one by default.
@@ -397,10 +398,10 @@ class Erasure:
             ErasureHubError: the Hub refused access or gave no answer.
             ErasureConfigError, ErasureFileError: what it holds is not valid.
         """
-        folder, commit = Path(pretrained_model_name_or_path), None
-        source = str(pretrained_model_name_or_path)
+        folder, commit = local_folder(pretrained_model_name_or_path), None
+        source = str(folder or pretrained_model_name_or_path)
         origin: Origin
-        if folder.is_dir():
+        if folder is not None:
             files = read_folder(folder, subfolder)
             origin = FolderOrigin(folder.resolve() / (subfolder or ""))
         else:

@@ -7,7 +7,31 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .errors import ErasureConfigError, ErasureError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from .schema import CONFIG_FILE, MAX_CONFIG_BYTES, TENSOR_FILES, ErasureConfig
+from .schema import CARD_FILE, CONFIG_FILE, MAX_CONFIG_BYTES, TENSOR_FILES, ErasureConfig
+
+
+def local_folder(place: str | os.PathLike[str]) -> Path | None:
+    """The folder that a path names: itself, or the one in which an erasure's file lies.
+
+    Returns:
+        `Path`: the folder, or `None` where there is none and the name may be that of a repository.
+
+    Raises:
+        ErasureNotFoundError: it is a path for certain, and leads to no folder and no file of an erasure.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file() and path.name in (CONFIG_FILE, CARD_FILE, *TENSOR_FILES):
+        return path.parent
+    if path.is_file():
+        raise ErasureNotFoundError(
+            f"{path} is a file, and an erasure is a folder. If it is a plain LoRA, load it as one with "
+            '`load_erasure(..., method="lora")`.'
+        )
+    if str(place).startswith((".", "/", "~")) or path.suffix in (".json", ".safetensors"):
+        raise ErasureNotFoundError(f"There is no folder and no file {str(place)!r}.")
+    return None
 
 
 def read_folder(folder: Path, subfolder: str | None = None) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from .fusing import fuse_erasures, unfuse_erasures
 from .logging import get_logger
 from .peft_backend import PeftGuard
 from .provenance import check_not_contained
-from .schema import Concept
+from .schema import TENSOR_FILES, Concept
 from .showing import layer_text
 from .state import components as _components
 from .state import known as _known
@@ -176,7 +176,8 @@ def _default_name(src: Any, taken: Mapping[str, Loaded]) -> str:
     if isinstance(src, Erasure):
         base = Path(src.source).name if src.source else src.config.method.name
     else:
-        base = Path(os.fspath(src)).name
+        path = Path(os.fspath(src))
+        base = (path.parent if path.name in TENSOR_FILES else path).name
     base = re.sub(r"[^\w-]+", "_", base).strip("_") or "erasure"
     if not isinstance(src, Erasure) or base not in taken:
         return base

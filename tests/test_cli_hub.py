@@ -139,7 +139,7 @@ def test_erase_names_the_base_model(tmp_path: Path) -> None:
     assert type(wrong.exception).__name__ == "ErasureInputError" and not (tmp_path / "no-cat").exists()
     assert invoke(*erase).exit_code == 0
     assert "demo.load_pipeline()" in invoke("card", str(tmp_path / "no-cat")).stdout
-    assert invoke(*erase, "--base-model", "user/model").exit_code == 0
+    assert invoke(*erase, "--base-model", "user/model", "--overwrite").exit_code == 0
     assert Erasure.from_pretrained(tmp_path / "no-cat").config.base_model.repo == "user/model"
     assert 'from_pretrained("user/model")' in invoke("card", str(tmp_path / "no-cat")).stdout
 
