@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 def pipe() -> Any:
     from diffusers_erasure import demo
 
-    return demo.load_pipeline()
+    return demo.load_pipeline().to(torch.accelerator.current_accelerator() or "cpu")
 
 
 @pytest.fixture(scope="module")
