@@ -27,7 +27,7 @@ from diffusers_erasure.training.prompts import Prompts, nearest
 from diffusers_erasure.training.sampler import SAMPLE, Sampler, generator_for, partial, trajectories
 from diffusers_erasure.training.sites import TRAIN_SETS, check_rank, find_sites
 from diffusers_erasure.training.student import ADAPTER, LoraStudent
-from tests.helpers import equal, images, tiny_sd_pipe, tiny_sdxl_pipe, tree
+from tests.helpers import ROUNDINGS, equal, images, roundings, tiny_sd_pipe, tiny_sdxl_pipe, tree
 
 
 SHAPE = (4, 8, 8)
@@ -223,7 +223,7 @@ def test_noisy_latents_are_the_pipelines_own(pipe: Any, prediction: str) -> None
     assert pairs.latents.shape == (2, 5, *SHAPE) and sampler.timesteps[0] == 999
     for taken in range(5):
         own = by_diffusers(pipe, noise[:1], "a cat", 5, taken)[0]
-        assert torch.allclose(pairs.latents[0, taken], own, atol=2e-5)  # batches of 4 and of 2: sums in another order
+        assert roundings(pairs.latents[0, taken], own) <= ROUNDINGS  # batches of 4 and of 2: sums in another order
     assert torch.equal(pairs.latents[:, 0], noise)  # k = 0 is the untouched noise
 
 
@@ -241,7 +241,7 @@ def test_fresh_denoising_is_a_trajectorys_point_and_done_ones_leave(pipe: Any) -
         found = partial(counted, sampler, noise, [0, 2, 4, 2], prompts, 3.0)
     assert sizes == [3, 3, 1, 1]
     for i, taken in enumerate([0, 2, 4, 2]):
-        assert torch.allclose(found[i], whole[i, taken], atol=2e-5)
+        assert roundings(found[i], whole[i, taken]) <= ROUNDINGS  # batches of other sizes
     assert torch.equal(found[0], noise[0])
 
 

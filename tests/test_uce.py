@@ -17,6 +17,7 @@ from diffusers_erasure.methods.publishing import compress
 from diffusers_erasure.methods.rows import TEMPLATES, KeptRows, TargetRows
 from diffusers_erasure.methods.uce import Config, solve
 from diffusers_erasure.schema import LORA_FILE
+from tests.helpers import edits, roundings
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,9 @@ def test_scales_are_relative_by_default(pipe: Any) -> None:
     plain: dict[str, Any] = {"anchors": "animal", "rows": "last", "retain_rows": "last", "templates": "none"}
     relative = erase(pipe, "cat", lamb=0.1, **plain)
     absolute = erase(pipe, "cat", lamb=0.1 * norm, absolute=True, **plain)
-    assert relative.content_hash == absolute.content_hash
+    # The absolute lambda was multiplied out here, so that it may differ by a last bit; factors and product are float32.
+    for site, edit in edits(absolute).items():
+        assert roundings(edits(relative)[site], edit) <= 4
     # One target, nothing retained: it moves by |t|^2 / (lambda + |t|^2) of the way.
     assert relative.config.diagnostics["completeness"]["cat"] == pytest.approx(1 / 1.1, abs=1e-4)
 
