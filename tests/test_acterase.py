@@ -35,7 +35,19 @@ from diffusers_erasure.probes import Moments, inputs_seen
 from diffusers_erasure.schema import TENSOR_FILE, Concept
 from diffusers_erasure.tensors import dump
 from diffusers_erasure.training import TrainingRun
-from tests.helpers import equal, far, images, style_lora, tiny_sd_pipe, tiny_sdxl_pipe, tree, unchanged_by
+from tests.helpers import (
+    ROUNDINGS,
+    assert_like,
+    equal,
+    far,
+    images,
+    roundings,
+    style_lora,
+    tiny_sd_pipe,
+    tiny_sdxl_pipe,
+    tree,
+    unchanged_by,
+)
 
 
 QUICK: dict[str, Any] = {
@@ -65,12 +77,12 @@ def test_moments_are_those_of_all_rows() -> None:
     rows = values.flatten(0, 1).double()
     normalised = rows / rows.norm(dim=1, keepdim=True)
     for moments in (whole, parts):
-        assert torch.allclose(moments.mean("a")[1], rows.mean(0), rtol=1e-6, atol=1e-7)
-        assert torch.allclose(moments.root_mean_square("a")[1], normalised.square().mean(0).sqrt(), rtol=1e-6)
+        assert roundings(moments.mean("a")[1], rows.mean(0)) <= 10
+        assert roundings(moments.root_mean_square("a")[1], normalised.square().mean(0).sqrt()) <= 10
         assert moments.mean("a")[0].tolist() == [0] * 6
     whole.add("a", 0, 2 * values[:1])
     everything = torch.cat([rows, 2 * rows[:10]])
-    assert torch.allclose(whole.pooled().mean("a")[0], everything.mean(0), rtol=1e-6, atol=1e-7)
+    assert roundings(whole.pooled().mean("a")[0], everything.mean(0)) <= 10
 
 
 def test_the_mask() -> None:
@@ -88,9 +100,9 @@ def test_importance() -> None:
     moments.add("a", 0, torch.tensor([[3.0, 4.0, 0.0], [0.0, -1.0, 0.0]]))
     moments.add("a", 1, torch.tensor([[1.0, 2.0, 2.0]]))
     plain = torch.tensor([[0.6 / 1.64**0.5, 1.0, 0.0], [0.5, 1.0, 1.0]], dtype=torch.float64)
-    assert torch.allclose(importance(moments, "a", None), plain, atol=1e-7)
+    assert roundings(importance(moments, "a", None), plain) <= 10
     weighted = importance(moments, "a", torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64))
-    assert torch.allclose(weighted[1], torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64), atol=1e-7)
+    assert roundings(weighted[1], torch.tensor([1.0, 0.5, 0.5])) <= 10
 
 
 def test_the_probe_is_gone(pipe: Any) -> None:
@@ -130,9 +142,9 @@ def test_the_calibration_against_a_pipelines_own_run(pipe: Any, rows: str) -> No
         other([pair[side] for pair in pairs], latents=noise, num_inference_steps=4, guidance_scale=3.0)
         for step, hidden in enumerate(seen):
             own = (hidden if rows == "all" else hidden[2:]).flatten(0, 1).double()
-            assert torch.allclose(calibration.moments[side].mean(site)[step], own.mean(0), atol=1e-5)
+            assert roundings(calibration.moments[side].mean(site)[step], own.mean(0)) <= ROUNDINGS
             share = (own / own.norm(dim=1, keepdim=True)).square().mean(0).sqrt()
-            assert torch.allclose(calibration.moments[side].root_mean_square(site)[step], share, atol=1e-5)
+            assert roundings(calibration.moments[side].root_mean_square(site)[step], share) <= ROUNDINGS
 
 
 # ------------------------------------------------------------------------------------------------------- the erasure
@@ -180,14 +192,14 @@ def test_concepts_together_are_the_concepts_one_by_one(pipe: Any) -> None:
 
 
 def test_the_static_form_can_be_fused(pipe: Any) -> None:
-    erasure = erase(pipe, "cat", by_timestep=False, sites="attn", **QUICK)
+    base, erasure = images(pipe), erase(pipe, "cat", by_timestep=False, sites="attn", **QUICK)
     (layer,) = erasure.config.layers
     assert erasure.layer_tensors(layer)[TIMESTEPS].shape == (1,)
     assert {site.rpartition(".attn")[2] for site in layer.sites} == {"1.to_out.0", "2.to_out.0"}
     pipe.load_erasure(erasure)
     hooked = images(pipe)
     pipe.fuse_erasures()
-    assert far(images(pipe), hooked) < 1e-5
+    assert_like(images(pipe), hooked, base)
 
 
 def test_settings_act(pipe: Any) -> None:

@@ -17,6 +17,7 @@ from diffusers_erasure.methods.nullspace import Influence, edit, kept_directions
 from diffusers_erasure.methods.speed import PRESETS, PUBLISHED, SQUARES, Config, centres_of
 from diffusers_erasure.schema import LORA_FILE
 from tests.dense_closed_form import dense_speed
+from tests.helpers import edits, roundings
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -86,10 +87,11 @@ def test_the_factored_form_is_the_dense_one(
     )["w"]  # fmt: skip
     found = factored(w, e, g, concepts, retain, invariants, draws, **numbers)
     # Where the invariants use up the whole null space the edit is zero, and only rounding of W's size is left.
-    assert (found - expected).norm() <= 1e-9 * expected.norm() + 1e-11 * w.norm()
-    assert torch.linalg.matrix_rank(found) <= n
+    tolerance = 1e-9 * expected.norm() + 1e-11 * w.norm()
+    assert (found - expected).norm() <= tolerance
+    assert torch.linalg.matrix_rank(found, atol=tolerance) <= n
     if lamb == 0:
-        assert (found @ invariants.T).norm() <= (1e-9 * found.norm() + 1e-11 * w.norm()) * invariants.norm()
+        assert (found @ invariants.T).norm() <= tolerance * invariants.norm()
 
 
 @settings(max_examples=25, deadline=None)
@@ -101,7 +103,7 @@ def test_the_order_of_the_targets_does_not_matter(n: int, seed: int) -> None:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     one = factored(w, e, g, n, retain, invariants, draws, **numbers)
     other = factored(w, e[order], g[order], n, retain, invariants, draws, **numbers)
-    assert (one - other).norm() <= 1e-9 * one.norm()
+    assert (one - other).norm() <= 1e-9 * one.norm() + 1e-11 * w.norm()
 
 
 def test_invariants_that_are_retained_anyway_do_no_harm() -> None:
@@ -189,8 +191,9 @@ def test_relative_units_are_absolute_ones_scaled(pipe: Any) -> None:
     absolute = erase(
         pipe, "cat", units="absolute", threshold=1e-2 * trace, ridge=2e-3 * squares, lamb=1e-4 / 2e-3, **common
     )
-    for name, value in relative.tensors[LORA_FILE].items():
-        torch.testing.assert_close(value, absolute.tensors[LORA_FILE][name], rtol=1e-5, atol=1e-7)
+    # The absolute numbers were multiplied out here, and may differ by a last bit; factors and product are float32.
+    for site, change in edits(absolute).items():
+        assert roundings(edits(relative)[site], change) <= 4
 
 
 def test_absolute_units_on_other_rows_are_warned_of(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:

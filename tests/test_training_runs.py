@@ -27,7 +27,7 @@ from diffusers_erasure import (
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.checkpoint import POOL_FILE, Checkpoints
 from diffusers_erasure.training.state import State
-from tests.helpers import TOLERANCE, equal, far, images, tiny_sd_pipe
+from tests.helpers import ROUNDINGS, equal, far, images, roundings, tiny_sd_pipe
 
 
 SMALL: dict[str, Any] = {
@@ -436,7 +436,7 @@ def test_stock_diffusers_loads_what_was_trained(pipe: Any, train_set: str, tmp_p
     stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     drawn = images(ours)
     assert far(drawn, images(base)) > 0.02
-    assert far(drawn, images(stock)) < TOLERANCE  # B (A x) is added in both, in another order of sums
+    assert roundings(drawn, images(stock)) <= ROUNDINGS  # B (A x) is added in both, in another order of sums
 
 
 @pytest.mark.parametrize(("method", "preset"), [("esd", "object"), ("esd", "nudity"), ("sdd", "style")])
