@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from diffusers_erasure.probes import Moments, inputs_seen
 from diffusers_erasure.schema import TENSOR_FILE, Concept
 from diffusers_erasure.tensors import dump
 from diffusers_erasure.training import TrainingRun
+from tests.forks import Fork
 from tests.helpers import (
     ROUNDINGS,
     assert_like,
@@ -277,32 +276,24 @@ def test_it_erases_and_travels(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
-WORKER = """
-import sys
-from diffusers_erasure import erase
-from diffusers_erasure.training import TrainingRun
-from tests.helpers import tiny_sd_pipe
-from tests.test_acterase import LONGER
-
-erase(tiny_sd_pipe(), ["cat", "dog"], training=TrainingRun(checkpoint_dir=sys.argv[1], progress=False), **LONGER)
-"""
 LONGER: dict[str, Any] = {**QUICK, "num_pairs": 6}
+
+
+def longer(folder: Path) -> None:
+    erase(tiny_sd_pipe(), ["cat", "dog"], training=TrainingRun(checkpoint_dir=folder, progress=False), **LONGER)
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     expected = erase(tiny_sd_pipe(), ["cat", "dog"], **LONGER).to_files()
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Fork(tmp_path, longer, folder := tmp_path / "checkpoints")
     # In the second of the two concepts, so that a finished one is restored too.
-    while not any(tmp_path.glob("checkpoint-000000[45].safetensors")):
-        assert process.poll() is None, process.communicate()[0][-3000:]
+    while not any(folder.glob("checkpoint-000000[45].safetensors")):
+        assert process.is_running, process.errors[-3000:]
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    run = TrainingRun(checkpoint_dir=tmp_path, resume=True, progress=False)
-    assert not (tmp_path / "checkpoint-0000006.safetensors").exists()
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    run = TrainingRun(checkpoint_dir=folder, resume=True, progress=False)
+    assert not (folder / "checkpoint-0000006.safetensors").exists()
     assert erase(tiny_sd_pipe(), ["cat", "dog"], training=run, **LONGER).to_files() == expected
 
 

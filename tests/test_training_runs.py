@@ -2,9 +2,9 @@
 
 import errno
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from diffusers_erasure import (
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.checkpoint import POOL_FILE, Checkpoints
 from diffusers_erasure.training.state import State
+from tests.forks import Fork, cli
 from tests.helpers import ROUNDINGS, equal, far, images, roundings, tiny_sd_pipe
 
 
@@ -159,25 +160,25 @@ def test_accumulated_batches_are_one_large_one(pipe: Any) -> None:
 
 def command(output: Path, *arguments: str) -> list[str]:
     small = [f"--set={key}={value}" for key, value in SMALL.items()]
-    return ["-m", "diffusers_erasure.cli", "erase", "cat", "-o", str(output), "--method", "esd", *small, *arguments]
+    return ["erase", "cat", "-o", str(output), "--method", "esd", *small, *arguments]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+def training_module(*arguments: str) -> None:
+    """`python -m diffusers_erasure.training`."""
+    sys.argv = ["diffusers_erasure.training", *arguments]
+    runpy.run_module("diffusers_erasure.training", run_name="__main__")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    found = subprocess.run(
-        [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
-    return found
+def run(folder: Path, *arguments: str) -> None:
+    """The command line, in a process of its own."""
+    process = Fork(folder, cli, *arguments)
+    assert process.wait() == 0, process.errors[-3000:]
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+def wait_for(path: Path, process: Fork) -> None:
     deadline = time.monotonic() + 200
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, f"{path.name} never came"
+        assert process.is_running and time.monotonic() < deadline, f"{path.name} never came: {process.errors[-3000:]}"
         time.sleep(0.005)
 
 
@@ -189,7 +190,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The erasure of a run of 12 steps on the embedded model, by the command."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    run(*command(folder, "--set=steps=12"))
+    run(folder.parent, *command(folder, "--set=steps=12"))
     assert not folder.with_name("out.checkpoints").exists()  # they have done their work
     return contents(folder)
 
@@ -198,30 +199,27 @@ def test_killed_twice_the_resumed_run_is_bit_identical(tmp_path: Path, uninterru
     folder = tmp_path / "out"
     arguments = command(folder, "--set=steps=12", "--checkpoint-every=1", "--resume")
     for step in (2, 7):
-        process = subprocess.Popen([sys.executable, *arguments], env=environment(), stderr=subprocess.DEVNULL)
+        process = Fork(tmp_path, cli, *arguments)
         wait_for(tmp_path / "out.checkpoints" / f"checkpoint-{step:07d}.safetensors", process)
-        process.send_signal(signal.SIGKILL)
+        process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL and not folder.exists()
-    run(*arguments)
+    run(tmp_path, *arguments)
     assert contents(folder) == uninterrupted
 
 
 def test_ctrl_c_saves_and_a_forgotten_resume_loses_nothing(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     folder = tmp_path / "out"
     arguments = command(folder, "--set=steps=12", "--checkpoint-every=1000")
-    process = subprocess.Popen([sys.executable, *arguments], env=environment(), stderr=subprocess.PIPE)
+    process = Fork(tmp_path, cli, *arguments)
     wait_for(tmp_path / "out.checkpoints" / POOL_FILE, process)  # the next thing is the first step
-    process.send_signal(signal.SIGINT)
-    _, messages = process.communicate(timeout=200)
-    assert process.returncode == 130, messages.decode()[-2000:]
-    assert b"--resume" in messages and b"Traceback" not in messages and not folder.exists()
+    process.send(signal.SIGINT)
+    assert process.wait() == 130, process.errors[-2000:]
+    assert "--resume" in process.errors and "Traceback" not in process.errors and not folder.exists()
     saved = [path for path in (tmp_path / "out.checkpoints").iterdir() if path.name.startswith("checkpoint")]
     assert len(saved) == 1
-    forgotten = subprocess.run(
-        [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=200, check=False
-    )
-    assert forgotten.returncode == 1 and "--resume" in forgotten.stderr and saved[0].exists()
-    run(*arguments, "--resume")
+    forgotten = Fork(tmp_path, cli, *arguments)
+    assert forgotten.wait() == 1 and "--resume" in forgotten.errors and saved[0].exists()
+    run(tmp_path, *arguments, "--resume")
     assert contents(folder) == uninterrupted
 
 
@@ -230,7 +228,7 @@ def test_config_repeats_an_erasure_to_the_byte(tmp_path: Path, uninterrupted: di
     first.mkdir()
     for name, data in uninterrupted.items():
         (first / name).write_bytes(data)
-    run("-m", "diffusers_erasure.cli", "erase", "-o", str(second), "--config", str(first))
+    run(tmp_path, "erase", "-o", str(second), "--config", str(first))
     assert contents(second) == uninterrupted
 
 
@@ -240,11 +238,21 @@ def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     shared = ("--set=policy=student", "--retain=dog", "--set=trajectories=3", "--set=refresh=2")
     one, two = tmp_path / "one", tmp_path / "two"
-    run(*command(one, *shared, "--set=batch_size=2"))
-    # What `torchrun` is; `accelerate launch` starts several processes on GPUs only.
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    module, (_, _, _, *rest) = ["-m", "diffusers_erasure.training"], command(two, *shared, "--set=batch_size=1")
-    run(*launch, *module, *rest)
+    run(tmp_path / "whole", *command(one, *shared, "--set=batch_size=2"))
+    # What `torchrun` gives to each; `accelerate launch` starts several processes on GPUs only.
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    half = command(two, *shared, "--set=batch_size=1")
+    processes = [
+        Fork(
+            tmp_path / str(rank),
+            training_module,
+            *half[1:],
+            environment={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        assert process.wait() == 0, process.errors[-3000:]
     erasures = [Erasure.from_pretrained(folder) for folder in (one, two)]
     losses = [erasure.config.diagnostics["loss"] for erasure in erasures]
     assert len(losses[0]) == SMALL["steps"] and losses[0][-1] != losses[0][0]
