@@ -13,6 +13,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 PRELOADED = [
     "diffusers_erasure.cli",
@@ -39,16 +41,12 @@ class Fork:
         self.files = folder / "stdout", folder / "stderr"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        offline = os.environ.get("HF_HUB_OFFLINE")
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_HUB_OFFLINE", "1")
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
             forkserver.ensure_running()
-        finally:
-            del os.environ["HF_HUB_OFFLINE"]
-            if offline is not None:
-                os.environ["HF_HUB_OFFLINE"] = offline
-        given = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
-        self.process = context.Process(target=_run, args=(self.files, given, function, arguments))
+            given = {**os.environ, **(environment or {})}
+        self.process = context.Process(target=_run, args=(self.files, os.getcwd(), given, function, arguments))
         self.process.start()
 
     @property
@@ -85,12 +83,17 @@ def cli(*arguments: str) -> None:
 
 
 def _run(
-    files: tuple[Path, Path], environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+    files: tuple[Path, Path],
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     for number, path in enumerate(files, start=1):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
         os.close(handle)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)

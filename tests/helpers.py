@@ -40,7 +40,7 @@ PROMPT = "a photo of a red apple"
 
 # Two ways to the same numbers round differently: the erasure adds B(A x) to W x where the oracle multiplies (W + BA) x,
 # and batches of other sizes are summed in another order, which the processor's kernels choose. By `roundings` below, a
-# UNet's some fifty layers are apart by 16 at most then, and three steps of drawing too, on every set of kernels that was
+# UNet's some fifty layers are apart by 20 at most then, and three steps of drawing too, on every set of kernels that was
 # tried; an erasure moves images by more than EFFECT (0.1 to 0.3), which is 400,000.
 ROUNDINGS = 200
 EFFECT = 0.05

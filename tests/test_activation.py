@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import pickle
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from diffusers_erasure.schema import (
     LORA_FILE,
     MODIFIER_PREFIX,
     TENSOR_FILE,
+    BaseModel,
     Concept,
     ErasureConfig,
     GateSpec,
@@ -43,6 +45,7 @@ from tests.helpers import (
     ROUNDINGS,
     assert_like,
     assert_same_weights,
+    base_images,
     dense_edit,
     equal,
     far,
@@ -75,14 +78,25 @@ class Plan:
     schedule: torch.Tensor | None = None
 
 
+@cache
+def tiny_widths() -> dict[str, int]:
+    return {
+        name: part.in_features for name, part in tiny_sd_pipe().unet.named_modules() if isinstance(part, nn.Linear)
+    }
+
+
+@cache
+def tiny_base() -> BaseModel:
+    return describe_base(tiny_sd_pipe())
+
+
 def make_plan(
     sites: Sequence[str] = FF, seed: int = 0, times: Sequence[float] = TIMES, share: float = 0.4, size: float = 1.0
 ) -> Plan:
     generator = torch.Generator().manual_seed(seed)
-    pipe = tiny_sd_pipe()
     masks, means = {}, {}
     for site in sites:
-        shape = len(times), pipe.unet.get_submodule(site).in_features
+        shape = len(times), tiny_widths()[site]
         masks[site] = torch.rand(shape, generator=generator) < share
         means[site] = size * torch.randn(shape, generator=generator)
     return Plan(torch.tensor(times), masks, means)
@@ -114,7 +128,7 @@ def as_erasure(*plans: Plan, pipe: Any = None, gate: torch.Tensor | None = None,
         schema="1.0",
         library=Library("diffusers_erasure", diffusers_erasure.__version__),
         method=Method("random"),
-        base_model=describe_base(pipe or tiny_sd_pipe()),
+        base_model=describe_base(pipe) if pipe else tiny_base(),
         concepts=(Concept("zebra"),),
         layers=tuple(layers),
     )
@@ -407,7 +421,7 @@ def test_beside_a_users_lora_and_a_lora_erasure(pipe: Any) -> None:
 
     reference = dense_edit(tiny_sd_pipe(), lora)
     reference = Reference(reference, [(plan, 0.9)]).pipe
-    base, oracle = images(tiny_sd_pipe()), images(reference)
+    base, oracle = base_images(), images(reference)
     pipe.load_erasure(as_erasure(plan), "patch", strength=0.9)
     pipe.load_erasure(lora, "lora")
     assert_like(images(pipe), oracle, base)
@@ -432,7 +446,7 @@ def test_beside_a_users_lora_and_a_lora_erasure(pipe: Any) -> None:
 )
 def test_copies(pipe: Any, duplicate: Callable[[Any], Any]) -> None:
     pipe.load_erasure(as_erasure(make_plan()), "a")
-    base, drawn = images(tiny_sd_pipe()), images(pipe)
+    base, drawn = base_images(), images(pipe)
     twin = duplicate(pipe)
     assert equal(images(twin), drawn)
     twin.set_erasures("a", 0)

@@ -208,15 +208,16 @@ def test_gradients(pipe: Any, form: str, checkpointing: bool) -> None:
     assert {id(value) for value in network.parameters()} == {id(value) for value in network.named_tensors().values()}
     assert all(parameter.grad is None for parameter in unet.parameters())
     direction = {name: value / value.norm().clamp_min(1e-12) for name, value in found.items()}
+    stock = tiny_sd_pipe().unet
     for group in ("zero.", "conv_in", "down_blocks.1", "mid_block", "time_embedding"):
         names = [name for name in tensors if name.startswith(group)]
         expected = sum(float((found[name] * direction[name]).sum()) for name in names)
         values = []
         for step in (1e-3, -1e-3):
             moved = {n: (v + step * direction[n] if n in names else v) for n, v in tensors.items()}
-            residuals = stock_residuals(tiny_sd_pipe().unet, moved)
+            residuals = stock_residuals(stock, moved)
             with torch.no_grad():
-                values.append(float(loss_of(tiny_sd_pipe().unet, **given(residuals)).double()))
+                values.append(float(loss_of(stock, **given(residuals)).double()))
         assert (values[0] - values[1]) / 2e-3 == pytest.approx(expected, rel=0.02)
 
 

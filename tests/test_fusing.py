@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests.helpers import (
     assert_like,
     assert_merged_weights,
     assert_same_weights,
+    base_images,
     dense_edit,
     equal,
     images,
@@ -38,6 +40,7 @@ from tests.helpers import (
 LORA_SITES = UNET_SITES + CONV_SITES[:2] + TEXT_SITES[:1]
 
 
+@cache  # none changes one
 def make(kind: str, seed: int = 0) -> Erasure:
     if kind == "text_map":
         return random_erasure(tiny_sd_pipe(), "text_map", seed=seed)
@@ -96,7 +99,7 @@ def test_a_lora_under_a_text_map(pipe: Any) -> None:
     """Fused together they are (W + BA) T, which is what the hooks give."""
     pipe.load_erasure(make("text_map"), "map")
     pipe.load_erasure(make("lora"), "lora")
-    base, hooked = images(tiny_sd_pipe()), images(pipe)
+    base, hooked = base_images(), images(pipe)
     for names in ("map", ["map"]):
         with pytest.raises(ErasureInputError, match=r"fuse_erasures\(\['map', 'lora'\]\)"):
             unchanged_by(pipe, lambda names=names: pipe.fuse_erasures(names))
@@ -235,7 +238,7 @@ def test_fused_projections(pipe: Any) -> None:
         pipe.fuse_erasures()
     pipe.unfuse_qkv_projections()
     pipe.fuse_erasures()
-    drawn, base = images(pipe), images(tiny_sd_pipe())
+    drawn, base = images(pipe), base_images()
     pipe.fuse_qkv_projections()  # of the fused weights
     assert_like(images(pipe), drawn, base)
     with pytest.raises(ErasureError, match="unfuse_qkv_projections"):
@@ -279,7 +282,7 @@ def test_weights_that_cannot_be_fused(erasure: Erasure, pipe: Any, prepare: Any,
         drawn = images(pipe)
         oracle = dense_edit(tiny_sd_pipe(), erasure)
         if prepare is quantise:
-            assert_like(drawn, images(oracle), images(tiny_sd_pipe()))
+            assert_like(drawn, images(oracle), base_images())
 
 
 def test_offloaded_after_fusing(pipe: Any) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def pipe() -> Any:
     return tiny_sd_pipe()
 
 
+@cache  # none changes one
 def erasure_of(kind: str, seed: int = 0, size: float = 0.7) -> Erasure:
     layer = "text_map" if kind == "text_map" else "lora"
     return random_erasure(tiny_sd_pipe(), layer, KINDS[kind], seed=seed, size=size)

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ def make(pipe: Any, kind: str = "base", folder: Path | None = None, *, resume: b
     return erase(pipe, "cat", training=run, **{**SMALL, **KINDS[kind], **more})
 
 
+@cache
+def whole(kind: str = "base") -> Erasure:
+    """What an uninterrupted run on a fresh pipeline gives."""
+    return make(tiny_sd_pipe(), kind)
+
+
 def flat(erasure: Erasure) -> torch.Tensor:
     """All factors in a row."""
     tensors = erasure.tensors["pytorch_lora_weights.safetensors"]
@@ -90,21 +97,21 @@ def cut_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     pipe: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = make(pipe, kind)
-    assert make(tiny_sd_pipe(), kind).to_files() == whole.to_files()  # and so does a second one
+    expected = whole(kind).to_files()
+    assert make(pipe, kind).to_files() == expected  # and so does a second one
     for step in (2, 5):
         with monkeypatch.context() as patch:
             cut_after(patch, step)
             with pytest.raises(Cut):
                 make(pipe, kind, tmp_path, resume=True)
-    assert make(pipe, kind, tmp_path, resume=True).to_files() == whole.to_files()
-    assert make(pipe, kind, tmp_path, resume=True).to_files() == whole.to_files()  # it is finished: nothing to do
+    assert make(pipe, kind, tmp_path, resume=True).to_files() == expected
+    assert make(pipe, kind, tmp_path, resume=True).to_files() == expected  # it is finished: nothing to do
     names = sorted(path.name for path in tmp_path.iterdir() if path.name != POOL_FILE)
     assert names == ["checkpoint-0000005.safetensors", "checkpoint-0000006.safetensors"]
 
 
 def test_stopped_while_the_pool_is_filled(pipe: Any, tmp_path: Path) -> None:
-    whole = make(pipe, "student", trajectories=40, steps=2)
+    expected = make(pipe, "student", trajectories=40, steps=2).to_files()
     everywhere, chunks = loop.Trainer._everywhere, []
 
     def asked(self: Any, loss: torch.Tensor, interrupt: Any) -> tuple[float, bool]:
@@ -120,21 +127,20 @@ def test_stopped_while_the_pool_is_filled(pipe: Any, tmp_path: Path) -> None:
         chunks += [1, 1, 1]  # 32 trajectories are there, so that one chunk is missing, and two steps follow
         patch.setattr(loop.Trainer, "_everywhere", asked)
         resumed = make(pipe, "student", tmp_path, resume=True, trajectories=40, steps=2)
-    assert len(chunks) == 6 and resumed.to_files() == whole.to_files()
+    assert len(chunks) == 6 and resumed.to_files() == expected
 
 
 def test_a_lost_pool_is_drawn_again(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make(pipe)
     with monkeypatch.context() as patch:
         cut_after(patch, 3)
         with pytest.raises(Cut):
             make(pipe, folder=tmp_path)
     (tmp_path / POOL_FILE).unlink()
-    assert make(pipe, folder=tmp_path, resume=True).to_files() == whole.to_files()
+    assert make(pipe, folder=tmp_path, resume=True).to_files() == whole().to_files()
 
 
 def test_what_a_run_depends_on(pipe: Any) -> None:
-    base = make(pipe)
+    base = whole()
     assert make(pipe, seed=1).content_hash != base.content_hash
     assert make(pipe, retain_weight=3.0).content_hash != base.content_hash
     assert make(pipe, max_grad_norm=1e-3).content_hash != base.content_hash
@@ -325,7 +331,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_good(
     with pytest.raises(ErasureFileError, match="damaged.*delete it to go on from step 2"):
         make(pipe, folder=tmp_path, resume=True)
     newest.unlink()
-    assert make(pipe, folder=tmp_path, resume=True).to_files() == make(pipe).to_files()
+    assert make(pipe, folder=tmp_path, resume=True).to_files() == whole().to_files()
 
 
 def test_a_checkpoint_of_another_run_or_base_is_refused(pipe: Any, tmp_path: Path) -> None:
@@ -354,7 +360,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(pipe: Any, tmp_path: Path) -
         with pytest.raises(ErasureTrainingError, match=r"No space left.*of step 3.*resume"):
             make(pipe, folder=tmp_path, resume=True)
     assert contents(tmp_path) == before
-    assert make(pipe, folder=tmp_path, resume=True).to_files() == make(pipe).to_files()
+    assert make(pipe, folder=tmp_path, resume=True).to_files() == whole().to_files()
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(pipe: Any, tmp_path: Path) -> None:
@@ -372,7 +378,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(pipe: Any
         ):
             make(pipe, folder=tmp_path)
     assert equal(images(pipe), drawn)
-    assert make(pipe, folder=tmp_path, resume=True).to_files() == make(pipe).to_files()
+    assert make(pipe, folder=tmp_path, resume=True).to_files() == whole().to_files()
 
 
 def test_nan_in_the_base_is_told(pipe: Any) -> None:
@@ -458,9 +464,8 @@ def test_published_presets_run(pipe: Any, method: str, preset: str) -> None:
 
 
 def test_a_loaded_erasure_is_off_while_another_is_trained(pipe: Any) -> None:
-    first = make(pipe)
-    pipe.load_erasure(make(pipe, "student"))
-    assert make(pipe).to_files() == first.to_files()
+    pipe.load_erasure(whole("student"))
+    assert make(pipe).to_files() == whole().to_files()
 
 
 # ------------------------------------------------------------------------------------------------ samples, memory
@@ -473,11 +478,11 @@ def test_sample_images(pipe: Any, tmp_path: Path) -> None:
     assert [sheet.name for sheet in sheets] == ["step-0000003.png", "step-0000006.png"]
     first, second = (Image.open(sheet).convert("RGB") for sheet in sheets)
     assert first.size == second.size and first.tobytes() != second.tobytes()
-    assert erasure.to_files() == make(pipe).to_files()  # samples do not change the run
+    assert erasure.to_files() == whole().to_files()  # samples do not change the run
 
 
 def test_released_components_leave_and_the_erasure_knows_them(pipe: Any) -> None:
-    fingerprint = make(pipe).config
+    fingerprint = whole().config
     run = TrainingRun(release=True, progress=False)
     erasure = erase(pipe, "cat", training=run, **{**SMALL, **KINDS["base"]})
     assert pipe.text_encoder is None and pipe.vae is None
