@@ -17,6 +17,10 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_XET="1",
     TOKENIZERS_PARALLELISM="false",
+    # Two workers share two cores; and what a test's other processes compute must be summed as this one sums it.
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    OPENBLAS_NUM_THREADS="1",
 )
 # A developer's own account, cache and endpoint have no part in a test.
 for _name in (
@@ -38,7 +42,7 @@ import torch  # noqa: E402
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-torch.set_num_threads(1)  # two workers share two cores
+torch.set_num_threads(1)  # in case that torch was imported before
 
 
 def pytest_unconfigure() -> None:

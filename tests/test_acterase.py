@@ -2,9 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,20 @@ from diffusers_erasure.probes import Moments, inputs_seen
 from diffusers_erasure.schema import TENSOR_FILE, Concept
 from diffusers_erasure.tensors import dump
 from diffusers_erasure.training import TrainingRun
-from tests.helpers import equal, far, images, style_lora, tiny_sd_pipe, tiny_sdxl_pipe, tree, unchanged_by
+from tests.forks import Fork
+from tests.helpers import (
+    ROUNDINGS,
+    assert_like,
+    equal,
+    far,
+    images,
+    roundings,
+    style_lora,
+    tiny_sd_pipe,
+    tiny_sdxl_pipe,
+    tree,
+    unchanged_by,
+)
 
 
 QUICK: dict[str, Any] = {
@@ -52,6 +64,12 @@ def pipe() -> Any:
     return tiny_sd_pipe()
 
 
+@cache
+def quick() -> Erasure:
+    """Of one concept, by a fresh pipeline."""
+    return erase(tiny_sd_pipe(), "cat", **QUICK)
+
+
 # ------------------------------------------------------------------------------------------------------- the numbers
 
 
@@ -65,12 +83,12 @@ def test_moments_are_those_of_all_rows() -> None:
     rows = values.flatten(0, 1).double()
     normalised = rows / rows.norm(dim=1, keepdim=True)
     for moments in (whole, parts):
-        assert torch.allclose(moments.mean("a")[1], rows.mean(0), rtol=1e-6, atol=1e-7)
-        assert torch.allclose(moments.root_mean_square("a")[1], normalised.square().mean(0).sqrt(), rtol=1e-6)
+        assert roundings(moments.mean("a")[1], rows.mean(0)) <= 10
+        assert roundings(moments.root_mean_square("a")[1], normalised.square().mean(0).sqrt()) <= 10
         assert moments.mean("a")[0].tolist() == [0] * 6
     whole.add("a", 0, 2 * values[:1])
     everything = torch.cat([rows, 2 * rows[:10]])
-    assert torch.allclose(whole.pooled().mean("a")[0], everything.mean(0), rtol=1e-6, atol=1e-7)
+    assert roundings(whole.pooled().mean("a")[0], everything.mean(0)) <= 10
 
 
 def test_the_mask() -> None:
@@ -88,9 +106,9 @@ def test_importance() -> None:
     moments.add("a", 0, torch.tensor([[3.0, 4.0, 0.0], [0.0, -1.0, 0.0]]))
     moments.add("a", 1, torch.tensor([[1.0, 2.0, 2.0]]))
     plain = torch.tensor([[0.6 / 1.64**0.5, 1.0, 0.0], [0.5, 1.0, 1.0]], dtype=torch.float64)
-    assert torch.allclose(importance(moments, "a", None), plain, atol=1e-7)
+    assert roundings(importance(moments, "a", None), plain) <= 10
     weighted = importance(moments, "a", torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64))
-    assert torch.allclose(weighted[1], torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64), atol=1e-7)
+    assert roundings(weighted[1], torch.tensor([1.0, 0.5, 0.5])) <= 10
 
 
 def test_the_probe_is_gone(pipe: Any) -> None:
@@ -130,9 +148,9 @@ def test_the_calibration_against_a_pipelines_own_run(pipe: Any, rows: str) -> No
         other([pair[side] for pair in pairs], latents=noise, num_inference_steps=4, guidance_scale=3.0)
         for step, hidden in enumerate(seen):
             own = (hidden if rows == "all" else hidden[2:]).flatten(0, 1).double()
-            assert torch.allclose(calibration.moments[side].mean(site)[step], own.mean(0), atol=1e-5)
+            assert roundings(calibration.moments[side].mean(site)[step], own.mean(0)) <= ROUNDINGS
             share = (own / own.norm(dim=1, keepdim=True)).square().mean(0).sqrt()
-            assert torch.allclose(calibration.moments[side].root_mean_square(site)[step], share, atol=1e-5)
+            assert roundings(calibration.moments[side].root_mean_square(site)[step], share) <= ROUNDINGS
 
 
 # ------------------------------------------------------------------------------------------------------- the erasure
@@ -167,7 +185,7 @@ def recipe_settings(erasure: Erasure) -> dict[str, Any]:
 
 def test_concepts_together_are_the_concepts_one_by_one(pipe: Any) -> None:
     both = erase(pipe, ["cat", "dog"], **QUICK)
-    alone = [erase(pipe, name, **QUICK) for name in ("cat", "dog")]
+    alone = [quick(), erase(pipe, "dog", **QUICK)]
     for i, one in enumerate(alone):
         own = both.layer_tensors(both.config.layers[i])
         assert own.keys() == (single := one.layer_tensors(one.config.layers[0])).keys()
@@ -180,14 +198,14 @@ def test_concepts_together_are_the_concepts_one_by_one(pipe: Any) -> None:
 
 
 def test_the_static_form_can_be_fused(pipe: Any) -> None:
-    erasure = erase(pipe, "cat", by_timestep=False, sites="attn", **QUICK)
+    base, erasure = images(pipe), erase(pipe, "cat", by_timestep=False, sites="attn", **QUICK)
     (layer,) = erasure.config.layers
     assert erasure.layer_tensors(layer)[TIMESTEPS].shape == (1,)
     assert {site.rpartition(".attn")[2] for site in layer.sites} == {"1.to_out.0", "2.to_out.0"}
     pipe.load_erasure(erasure)
     hooked = images(pipe)
     pipe.fuse_erasures()
-    assert far(images(pipe), hooked) < 1e-5
+    assert_like(images(pipe), hooked, base)
 
 
 def test_settings_act(pipe: Any) -> None:
@@ -198,7 +216,7 @@ def test_settings_act(pipe: Any) -> None:
     def units(tensors: dict[str, torch.Tensor]) -> int:
         return sum(value.numel() for name, value in tensors.items() if name.endswith(MEANS))
 
-    plain = layer()
+    plain = quick().layer_tensors(quick().config.layers[0])
     assert units(layer(top=None)) > units(layer(top=None, tau=0.5)) > units(layer(top=None, tau=0.9)) > 0
     assert units(layer(top=None)) > units(plain) > units(few := layer(top=0.05)) > 0
     assert float(layer(blend=1.5)[BLEND]) == 1.5
@@ -241,7 +259,7 @@ def test_sdxl() -> None:
 def test_it_erases_and_travels(tmp_path: Path) -> None:
     """On the embedded model, from making to loading what was saved: the cats go, most of the rest stays."""
     pipe = demo.load_pipeline()
-    small = {"num_inference_steps": 8, "timesteps": 8, "guidance_scale": 3.0, "num_pairs": 12, "batch_size": 12}
+    small = {"num_inference_steps": 8, "timesteps": 8, "guidance_scale": 3.0, "num_pairs": 4, "batch_size": 4}
     erasure = erase(pipe, "cat", anchors="animal", method="acterase", **small)
     erasure.save_pretrained(tmp_path / "e")
     assert sum(path.stat().st_size for path in (tmp_path / "e").iterdir()) < 300_000
@@ -265,32 +283,24 @@ def test_it_erases_and_travels(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
-WORKER = """
-import sys
-from diffusers_erasure import erase
-from diffusers_erasure.training import TrainingRun
-from tests.helpers import tiny_sd_pipe
-from tests.test_acterase import LONGER
-
-erase(tiny_sd_pipe(), ["cat", "dog"], training=TrainingRun(checkpoint_dir=sys.argv[1], progress=False), **LONGER)
-"""
 LONGER: dict[str, Any] = {**QUICK, "num_pairs": 6}
+
+
+def longer(folder: Path) -> None:
+    erase(tiny_sd_pipe(), ["cat", "dog"], training=TrainingRun(checkpoint_dir=folder, progress=False), **LONGER)
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     expected = erase(tiny_sd_pipe(), ["cat", "dog"], **LONGER).to_files()
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Fork(tmp_path, longer, folder := tmp_path / "checkpoints")
     # In the second of the two concepts, so that a finished one is restored too.
-    while not any(tmp_path.glob("checkpoint-000000[45].safetensors")):
-        assert process.poll() is None, process.communicate()[0][-3000:]
+    while not any(folder.glob("checkpoint-000000[45].safetensors")):
+        assert process.is_running, process.errors[-3000:]
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    run = TrainingRun(checkpoint_dir=tmp_path, resume=True, progress=False)
-    assert not (tmp_path / "checkpoint-0000006.safetensors").exists()
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    run = TrainingRun(checkpoint_dir=folder, resume=True, progress=False)
+    assert not (folder / "checkpoint-0000006.safetensors").exists()
     assert erase(tiny_sd_pipe(), ["cat", "dog"], training=run, **LONGER).to_files() == expected
 
 
@@ -316,7 +326,7 @@ def test_ctrl_c_saves(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         if number == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
-    expected = erase(pipe, "cat", **QUICK).to_files()
+    expected = quick().to_files()
     monkeypatch.setattr(Calibration, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         erase(pipe, "cat", training=TrainingRun(checkpoint_dir=tmp_path, progress=False), **QUICK)

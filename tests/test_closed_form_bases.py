@@ -18,7 +18,7 @@ from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import last_rows, pooled_rows
 from diffusers_erasure.layers.lora import DOWN, UP
 from diffusers_erasure.schema import LORA_FILE
-from tests.helpers import EFFECT, PROMPT, TOLERANCE, far, images, tiny_sd_pipe, tiny_sdxl_pipe
+from tests.helpers import EFFECT, PROMPT, ROUNDINGS, far, images, roundings, tiny_sd_pipe, tiny_sdxl_pipe
 
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16}
@@ -63,7 +63,8 @@ def test_sdxl_the_lora_and_the_map_do_the_same() -> None:
         pipe.load_erasure(erasure)
         drawn.append(draw(pipe))
         pipe.unload_erasure()
-    assert far(*drawn) < 10 * TOLERANCE  # the rows here have norms of about 30: sums in another order weigh more
+    # The rows here have norms of about 30, so that sums in another order weigh more.
+    assert roundings(*drawn) <= 10 * ROUNDINGS
 
 
 def test_sdxl_the_pooled_edit_is_the_closed_form() -> None:
@@ -79,7 +80,7 @@ def test_sdxl_the_pooled_edit_is_the_closed_form() -> None:
     name = "unet.add_embedding.linear_1"
     found = factors[name + UP].double() @ factors[name + DOWN].double()
     assert not found[:, 40:].any()
-    assert (found[:, :40] - expected).norm() <= 1e-5 * expected.norm()  # float32 factors
+    assert roundings(found[:, :40], expected) <= ROUNDINGS  # float32 factors
 
 
 def test_sdxl_stock_diffusers_draws_the_same(tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_sdxl_stock_diffusers_draws_the_same(tmp_path: Path) -> None:
     pipe = tiny_sdxl_pipe()
     erase(pipe, **TARGET).save_pretrained(tmp_path / "erasure")
     pipe.save_pretrained(tmp_path / "base")
+    before = draw(pipe)
     pipe.load_erasure(tmp_path / "erasure")
     ours = draw(pipe)
     script = f"""
@@ -100,7 +102,7 @@ image = pipe({PROMPT!r}, num_inference_steps=3, generator=torch.Generator().manu
 np.save({str(tmp_path / "stock.npy")!r}, image)
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=300)
-    assert far(np.load(tmp_path / "stock.npy"), ours) < 1e-4
+    assert roundings(np.load(tmp_path / "stock.npy"), ours) <= 10 * ROUNDINGS < 1e-2 * roundings(before, ours)
 
 
 @pytest.mark.parametrize("method", ["uce", "rece", "speed"])

@@ -16,8 +16,9 @@ from diffusers_erasure import (
     demo,
     erase,
 )
-from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.layers.lora import DOWN
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
+from tests.helpers import ROUNDINGS, edits, roundings
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +34,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"method": "speed", "rows": "last", "threshold": 1e-5},
     {"method": "speed", "rows": "window", "templates": "none", "adversarial": 1},
 ]
-
-
-def edits(erasure: Erasure) -> dict[str, torch.Tensor]:
-    """The dense edit of every site, or the map."""
-    file = erasure.tensors.get(LORA_FILE)
-    if file is None:
-        tensors = erasure.tensors[TENSOR_FILE]
-        return {"map": tensors["text_map.D"].double().T @ tensors["text_map.A"].double()}
-    sites = [name.removesuffix(DOWN) for name in file if name.endswith(DOWN)]
-    return {site: file[site + UP].double() @ file[site + DOWN].double() for site in sites}
 
 
 def assert_same_edit(one: Erasure, other: Erasure, tolerance: float) -> None:
@@ -133,7 +124,7 @@ def test_a_sum_is_what_loading_all_does(pipe: Any, kinds: tuple[str, str]) -> No
             outputs[name] = pipe.unet(latents, 500, rows).sample
             pipe.unload_erasure()
     assert (outputs["all"] - outputs["bare"]).abs().max() > 0.01
-    torch.testing.assert_close(outputs["sum"], outputs["all"], rtol=0, atol=1e-4)  # sums in another order
+    assert roundings(outputs["sum"], outputs["all"]) <= ROUNDINGS  # sums in another order
     assert [c.target for c in summed.concepts] == ["cat", "ice cream", "shark"]
     Erasure.from_files(summed.to_files())
 

@@ -9,6 +9,8 @@ What a page may hold, each at the start of a line and just before the block that
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.forks import Fork, cli
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +118,18 @@ def blocks_of(text: str, name: str = "page") -> list[Block]:
     return blocks
 
 
+def our_commands(code: str) -> list[list[str]] | None:
+    """The arguments of each command of a block, if it holds nothing but plain calls of `diffusers-erasure`.
+
+    These are run without a shell, which would import the libraries for each of them.
+    """
+    lines = [line for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+    plain = re.compile(r"diffusers-erasure [^$`|&;<>()*?~!{}\\#]+")
+    if not lines or not all(plain.fullmatch(line) for line in lines):
+        return None
+    return [shlex.split(line)[1:] for line in lines]
+
+
 def run_page(page: Path, blocks: list[Block]) -> None:
     name = f"docs_snippets_{page.stem}"
     module = types.ModuleType(name)
@@ -125,6 +141,14 @@ def run_page(page: Path, blocks: list[Block]) -> None:
             if block.language == "python":
                 source = "\n" * (block.line - 1) + block.code
                 exec(compile(source, str(page), "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+            elif (commands := our_commands(block.code)) is not None:
+                for command in commands:
+                    done = Fork(Path(".printed"), cli, *command)
+                    code = done.wait()
+                    print(done.output + done.errors)
+                    if code:
+                        raise AssertionError(f"{page}:{block.line}: exit status {code}\n{done.output}{done.errors}")
+                shutil.rmtree(".printed")
             else:
                 path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
                 done = subprocess.run(
@@ -199,6 +223,18 @@ def test_a_page_is_one_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [block.skipped for block in blocks] == [""] * 5 + ["needs a network"]
     run_page(tmp_path / "page.md", blocks)
     assert (tmp_path / "read").read_text() == "2\n"
+
+
+def test_plain_calls_of_the_command_need_no_shell() -> None:
+    code = "diffusers-erasure info 'a b' \\\n  --json\n\ndiffusers-erasure methods"
+    assert our_commands(code) == [["info", "a b", "--json"], ["methods"]]
+    for other in (
+        "",
+        "cd x\ndiffusers-erasure info x",
+        "diffusers-erasure info x | head",
+        "diffusers-erasure info $X",
+    ):
+        assert our_commands(other) is None
 
 
 def test_a_failure_names_the_line_of_the_page(tmp_path: Path) -> None:

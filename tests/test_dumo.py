@@ -1,5 +1,6 @@
 """DuMo on the trainer: what is trained is what is loaded, stages resume, and the base stays as it was."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,19 @@ from diffusers_erasure.training.epr_student import CHILD, EprStudent, ScheduleSt
 from diffusers_erasure.training.network import in_training
 from diffusers_erasure.training.prompts import Prompts
 from diffusers_erasure.training.sampler import Sampler
-from tests.helpers import EFFECT, assert_same_weights, equal, far, images, tiny_sd_pipe, tiny_sdxl_pipe, tree, weights
+from tests.helpers import (
+    EFFECT,
+    ROUNDINGS,
+    assert_same_weights,
+    equal,
+    far,
+    images,
+    roundings,
+    tiny_sd_pipe,
+    tiny_sdxl_pipe,
+    tree,
+    weights,
+)
 
 
 SMALL: dict[str, Any] = {
@@ -39,14 +52,20 @@ def make(pipe: Any, folder: Path | None = None, *, resume: bool = False, **more:
     return erase(pipe, "cat", anchors="dog", method="dumo", training=run, **{**SMALL, **more})
 
 
+@cache
+def made(**more: Any) -> Erasure:
+    """By a fresh pipeline."""
+    return make(tiny_sd_pipe(), **more)
+
+
 @pytest.mark.parametrize("form", ["compact", "full"])
 def test_made_saved_and_loaded(pipe: Any, form: str, tmp_path: Path) -> None:
     base = images(pipe, prompt="cat")
     before, values = tree(pipe), weights(pipe)
-    erasure = make(pipe, form=form, retain=["fox"])
+    erasure = make(pipe, form=form, retain="fox")
     assert tree(pipe) == before and equal(images(pipe, prompt="cat"), base)
     assert_same_weights(values, weights(pipe))
-    assert make(tiny_sd_pipe(), form=form, retain=["fox"]).to_files() == erasure.to_files()
+    assert made(form=form, retain="fox").to_files() == erasure.to_files()
     (layer,) = erasure.config.layers
     assert (layer.kind, layer.sites[-1], layer.schedule.bins) == ("skip", "mid_block", 20)
     table = erasure.tensors[TENSOR_FILE][TABLE]
@@ -90,7 +109,7 @@ def test_what_is_trained_is_what_is_loaded(pipe: Any, form: str, monkeypatch: py
         with torch.no_grad():
             drawn = pipe.unet(latents, timesteps, encoder_hidden_states=rows).sample
         pipe.unload_erasure()
-        assert float((drawn - student).abs().max()) <= 1e-5 * max(1.0, float(student.abs().max()))
+        assert roundings(drawn, student) <= ROUNDINGS
 
 
 def test_the_students_start_as_the_base_and_as_the_epr(pipe: Any) -> None:
@@ -119,7 +138,7 @@ def test_the_students_start_as_the_base_and_as_the_epr(pipe: Any) -> None:
         second = ScheduleStudent(first.published(tensors, ()), 20)
         with in_training(pipe, second, *parts, False) as network:
             assert list(network.factors) == ["table"] and network.factors["table"].shape == (20, 5)
-            assert torch.allclose(network.student_rows(latents, timesteps, rows)[0], erased, atol=1e-6)
+            assert roundings(network.student_rows(latents, timesteps, rows)[0], erased) <= ROUNDINGS
             network.student(latents, timesteps, rows[0]).square().mean().backward()
             gradient = network.factors["table"].grad
             assert gradient is not None
@@ -135,7 +154,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 ) -> None:
     """Cut in stage 1 or 2 when a step's checkpoint is written; then it goes on, to the same bytes."""
     stage, step = cut
-    whole, save = make(pipe, retain=["fox"]), loop.Trainer._save
+    expected, save = made(form="compact", retain="fox").to_files(), loop.Trainer._save
 
     class Cut(BaseException):
         pass
@@ -152,7 +171,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert (tmp_path / "stage-2").exists() == (stage == 2)
     with pytest.raises(ErasureInputError, match="resume"):
         make(pipe, tmp_path, retain=["fox"])
-    assert make(pipe, tmp_path, resume=True, retain=["fox"]).to_files() == whole.to_files()
+    assert make(pipe, tmp_path, resume=True, retain=["fox"]).to_files() == expected
 
 
 def test_released_encoders_are_not_missed_in_stage_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +201,7 @@ def test_released_encoders_are_not_missed_in_stage_2(tmp_path: Path, monkeypatch
 
 
 def test_without_a_schedule(pipe: Any) -> None:
-    erasure = make(pipe, schedule_steps=0)
+    erasure = made(schedule_steps=0)
     assert erasure.config.layers[0].schedule is None and "schedule_loss" not in erasure.config.diagnostics
     assert erasure.tensors[TENSOR_FILE]["skip.zero.mid.up"].shape == (64, 16)
     whole = make(pipe, schedule_steps=0, zero_rank=0)
@@ -190,11 +209,12 @@ def test_without_a_schedule(pipe: Any) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(pipe: Any) -> None:
-    plain = make(pipe, schedule_steps=0)
+    plain = made(schedule_steps=0)
     lean = make(pipe, schedule_steps=0, gradient_checkpointing=True)
     assert lean.config.diagnostics["loss"] == pytest.approx(plain.config.diagnostics["loss"], rel=1e-3)
-    for name, value in plain.tensors[TENSOR_FILE].items():
-        assert torch.allclose(lean.tensors[TENSOR_FILE][name], value, atol=1e-4), name
+    # Adam divides by the gradient's own size, so that rounding of tiny gradients shows.
+    one, other = (torch.cat([v.flatten() for v in e.tensors[TENSOR_FILE].values()]) for e in (plain, lean))
+    assert float((other - one).norm() / one.norm()) < 1e-3
 
 
 def test_a_bfloat16_base_and_sdxl() -> None:

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, demo, encoding
 from diffusers_erasure.base_model import describe_model
 from diffusers_erasure.encoding import all_rows, fingerprint, gram, last_rows, pooled_rows
-from tests.helpers import TOKENIZER, tiny_sd_pipe, tiny_sdxl_pipe
+from tests.helpers import ROUNDINGS, TOKENIZER, tiny_sd_pipe, tiny_sdxl_pipe
 
 
 # The empty prompt, and prompts of one to 22 word pieces: the embedded model's encoder takes 24 with its two own tokens.
@@ -21,7 +21,7 @@ PROMPTS += [" ".join(["a"] * n) for n in (9, 22)]
 PROMPTS += [" ".join(WORDS[i:] + WORDS[: i % 5]) for i in range(len(WORDS))]
 
 # float32 with the sums in another order: other lengths and batches are other shapes of the same matrix products.
-TOLERANCE = 1e-5
+TOLERANCE = ROUNDINGS * torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(autouse=True)

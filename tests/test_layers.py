@@ -1,6 +1,7 @@
 """Layers and their attachment: exact when off, exact when gone, summed when there are several, guarded in training."""
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from diffusers_erasure import (
 )
 from tests.helpers import (
     CONV_SITES,
+    ROUNDINGS,
     TEXT_SITES,
     UNET_SITES,
     assert_like,
     assert_same_weights,
+    base_images,
     dense_edit,
     equal,
     far,
@@ -34,6 +37,7 @@ from tests.helpers import (
     noise,
     only_family,
     random_erasure,
+    roundings,
     rows_of,
     tiny_sd_pipe,
     tree,
@@ -46,6 +50,7 @@ def pipe() -> Any:
     return tiny_sd_pipe()
 
 
+@cache  # none changes one
 def erasure_of(kind: str, seed: int = 0, size: float = 0.7) -> Erasure:
     sites = {
         "lora": UNET_SITES,
@@ -185,7 +190,7 @@ def test_several_text_maps_add_from_the_unmapped_rows(pipe: Any) -> None:
     other = tiny_sd_pipe()
     other.load_erasure(second, "b", strength=0.5)
     other.load_erasure(first, "a")
-    assert far(images(other), forwards) < 1e-5
+    assert roundings(images(other), forwards) <= ROUNDINGS
 
 
 def test_unloading_one_leaves_the_others_exact(pipe: Any) -> None:
@@ -259,7 +264,7 @@ def test_an_all_linear_lora_wraps_none_of_our_modules(pipe: Any) -> None:
     assert {name: id(module) for name, module in pipe.unet.erasure_modules.named_modules()} == ours
     assert [name for name, _ in pipe.unet.named_modules() if "erasure_modules" in name and "lora_A" in name] == []
     pipe.unet.requires_grad_(False)
-    assert far(images(pipe), erased) < 1e-6
+    assert roundings(images(pipe), erased) <= ROUNDINGS
 
 
 # --------------------------------------------------------------------------------------------------- text encoder
@@ -269,7 +274,7 @@ def test_text_encoder_layers_act(pipe: Any) -> None:
     erasure = erasure_of("text", size=1.0)
     base = rows_of(pipe).numpy()
     pipe.load_erasure(erasure)
-    assert_like(rows_of(pipe).numpy(), rows_of(dense_edit(tiny_sd_pipe(), erasure)).numpy(), base, tolerance=5e-5)
+    assert_like(rows_of(pipe).numpy(), rows_of(dense_edit(tiny_sd_pipe(), erasure)).numpy(), base)
 
 
 def test_text_encoder_layers_need_their_encoder(pipe: Any) -> None:
@@ -337,7 +342,7 @@ def test_strengths_reach_components_that_were_copied_alone(pipe: Any) -> None:
     )
     mixed.set_progress_bar_config(disable=True)
     mixed.set_erasures("random", 0.5)
-    assert_like(images(mixed), images(dense_edit(tiny_sd_pipe(), (erasure, 0.5))), images(tiny_sd_pipe()))
+    assert_like(images(mixed), images(dense_edit(tiny_sd_pipe(), (erasure, 0.5))), base_images())
 
 
 # ------------------------------------------------------------------------------------------------------ switching off
@@ -462,7 +467,7 @@ def test_fused_projections(pipe: Any) -> None:
     with pytest.raises(ErasureInactiveError, match="unfuse_qkv_projections"):
         images(pipe)
     with pipe.erasures_disabled():
-        assert far(images(pipe), base) < 1e-5
+        assert roundings(images(pipe), base) <= ROUNDINGS
     pipe.unfuse_qkv_projections(vae=False)
     assert_like(images(pipe), images(dense_edit(tiny_sd_pipe(), erasure)), base)
 

@@ -37,6 +37,7 @@ from tests.helpers import (
     TEXT_SITES,
     UNET_SITES,
     assert_like,
+    base_images,
     dense_edit,
     equal,
     far,
@@ -207,7 +208,7 @@ def test_a_failure_in_the_middle_of_attaching(
     # Nothing half-made is left that the next attempt would trust.
     pipe.unload_erasure()
     pipe.load_erasure(erasure, "second")
-    assert_like(images(pipe), images(dense_edit(tiny_sd_pipe(), erasure)), images(tiny_sd_pipe()))
+    assert_like(images(pipe), images(dense_edit(tiny_sd_pipe(), erasure)), base_images())
 
 
 # -------------------------------------------------------------------------------------------- names and content
@@ -394,7 +395,7 @@ def test_plain_lora_with_metadata(pipe: Any, stock_lora: Path) -> None:
 
 def test_plain_lora_as_a_string_and_without_a_file_name(pipe: Any, stock_lora: Path) -> None:
     pipe.load_erasure(str(stock_lora), method="lora")
-    assert_like(images(pipe), stock_images(stock_lora), images(tiny_sd_pipe()))
+    assert_like(images(pipe), stock_images(stock_lora), base_images())
 
 
 def test_plain_lora_survives_saving(pipe: Any, stock_lora: Path, tmp_path: Path) -> None:
@@ -418,7 +419,7 @@ def test_plain_lora_of_kohya(pipe: Any, tmp_path: Path) -> None:
         tensors[f"{flat}.alpha"] = torch.tensor(3.0)
     save_file(tensors, tmp_path / "kohya.safetensors")
     pipe.load_erasure(tmp_path, "kohya", method="lora", weight_name="kohya.safetensors")
-    assert_like(images(pipe), stock_images(tmp_path, "kohya.safetensors"), images(tiny_sd_pipe()))
+    assert_like(images(pipe), stock_images(tmp_path, "kohya.safetensors"), base_images())
 
 
 def test_plain_lora_only_when_asked_for(pipe: Any, stock_lora: Path) -> None:
@@ -434,7 +435,7 @@ def test_a_stock_file_of_an_erasure_is_a_lora(pipe: Any, tmp_path: Path) -> None
     erasure = random_erasure(pipe, sites=UNET_SITES + CONV_SITES + TEXT_SITES[1:], size=0.5)
     erasure.save_pretrained(tmp_path / "e")
     pipe.load_erasure(tmp_path / "e")
-    assert_like(images(pipe), stock_images(tmp_path / "e"), images(tiny_sd_pipe()))
+    assert_like(images(pipe), stock_images(tmp_path / "e"), base_images())
 
 
 # ------------------------------------------------------------------------------------------------ the base model
@@ -623,7 +624,7 @@ def test_install_and_uninstall(restored: None, pipe: Any) -> None:
     with pytest.raises(ErasureInputError, match="install"):
         as_erasable(pipe)
     assert equal(images(pipe), erased), "what is loaded stays on"
-    assert far(erased, images(tiny_sd_pipe())) > 0.05
+    assert far(erased, base_images()) > 0.05
     install()
     assert as_erasable(pipe) is pipe
     assert [info.name for info in pipe.list_erasures()] == ["random"]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from diffusers_erasure import demo, erase
 from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
 from diffusers_erasure.layers.lora import DOWN, UP
+from tests.helpers import ROUNDINGS, roundings
 
 
 ROOT = Path(__file__).parent.parent
@@ -176,15 +177,19 @@ def test_undoing_of_hand_made_weights() -> None:
 def test_undoing_of_an_erasure_against_its_own_export(tmp_path: Path) -> None:
     fit = parts.Fit("uce", "cat")
     store = parts.Store(tmp_path)
-    erasure = erase(demo.load_pipeline(), "cat", anchors="animal", retain=["dog"])
+    base = demo.load_pipeline()
+    erasure = erase(base, "cat", anchors="animal", retain=["dog"])
     erasure.save_pretrained(store.weights(fit))
-    changes = training.weight_changes(parts.exported(fit, store), demo.load_pipeline())
+    changes = training.weight_changes(parts.exported(fit, store), base)
     assert changes and all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in changes)
     (layer,) = erasure.config.layers
     stored = erasure.layer_tensors(layer)
     for name, change in changes.items():
         down, up = (stored[f"{name}{ending}"] for ending in (DOWN, UP))
-        assert torch.allclose(change.float(), up.float() @ down.float(), atol=1e-6)
+        # What float32 weights, as they were exported, can hold of it.
+        weight = base.unet.get_submodule(name).weight
+        rounding = torch.finfo(torch.float32).eps * float((weight.abs() + change.abs()).max())
+        assert float((change - up.double() @ down.double()).abs().max()) <= rounding
     assert training.undoing({name: -change for name, change in changes.items()}, changes) == pytest.approx((1, 1))
 
 
@@ -199,7 +204,8 @@ def test_exported_and_loaded_draw_the_same_before_fine_tuning(tmp_path: Path) ->
         drawn.append(
             pipe("a cat", num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="np").images
         )
-    assert abs(drawn[0] - drawn[1]).max() < 1e-3 < 0.05 < abs(drawn[0] - drawn[2]).max()
+    # The embedded model is deeper, and what is exported is rounded to float32 once more.
+    assert roundings(drawn[0], drawn[1]) <= 10 * ROUNDINGS < 1e-2 * roundings(drawn[2], drawn[1])
 
 
 # ------------------------------------------------------------------------------------------------------- new objects
@@ -214,7 +220,7 @@ def test_nearest_centroid_knows_the_real_pictures_and_nothing_else() -> None:
     assert objects.predict(pixels) == list(objects.names)
     # the features are what the judge's own head reads
     logits = objects.judge.net(pixels)[0]
-    assert torch.allclose(objects.judge.net.object_head(objects.features(pixels)), logits, atol=1e-4)
+    assert roundings(objects.judge.net.object_head(objects.features(pixels)), logits) <= ROUNDINGS
     shuffled = [unseen.objects[(i + 1) % 12] for i in range(12)]
     images = demo.load_pipeline().image_processor.numpy_to_pil(unseen.images[:, 0] / 255)
     assert objects.right(images, shuffled) == [False] * 12

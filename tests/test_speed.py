@@ -17,6 +17,7 @@ from diffusers_erasure.methods.nullspace import Influence, edit, kept_directions
 from diffusers_erasure.methods.speed import PRESETS, PUBLISHED, SQUARES, Config, centres_of
 from diffusers_erasure.schema import LORA_FILE
 from tests.dense_closed_form import dense_speed
+from tests.helpers import edits, roundings
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -37,8 +38,8 @@ def factored(
     invariants: torch.Tensor,
     draws: torch.Tensor | None,
     **numbers: Any,
-) -> torch.Tensor:
-    """dW of one layer by the library's functions."""
+) -> tuple[torch.Tensor, float]:
+    """dW of one layer by the library's functions, and how far float64 may be off."""
     influence = Influence.of(e, concepts, 1.0)
     images = w @ (g - e).T
     v = least_direction(w) if draws is not None else None
@@ -53,8 +54,18 @@ def factored(
         chunk=numbers.get("chunk", 128),
     )
     kept = kept_directions(prior, numbers["threshold"], relative=False)
-    a = edit(e, kept, invariants, concepts, ridge=numbers["ridge"], lamb=numbers["lamb"])
-    return images @ a / concepts
+    ridge, lamb = numbers["ridge"], numbers["lamb"]
+    change = images @ edit(e, kept, invariants, concepts, ridge=ridge, lamb=lamb) / concepts
+    # Where few free directions are left to the invariants, both ways solve a system that loses as many digits as its
+    # condition has, of what the edit would be without them. Where none is left the edit is zero, but for rounding.
+    eye = torch.eye(w.shape[1], dtype=torch.float64)
+    free = eye - kept @ kept.T
+    m = torch.linalg.inv(e.T @ e / concepts @ free + ridge * eye)
+    system = invariants @ free @ m @ invariants.T + lamb * torch.eye(len(invariants), dtype=torch.float64)
+    values = torch.linalg.svdvals(system)
+    condition = values[0] / values[values > 1e-10 * values[0]][-1]
+    lost = 10 * torch.finfo(torch.float64).eps * condition * images.norm() * e.norm() / (concepts * ridge)
+    return change, float(1e-9 * change.norm() + 1e-11 * w.norm() + lost)
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,12 +95,11 @@ def test_the_factored_form_is_the_dense_one(
         {"w": w}, e, g, concepts, retain, invariants,
         draws=None if draws is None else {"w": draws}, directions={"w": least_direction(w)}, **numbers,
     )["w"]  # fmt: skip
-    found = factored(w, e, g, concepts, retain, invariants, draws, **numbers)
-    # Where the invariants use up the whole null space the edit is zero, and only rounding of W's size is left.
-    assert (found - expected).norm() <= 1e-9 * expected.norm() + 1e-11 * w.norm()
-    assert torch.linalg.matrix_rank(found) <= n
+    found, tolerance = factored(w, e, g, concepts, retain, invariants, draws, **numbers)
+    assert (found - expected).norm() <= tolerance
+    assert torch.linalg.matrix_rank(found, atol=tolerance) <= n
     if lamb == 0:
-        assert (found @ invariants.T).norm() <= (1e-9 * found.norm() + 1e-11 * w.norm()) * invariants.norm()
+        assert (found @ invariants.T).norm() <= tolerance * invariants.norm()
 
 
 @settings(max_examples=25, deadline=None)
@@ -99,9 +109,9 @@ def test_the_order_of_the_targets_does_not_matter(n: int, seed: int) -> None:
     retain, invariants, draws = decaying(60, 24, seed), random(4, 24, seed=seed + 4), random(3, 60, seed=seed + 5)
     numbers: dict[str, Any] = {"threshold": 1e-2, "ridge": 1.0, "lamb": 0.0, "filter": True, "chunk": 16}
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    one = factored(w, e, g, n, retain, invariants, draws, **numbers)
-    other = factored(w, e[order], g[order], n, retain, invariants, draws, **numbers)
-    assert (one - other).norm() <= 1e-9 * one.norm()
+    one, tolerance = factored(w, e, g, n, retain, invariants, draws, **numbers)
+    other, _ = factored(w, e[order], g[order], n, retain, invariants, draws, **numbers)
+    assert (one - other).norm() <= tolerance
 
 
 def test_invariants_that_are_retained_anyway_do_no_harm() -> None:
@@ -109,7 +119,7 @@ def test_invariants_that_are_retained_anyway_do_no_harm() -> None:
     w, e, g, k = random(20, 24, seed=1), random(2, 24, seed=2), random(2, 24, seed=3), random(4, 24, seed=4)
     retain = torch.cat([k, random(6, 24, seed=5)])
     numbers: dict[str, Any] = {"threshold": 1e-4, "ridge": 1.0, "lamb": 0.0, "filter": False}
-    found = factored(w, e, g, 2, retain, k, None, **numbers)
+    found, _ = factored(w, e, g, 2, retain, k, None, **numbers)
     expected = dense_speed({"w": w}, e, g, 2, retain, k, draws=None, **numbers)["w"]
     assert (found - expected).norm() <= 1e-9 * expected.norm()
     assert (found @ k.T).norm() <= 1e-9 * found.norm() * k.norm()
@@ -189,8 +199,9 @@ def test_relative_units_are_absolute_ones_scaled(pipe: Any) -> None:
     absolute = erase(
         pipe, "cat", units="absolute", threshold=1e-2 * trace, ridge=2e-3 * squares, lamb=1e-4 / 2e-3, **common
     )
-    for name, value in relative.tensors[LORA_FILE].items():
-        torch.testing.assert_close(value, absolute.tensors[LORA_FILE][name], rtol=1e-5, atol=1e-7)
+    # The absolute numbers were multiplied out here, and may differ by a last bit; factors and product are float32.
+    for site, change in edits(absolute).items():
+        assert roundings(edits(relative)[site], change) <= 4
 
 
 def test_absolute_units_on_other_rows_are_warned_of(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:

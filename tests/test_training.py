@@ -27,7 +27,7 @@ from diffusers_erasure.training.prompts import Prompts, nearest
 from diffusers_erasure.training.sampler import SAMPLE, Sampler, generator_for, partial, trajectories
 from diffusers_erasure.training.sites import TRAIN_SETS, check_rank, find_sites
 from diffusers_erasure.training.student import ADAPTER, LoraStudent
-from tests.helpers import equal, images, tiny_sd_pipe, tiny_sdxl_pipe, tree
+from tests.helpers import ROUNDINGS, equal, images, roundings, tiny_sd_pipe, tiny_sdxl_pipe, tree
 
 
 SHAPE = (4, 8, 8)
@@ -110,7 +110,7 @@ def test_a_batch_of_three_teachers_is_three_passes(pipe: Any) -> None:
         handle.remove()
         for row, found in zip(rows, together, strict=True):
             # Another batch size: the same sums in another order.
-            assert torch.allclose(found, network.teacher_rows(latents, timesteps, [row])[0], atol=1e-5)
+            assert roundings(found, network.teacher_rows(latents, timesteps, [row])[0]) <= ROUNDINGS
 
 
 def test_the_pipeline_is_as_it_was(pipe: Any) -> None:
@@ -223,7 +223,7 @@ def test_noisy_latents_are_the_pipelines_own(pipe: Any, prediction: str) -> None
     assert pairs.latents.shape == (2, 5, *SHAPE) and sampler.timesteps[0] == 999
     for taken in range(5):
         own = by_diffusers(pipe, noise[:1], "a cat", 5, taken)[0]
-        assert torch.allclose(pairs.latents[0, taken], own, atol=2e-5)  # batches of 4 and of 2: sums in another order
+        assert roundings(pairs.latents[0, taken], own) <= ROUNDINGS  # batches of 4 and of 2: sums in another order
     assert torch.equal(pairs.latents[:, 0], noise)  # k = 0 is the untouched noise
 
 
@@ -241,7 +241,7 @@ def test_fresh_denoising_is_a_trajectorys_point_and_done_ones_leave(pipe: Any) -
         found = partial(counted, sampler, noise, [0, 2, 4, 2], prompts, 3.0)
     assert sizes == [3, 3, 1, 1]
     for i, taken in enumerate([0, 2, 4, 2]):
-        assert torch.allclose(found[i], whole[i, taken], atol=2e-5)
+        assert roundings(found[i], whole[i, taken]) <= ROUNDINGS  # batches of other sizes
     assert torch.equal(found[0], noise[0])
 
 
@@ -261,7 +261,7 @@ def test_the_predictions_that_are_kept_are_the_teachers(pipe: Any) -> None:
             at = timestep.expand(2)
             for role in (ERASED, NEUTRAL, "other"):
                 expected = network.teacher_rows(pairs.latents[:, k], at, [roles[role]])[0]
-                assert torch.allclose(pairs.predictions[role][:, k], expected, atol=2e-5)
+                assert roundings(pairs.predictions[role][:, k], expected) <= ROUNDINGS
 
 
 def test_sdxl_scales_what_goes_in_and_gives_its_conditioning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +376,7 @@ def test_esd_loss_by_hand(pipe: Any) -> None:
                 own = ESD(eta).loss(step_of(network, examples))
                 other = ESD(eta_of_paper(eta), newer=True).loss(step_of(network, examples))
                 for value in (paper, newer, other):
-                    assert torch.allclose(own, value, rtol=1e-4)
+                    assert roundings(own, value) <= ROUNDINGS
 
 
 def test_esd_step_0_is_eta_squared_times_the_guidance(pipe: Any) -> None:
@@ -391,7 +391,8 @@ def test_esd_step_0_is_eta_squared_times_the_guidance(pipe: Any) -> None:
             source = {example.prompts[STUDENT] for example in examples} | {e.prompts[SAMPLE] for e in examples}
             assert source == {f"a {erase_from or 'cat'}"}
             with torch.no_grad():
-                assert torch.allclose(objective.loss(step_of(network, examples)), eta**2 * way, rtol=1e-4)
+                # Of the difference of two predictions, so that more digits are lost than a loss has by itself.
+                assert roundings(objective.loss(step_of(network, examples)), eta**2 * way) <= 5 * ROUNDINGS
 
 
 def test_sdd_loss_by_hand(pipe: Any) -> None:
@@ -404,7 +405,7 @@ def test_sdd_loss_by_hand(pipe: Any) -> None:
         latents, timesteps = some(2)
         asked, empty = network.student_rows(latents, timesteps, [("a cat", "a dog"), ("", "")])
         loss = SDD().loss(step_of(network, examples))
-        assert torch.allclose(loss, (asked - empty).square().flatten(1).mean(1), rtol=1e-4)
+        assert roundings(loss, (asked - empty).square().flatten(1).mean(1)) <= ROUNDINGS
         # The gradient is that of the concept's branch alone.
         loss.sum().backward()
         own = [parameter.grad.clone() for parameter in network.parameters]
@@ -412,7 +413,7 @@ def test_sdd_loss_by_hand(pipe: Any) -> None:
             parameter.grad = None
         (network.student(latents, timesteps, ("a cat", "a dog")) - empty).square().flatten(1).mean(1).sum().backward()
         for grad, parameter in zip(own, network.parameters, strict=True):
-            assert torch.allclose(grad, parameter.grad, rtol=1e-3, atol=1e-6)
+            assert roundings(grad, parameter.grad) <= 5 * ROUNDINGS
 
 
 def test_retained_prompts_join_the_students_pass(pipe: Any) -> None:
@@ -426,14 +427,16 @@ def test_retained_prompts_join_the_students_pass(pipe: Any) -> None:
         step.student()
         assert len(calls) == 1
         handle.remove()
-        assert float(step.retain_loss().detach().max()) < 1e-10  # the student is the base
+        # The student is the base, in a batch of another size.
+        rounding = ROUNDINGS * torch.finfo(torch.float32).eps * float(step.student().detach().abs().max())
+        assert float(step.retain_loss().detach().max()) <= rounding**2
         disturb(network)
         step = step_of(network, examples, retained)
         step.student()
         with torch.no_grad():
             own = network.student(latents, timesteps, ("a fox",) * 2)
             base = network.teacher_rows(latents, timesteps, [("a fox",) * 2])[0]
-        assert torch.allclose(step.retain_loss(), (own - base).square().flatten(1).mean(1), rtol=1e-4)
+        assert roundings(step.retain_loss(), (own - base).square().flatten(1).mean(1)) <= ROUNDINGS
 
 
 # --------------------------------------------------------------------------------------------------------- settings

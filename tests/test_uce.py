@@ -17,6 +17,7 @@ from diffusers_erasure.methods.publishing import compress
 from diffusers_erasure.methods.rows import TEMPLATES, KeptRows, TargetRows
 from diffusers_erasure.methods.uce import Config, solve
 from diffusers_erasure.schema import LORA_FILE
+from tests.helpers import ROUNDINGS, edits, roundings
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class Rows:
 
 def dense(w: torch.Tensor, rows: Rows, erase_scale: float, retain_scale: float, lamb: float) -> torch.Tensor:
     """W' - W as the paper's equation says, with the sums written out."""
+    numerator, denominator = sums(w, rows, erase_scale, retain_scale, lamb)
+    return numerator @ torch.linalg.inv(denominator) - w
+
+
+def sums(
+    w: torch.Tensor, rows: Rows, erase_scale: float, retain_scale: float, lamb: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     eye = torch.eye(w.shape[1], dtype=torch.float64)
     numerator, denominator = lamb * w, lamb * eye
     for e, g in zip(rows.targets, rows.anchors, strict=True):
@@ -43,7 +51,7 @@ def dense(w: torch.Tensor, rows: Rows, erase_scale: float, retain_scale: float, 
     for r in rows.retain:
         numerator = numerator + retain_scale * torch.outer(w @ r, r)
         denominator = denominator + retain_scale * torch.outer(r, r)
-    return numerator @ torch.linalg.inv(denominator) - w
+    return numerator, denominator
 
 
 def random_rows(n: int, retained: int, width: int, seed: int) -> Rows:
@@ -69,11 +77,15 @@ def test_factors_equal_the_dense_formula(
     rows = random_rows(n, retained, width, seed)
     w = torch.randn(7, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     expected = dense(w, rows, erase_scale, retain_scale, lamb)
+    # Solving loses as many digits as the condition has; the oracle then subtracts W.
+    condition = float(torch.linalg.cond(sums(w, rows, erase_scale, retain_scale, lamb)[1]))
+    tolerance = 100 * torch.finfo(torch.float64).eps * condition * float(expected.abs().max() + w.abs().max())
+    assert tolerance < 1e-6 * w.abs().max()
     a, d = rows.solve(erase_scale=erase_scale, retain_scale=retain_scale, lamb=lamb)
-    assert (w @ d.T @ a - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert (w @ d.T @ a - expected).abs().max() <= tolerance
     small_a, small_d = compress(a, d)
     assert len(small_a) <= min(n, width)
-    assert (w @ small_d.T @ small_a - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert (w @ small_d.T @ small_a - expected).abs().max() <= tolerance
 
 
 def test_retained_rows_stay_when_lambda_vanishes() -> None:
@@ -127,7 +139,7 @@ def test_the_published_variants_on_the_embedded_model(pipe: Any, rows: str, laye
         tensors = erasure.layer_tensors(spec)
         expected = dense(torch.eye(128, dtype=torch.float64), picked, 1.0, 0.3, 0.5)
         found = tensors["D"].double().T @ tensors["A"].double()
-        assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()  # float32 factors
+        assert roundings(found, expected) <= ROUNDINGS  # float32 factors, and rows encoded short
         return
     tensors = erasure.tensors[LORA_FILE]
     readers = text_readers(pipe)
@@ -135,7 +147,7 @@ def test_the_published_variants_on_the_embedded_model(pipe: Any, rows: str, laye
     for site, linear in readers.items():
         expected = dense(linear.weight.detach().double(), picked, 1.0, 0.3, 0.5)
         found = tensors[f"unet.{site}.lora_B.weight"].double() @ tensors[f"unet.{site}.lora_A.weight"].double()
-        assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+        assert roundings(found, expected) <= ROUNDINGS
     assert erasure.config.stock is not None and erasure.config.stock.max_error < 1e-6
 
 
@@ -178,7 +190,9 @@ def test_scales_are_relative_by_default(pipe: Any) -> None:
     plain: dict[str, Any] = {"anchors": "animal", "rows": "last", "retain_rows": "last", "templates": "none"}
     relative = erase(pipe, "cat", lamb=0.1, **plain)
     absolute = erase(pipe, "cat", lamb=0.1 * norm, absolute=True, **plain)
-    assert relative.content_hash == absolute.content_hash
+    # The absolute lambda was multiplied out here, so that it may differ by a last bit; factors and product are float32.
+    for site, change in edits(absolute).items():
+        assert roundings(edits(relative)[site], change) <= 4
     # One target, nothing retained: it moves by |t|^2 / (lambda + |t|^2) of the way.
     assert relative.config.diagnostics["completeness"]["cat"] == pytest.approx(1 / 1.1, abs=1e-4)
 
