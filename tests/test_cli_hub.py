@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from diffusers_erasure import Erasure, cli
+from diffusers_erasure import Erasure, cli, demo, erase
 from tests.helpers import random_erasure, tiny_sd_pipe
 from tests.mini_hub import Hub
 from tests.test_hub import environment
@@ -158,3 +158,40 @@ def test_card_and_usage(folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     here = invoke("pull", folder.name, "-o", str(tmp_path / "x"))
     assert here.exit_code == 2 and "is a folder here" in here.output
     assert Erasure.from_pretrained(folder).concepts[0].target == "zebra"
+
+
+def test_a_revision_can_be_named_with_every_erasure(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """`user/x@REVISION`, wherever a command takes an erasure: the branch v1 holds another than main."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    model, token = ["--base-model", "user/model"], ["--token", "hf_alice"]
+    pipe = demo.load_pipeline()
+    for place, target in ((first, "cat"), (second, "dog")):
+        erase(pipe, target, anchors="animal", rank=1).save_pretrained(place)
+    named, at = "alice/two", "alice/two@v1"
+    answers = in_child(
+        hub,
+        tmp_path / "home",
+        ["push", str(second), named, *model, *token],
+        ["push", str(first), named, "--revision", "v1", *model, *token],
+        ["info", at, "--json", *token],
+        ["info", named, "--json", *token],
+        ["card", at, *token],
+        ["pull", at, "-o", str(tmp_path / "pulled"), *token],
+        ["push", at, "alice/copy", *token],
+        ["combine", at, f"{named}@main", "--mode", "sum", "-o", str(tmp_path / "sum"), *token],
+        ["erase", "--config", at, "-o", str(tmp_path / "again"), *token],
+        ["generate", "a cat", "-e", f"{at}=0.5", "--steps", "1", "-o", str(tmp_path / "drawn"), "--json", *token],
+        ["export", str(tmp_path / "lora.safetensors"), "--format", "kohya", "-e", at, *token],
+        ["info", "alice/two@v9", *token],
+    )
+    *good, missing = answers
+    assert [answer["code"] for answer in good] == [0] * len(good), good
+    assert missing["error"] == "ErasureNotFoundError" and "'v9'" in missing["text"]
+    shown = [json.loads(answer["out"])["concepts"][0]["target"] for answer in good[2:4]]
+    assert shown == ["cat", "dog"] and "| cat | animal |" in good[4]["out"]
+    for place in (tmp_path / "pulled", tmp_path / "again"):
+        assert Erasure.from_pretrained(place).content_hash == Erasure.from_pretrained(first).content_hash
+    assert "cat" in hub.files("alice/copy", "main")["erasure_config.json"].decode()
+    assert [concept.target for concept in Erasure.from_pretrained(tmp_path / "sum").concepts] == ["cat", "dog"]
+    (drawn,) = json.loads(good[9]["out"])["erasures"]
+    assert (drawn["source"], drawn["strength"], len(drawn["revision"])) == (named, 0.5, 40)
