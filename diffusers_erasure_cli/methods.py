@@ -10,7 +10,7 @@ from rich.text import Text
 
 from . import completion
 from .options import ERASURE, Json, Source, Token, out
-from .report import print_diagnostics, size_text
+from .report import print_diagnostics
 
 
 def methods(
@@ -94,6 +94,7 @@ def info(
 
     from diffusers_erasure.cards import flattened
     from diffusers_erasure.demo import is_embedded
+    from diffusers_erasure.showing import size_text
 
     table = Table(show_header=False)
     here = "demo" if is_embedded(config.base_model) else "local"

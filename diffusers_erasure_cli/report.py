@@ -28,6 +28,8 @@ def print_made(erasure: "Erasure", output: Path, files: Sequence[Path], *, redac
         }
         print(json.dumps(report, indent=2))
         return
+    from diffusers_erasure.showing import size_text
+
     for path in files:
         out.print(Text(f"{path}  {size_text(path.stat().st_size)}"))
     if not redact:
@@ -64,8 +66,3 @@ def print_diagnostics(diagnostics: dict[str, Any], input_name: str = "text rows"
         out.print(Text(f"free of what is retained: {least} to {largest} of {width} dimensions, by layer"))
     if isinstance(diagnostics.get("pooled"), dict):
         print_diagnostics(diagnostics["pooled"], "pooled vectors")
-
-
-def size_text(count: int) -> str:
-    """A size in bytes, for people."""
-    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -1,7 +1,6 @@
 """The commands `combine`, `lists` and `cache`, and lists given to `erase`, as a user meets them."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 from diffusers_erasure import Erasure, cache, cli
 from diffusers_erasure.layers.lora import DOWN, UP
 from diffusers_erasure.lists import list_names, read_list
+from tests.test_cli import fails
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +34,6 @@ def invoke(*arguments: str) -> Any:
 
 def answer(*arguments: str) -> Any:
     return json.loads(invoke(*arguments, "--json").stdout)
-
-
-def fails(monkeypatch: pytest.MonkeyPatch, capfd: Any, *arguments: str) -> str:
-    """The message of a command that fails, as `main` tells it; warnings may stand before it."""
-    monkeypatch.setattr(sys, "argv", ["diffusers-erasure", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    captured = capfd.readouterr()
-    assert stopped.value.code == 1 and captured.out == ""
-    assert "Traceback" not in captured.err and captured.err.count("error: ") == 1
-    return " ".join(captured.err.partition("error: ")[2].split())
 
 
 # --------------------------------------------------------------------------------------------------------- lists
