@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import typer
+
 
 VARIABLE = "DIFFUSERS_ERASURE_THREADS"
 CHOSEN = (VARIABLE, "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # whoever sets one of these has chosen
@@ -43,7 +45,9 @@ def free_cores() -> int:
 def limit_threads(threads: int | None = None) -> None:
     """Compute with this many threads; by default with one a free core, unless the environment says how many."""
     own = os.environ.get(VARIABLE)
-    if threads is None and own and own.isdigit() and int(own) > 0:
+    if threads is None and own:
+        if not own.isdigit() or int(own) < 1:
+            raise typer.BadParameter(f"${VARIABLE} must be a number of threads, not {own!r}.")
         threads = int(own)
     if threads is None:
         if any(os.environ.get(name) for name in CHOSEN):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from diffusers_erasure_cli import threads
 
@@ -69,6 +70,9 @@ def test_whoever_chooses_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(threads.VARIABLE, "5")
     threads.limit_threads()
     assert set_to == [7, 3, 5] and os.environ["OMP_NUM_THREADS"] == "5"
+    monkeypatch.setenv(threads.VARIABLE, "all")
+    with pytest.raises(typer.BadParameter, match="not 'all'"):
+        threads.limit_threads()
     monkeypatch.setenv(threads.VARIABLE, "")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     threads.limit_threads()
