@@ -2,11 +2,14 @@
 
 import copy
 import logging
+import re
 from typing import Any
 
+import peft
 import pytest
+import transformers
 
-from diffusers_erasure import Erasure, ErasureError, ErasureInactiveError, ErasureInputError
+from diffusers_erasure import Erasure, ErasureCompatibilityError, ErasureError, ErasureInactiveError, ErasureInputError
 from tests.helpers import (
     CONV_SITES,
     ROUNDINGS,
@@ -21,6 +24,7 @@ from tests.helpers import (
     roundings,
     style_lora,
     tiny_sd_pipe,
+    unchanged_by,
 )
 
 
@@ -168,3 +172,18 @@ def test_refused(erasure: Erasure, pipe: Any) -> None:
     pipe.unload_erasure()
     pipe.unload_lora_weights()
     assert equal(images(pipe), base)
+
+
+def test_versions_that_refuse_adapters_are_named(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24 wants peft 0.22 for its own models; the UNet, which is diffusers', and hooks want nothing."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    on_text = random_erasure(tiny_sd_pipe(), "lora", TEXT_SITES, size=0.5)
+    message = (
+        f"transformers {re.escape(transformers.__version__)} wants peft 99.0.* peft {re.escape(peft.__version__)} is"
+    )
+    with pytest.raises(ErasureCompatibilityError, match=message):
+        unchanged_by(pipe, lambda: pipe.load_erasure(on_text, "no", backend="peft"))
+    assert pipe.list_erasures() == []
+    pipe.load_erasure(random_erasure(tiny_sd_pipe(), "lora", UNET_SITES, size=0.5), "unet", backend="peft")
+    pipe.load_erasure(on_text, "hooks")
+    assert [item.backend for item in pipe.list_erasures()] == ["peft", "hook"]
