@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._version import __version__
 from .cards import merge_card, render_card
-from .compat import hub_transport_error
+from .compat import hub_transport_error, resolve_revision, revision_resolution_error
 from .errors import (
     ErasureConfigError,
     ErasureError,
@@ -98,7 +98,7 @@ def _explained(repo_id: str, revision: str | None, write: bool = False) -> Itera
         ) from error
     except hub.LocalTokenNotFoundError as error:
         raise ErasureHubError(f"There is no Hub token. {login}") from error
-    except hub.RevisionResolutionError as error:
+    except revision_resolution_error() as error:
         offline = error.__cause__ is None or isinstance(error.__cause__, hub.OfflineModeIsEnabled)
         kind = ErasureNotFoundError if offline else ErasureHubError
         raise kind(
@@ -159,13 +159,14 @@ def _brief(error: BaseException | None) -> str:
 
 def _patiently(call: Callable[[], T]) -> T:
     """Call again after a moment, and say so, where the Hub gave no answer; at most twice."""
-    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
+    unresolved = revision_resolution_error()
     for wait in WAITS:
         try:
             return call()
-        except (hub_transport_error(), RevisionResolutionError) as error:
-            cause = error.__cause__ if isinstance(error, RevisionResolutionError) else error
+        except (hub_transport_error(), unresolved) as error:
+            cause = error.__cause__ if isinstance(error, unresolved) else error
             if cause is None or isinstance(cause, OfflineModeIsEnabled):
                 raise
             logger.warning("The Hub did not answer (%s); trying again in %g s.", _brief(cause), wait)
@@ -223,8 +224,9 @@ def fetch(
     with _explained(repo_id, revision):
         cache = None if cache_dir is None else str(cache_dir)
         api: Any = _make_api(token)
-        resolved = _patiently(
-            lambda: api.resolve_revision(
+        commit = _patiently(
+            lambda: resolve_revision(
+                api,
                 repo_id,
                 revision=revision,
                 cache_dir=cache,
@@ -232,7 +234,6 @@ def fetch(
                 token=token,
             )
         )
-        commit = resolved.resolved  # as a string it is what was asked for
         # A full commit is resolved without a request.
         online = not local_files_only and (api.reached or bool(_COMMIT.fullmatch(revision or "")))
         where: dict[str, Any] = {"subfolder": subfolder, "revision": commit}
