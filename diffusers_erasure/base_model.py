@@ -95,7 +95,10 @@ def family_of(pipe: Any) -> Family:
         raise ErasureCompatibilityError(
             f"{kind} belongs to no known family of base models; known are Stable Diffusion 1.x, 2.x, XL, 3 and Flux."
         )
-    return DENOISERS[kind][-1 if model.config.get("addition_embed_type") == "text_time" else 0]
+    families = DENOISERS[kind]
+    if len(families) == 1:
+        return families[0]
+    return _SDXL if model.config.get("addition_embed_type") == "text_time" else _SD
 
 
 def _sampled_rows(owner: nn.Module, tensor: torch.Tensor) -> torch.Tensor:

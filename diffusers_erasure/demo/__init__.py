@@ -113,7 +113,8 @@ def load_pipeline(
             folder, **dtype_argument(torch_dtype or torch.float32), local_files_only=True
         )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    # It lies on the CPU already, and diffusers warns of half precision there, though it may be on its way elsewhere.
+    return pipe if torch.device(device).type == "cpu" else pipe.to(device)
 
 
 @contextmanager
