@@ -79,7 +79,7 @@ def _usable(device: str) -> str:
         torch.zeros(1, device=device).cpu()  # "meta" has no values to bring back
     except (AssertionError, NotImplementedError, RuntimeError) as error:  # what torch raises depends on its build
         raise ErasureInputError(
-            f"Nothing can be computed on the device {device!r}: {str(error).splitlines()[0]} Name another `--device`; "
+            f"Nothing can be computed on the device {device!r} ({str(error).splitlines()[0]}). Name another `--device`; "
             f"the best one here is {_best_device()!r}."
         ) from error
     return torch.device(device).type
