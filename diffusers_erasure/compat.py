@@ -316,5 +316,5 @@ def resolve_revision(
             return commit
     noted = folder / "refs" / revision
     if not noted.is_file():
-        raise _RevisionResolutionError(f"The commit of {revision!r} of {repo_id!r} is not known.") from cause
+        raise revision_resolution_error()(f"The commit of {revision!r} of {repo_id!r} is not known.") from cause
     return noted.read_text().strip()

@@ -60,6 +60,14 @@ def test_import_binds_the_methods() -> None:
     assert done.stdout.strip() == "True", done.stderr
 
 
+def test_the_dtype_is_heard() -> None:
+    """diffusers took another name for it, and ignores the one that it does not know."""
+    from diffusers_erasure import demo
+
+    pipe = demo.load_pipeline(torch.bfloat16)
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
+
+
 def test_erase_save_load_unload(pipe: Any, erasure: Any, tmp_path: Path) -> None:
     base = draw(pipe)
     erasure.save_pretrained(tmp_path / "no-cat")
