@@ -5,9 +5,8 @@ No other module of the library imports or reads a private name of another librar
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -245,76 +244,9 @@ def accelerate_state_restored() -> Iterator[None]:
             GradientState._reset_state()
 
 
-def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """How `from_pretrained` of a pipeline is told a dtype: by another name before diffusers 0.40, which ignores `dtype`."""
-    import diffusers
-    from packaging.version import Version
-
-    return {"dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype": dtype}
-
-
 def hub_transport_error() -> type[Exception]:
     """The class of "no answer from the Hub": refused, cut or timed out. huggingface_hub does not wrap it in its own."""
     from huggingface_hub import utils
 
     client = getattr(utils, "httpx", None)  # whichever huggingface_hub was built with
     return (client or import_module("httpx")).TransportError  # before 1.33 it has no name for it
-
-
-class _RevisionResolutionError(Exception):
-    """Stands in for huggingface_hub's, where it has none."""
-
-
-def revision_resolution_error() -> type[Exception]:
-    """The class of "no commit is known for this branch", chained to why the Hub could not be asked."""
-    from huggingface_hub import errors
-
-    return getattr(errors, "RevisionResolutionError", _RevisionResolutionError)
-
-
-def resolve_revision(
-    api: Any,
-    repo_id: str,
-    *,
-    revision: str | None,
-    cache_dir: str | None,
-    local_files_only: bool,
-    token: str | bool | None,
-) -> str:
-    """The commit of a branch or tag, from the Hub or, where it gives no answer, as the cache knows it.
-
-    That is `HfApi.resolve_revision`, which came with huggingface_hub 1.26, and the same in short for older ones.
-    """
-    if hasattr(api, "resolve_revision"):
-        found = api.resolve_revision(
-            repo_id, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
-        return found.resolved  # as a string it is what was asked for
-    from huggingface_hub import constants, file_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.utils import validate_repo_id
-
-    validate_repo_id(repo_id)
-    revision = revision or constants.DEFAULT_REVISION
-    if file_download.REGEX_COMMIT_HASH.fullmatch(revision):
-        return revision
-    root = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
-    folder = root / file_download.repo_folder_name(repo_id=repo_id, repo_type="model")
-    cause: Exception | None = None
-    if not local_files_only:
-        try:
-            commit = api.repo_info(repo_id, revision=revision, token=token).sha
-        except (hub_transport_error(), OfflineModeIsEnabled) as error:
-            cause = error
-        except HfHubHTTPError as error:
-            if error.response.status_code < 500:
-                raise
-            cause = error
-        else:
-            with suppress(OSError):  # the cache may be read-only
-                file_download._cache_commit_hash_for_specific_revision(str(folder), revision, commit)
-            return commit
-    noted = folder / "refs" / revision
-    if not noted.is_file():
-        raise revision_resolution_error()(f"The commit of {revision!r} of {repo_id!r} is not known.") from cause
-    return noted.read_text().strip()

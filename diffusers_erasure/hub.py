@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from .beside import Beside, Record, Sight, beside_of, keep_record, read_beside
 from .cards import base_repo, merge_card, render_card
-from .compat import resolve_revision
 from .errors import (
     ErasureConfigError,
     ErasureError,
@@ -197,9 +196,10 @@ def _resolve(
     name = f"{subfolder}/{CONFIG_FILE}" if subfolder else CONFIG_FILE
     cached = isinstance(try_to_load_from_cache(repo_id, name, cache_dir=cache, revision=revision), str)
     api: Any = make_api(token, TIMEOUT_CACHED if cached else TIMEOUT)
-    commit = patiently(
-        lambda: resolve_revision(api, repo_id, revision=revision, cache_dir=cache, local_files_only=local, token=token)
+    resolved = patiently(
+        lambda: api.resolve_revision(repo_id, revision=revision, cache_dir=cache, local_files_only=local, token=token)
     )
+    commit = resolved.resolved  # as a string it is what was asked for
     pinned = bool(_COMMIT.fullmatch(revision or ""))  # resolved without a request
     if not local and not pinned and not api.reached and not is_offline_mode():
         logger.warning(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._version import __version__
-from .compat import hub_transport_error, revision_resolution_error
+from .compat import hub_transport_error
 from .errors import ErasureError, ErasureHubError, ErasureInputError, ErasureNotFoundError
 from .logging import get_logger
 from .schema import CONFIG_FILE
@@ -73,7 +73,7 @@ def explained(repo_id: str, revision: str | None, write: bool = False) -> Iterat
         ) from error
     except hub.LocalTokenNotFoundError as error:
         raise ErasureHubError(f"There is no Hub token. {login}") from error
-    except revision_resolution_error() as error:
+    except hub.RevisionResolutionError as error:
         offline = error.__cause__ is None or isinstance(error.__cause__, hub.OfflineModeIsEnabled)
         kind = ErasureNotFoundError if offline else ErasureHubError
         raise kind(
@@ -134,14 +134,13 @@ def brief(error: BaseException | None) -> str:
 
 def patiently(call: Callable[[], T]) -> T:
     """Call again after a moment, and say so, where the Hub gave no answer; at most twice."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError
 
-    unresolved = revision_resolution_error()
     for wait in WAITS:
         try:
             return call()
-        except (hub_transport_error(), unresolved) as error:
-            cause = error.__cause__ if isinstance(error, unresolved) else error
+        except (hub_transport_error(), RevisionResolutionError) as error:
+            cause = error.__cause__ if isinstance(error, RevisionResolutionError) else error
             if cause is None or isinstance(cause, OfflineModeIsEnabled):
                 raise
             logger.warning("The Hub did not answer (%s); trying again in %g s.", brief(cause), wait)

@@ -95,14 +95,12 @@ def _best_device() -> str:
 def _from_pretrained(base: str, dtype: Any, variant: str | None, revision: str | None, token: str | None) -> Any:
     from diffusers import AutoPipelineForText2Image
 
-    from .compat import dtype_argument
-
     if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
         raise ErasureNotFoundError(f"There is no folder {base!r} with a pipeline.")
     path = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     try:
         return AutoPipelineForText2Image.from_pretrained(
-            path, **dtype_argument(dtype), variant=variant, revision=revision, token=token
+            path, dtype=dtype, variant=variant, revision=revision, token=token
         )
     except (OSError, ValueError) as error:
         raise ErasureNotFoundError(

@@ -169,7 +169,7 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
     names = {layer.component for layer in item.erasure.config.layers}
     before = {name: compat.adapter_states(component) for name, component in components.items()}
     try:
-        pipe.load_lora_weights(_state_dict(item.erasure, components), adapter_name=item.name)
+        pipe.load_lora_weights(_state_dict(item.erasure), adapter_name=item.name)
         for name in components:
             compat.restore_adapter_states(before[name])
         for name in names:
@@ -197,18 +197,15 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
         raise
 
 
-def _state_dict(erasure: Erasure, components: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """The factors under the modules' own names, with one rank for all modules: alpha is the rank then, and the scale 1.
-
-    diffusers before 0.41 does not know that transformers 5.6 took the level `text_model` out of CLIP's text encoder.
-    """
+def _state_dict(erasure: Erasure) -> dict[str, torch.Tensor]:
+    """The factors under stock names, with one rank for all modules: alpha is the rank then, and the scale 1."""
     parts = [(layer, erasure.layer_tensors(layer)) for layer in erasure.config.layers]
     rank = max(own[layer.sites[0] + DOWN].shape[0] for layer, own in parts)
     result = {}
     for layer, own in parts:
-        level = "text_model." if hasattr(components[layer.component], "text_model") else ""
         for site in layer.sites:
-            key = f"{layer.component}.{level}{site.removeprefix('text_model.')}"
+            name = site if layer.component == "unet" else f"text_model.{site.removeprefix('text_model.')}"
+            key = f"{layer.component}.{site if layer.component == 'transformer' else name}"
             result[key + DOWN] = pad_rank(own[site + DOWN], rank, 0)
             result[key + UP] = pad_rank(own[site + UP], rank, 1)
     return result

@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -831,33 +830,3 @@ def test_offline_mode_and_a_hub_that_is_not_there(kept: str, client: Client, tog
     for (kind, message), seconds in others:
         assert kind == "ErasureHubError" and "onnection" in message
         assert seconds < 6
-
-
-def test_a_branch_is_resolved_for_a_huggingface_hub_that_cannot(tmp_path: Path) -> None:
-    """Before 1.26 it has no `resolve_revision`. The cache answers where the Hub does not."""
-    from diffusers_erasure.compat import hub_transport_error, resolve_revision, revision_resolution_error
-
-    class Api:
-        answer: Any = SimpleNamespace(sha="a" * 40)
-
-        def repo_info(self, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(self.answer, Exception):
-                raise self.answer
-            return self.answer
-
-    def commit(revision: str | None, local: bool = False) -> str:
-        return resolve_revision(
-            api, "alice/x", revision=revision, cache_dir=str(tmp_path), local_files_only=local, token=None
-        )
-
-    api = Api()
-    with pytest.raises(revision_resolution_error()) as unknown:
-        commit("branch", local=True)
-    assert unknown.value.__cause__ is None
-    assert commit("branch") == "a" * 40
-    api.answer = hub_transport_error()("cut")
-    assert commit("branch") == commit("branch", local=True) == "a" * 40
-    assert commit("b" * 40) == "b" * 40
-    with pytest.raises(revision_resolution_error()) as unknown:
-        commit(None)
-    assert unknown.value.__cause__ is api.answer

@@ -106,11 +106,9 @@ def load_pipeline(
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from diffusers_erasure.compat import dtype_argument
-
     with as_file(assets() / "model") as folder, _no_progress_bars():
         pipe = StableDiffusionPipeline.from_pretrained(
-            folder, **dtype_argument(torch_dtype or torch.float32), local_files_only=True
+            folder, dtype=torch_dtype or torch.float32, local_files_only=True
         )
     pipe.set_progress_bar_config(disable=True)
     # It lies on the CPU already, and diffusers warns of half precision there, though it may be on its way elsewhere.
