@@ -20,7 +20,7 @@ BUSY = "while True: pass"
 
 def demo(threads: int | None) -> float:
     """Seconds of a whole demo."""
-    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_THREADS")}
     chosen = [] if threads is None else ["--threads", str(threads)]
     command = [sys.executable, "-m", "diffusers_erasure.cli", *chosen, "demo", "--json"]
     with tempfile.TemporaryDirectory() as folder:

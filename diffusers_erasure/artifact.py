@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from . import tensors as tensor_io
-from .beside import RECORD_FILE, FolderOrigin, Origin, beside_of
+from .beside import RECORD_FILE, FolderOrigin, Origin, Withheld, beside_of
 from .cards import check_repo_id, render_card
 from .errors import ErasureConfigError, ErasureFileError, ErasureInputError, ErasureNotFoundError
 from .folders import local_folder, read_folder, write_folder
@@ -193,7 +193,8 @@ class Erasure:
             results={},
             redacted=True,
         )
-        return Erasure(config, self.tensors, self.source, self.revision, self.origin)
+        origin = self.origin if self.config.redacted else Withheld(self.origin)
+        return Erasure(config, self.tensors, self.source, self.revision, origin)
 
     def cast(self, dtype: "torch.dtype | str") -> "Erasure":
         """Return a copy with its tensors in another dtype; the additional error is added to `stock.max_error`.
@@ -270,7 +271,7 @@ class Erasure:
         check_side(card)
         files = self.to_files(dtype=dtype, redact_concepts=redact_concepts)
         del files[CARD_FILE]
-        redacts = redact_concepts and not self.config.redacted
+        redacts = isinstance(self.origin, Withheld) or (redact_concepts and not self.config.redacted)
         config = ErasureConfig.from_json(files[CONFIG_FILE])
         folder = Path(save_directory)
         files |= beside_files(config, beside_of(self.origin), folder, card=card, redacts=redacts)

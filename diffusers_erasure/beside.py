@@ -165,6 +165,17 @@ class FolderOrigin:
         return dataclasses.replace(found, folder=place, record=record)
 
 
+@dataclass(frozen=True)
+class Withheld:
+    """Where the original of a redacted copy was read from, if anywhere: what was written there may name the concepts."""
+
+    original: Origin | None
+
+    def beside(self, strict: bool = False) -> Beside:
+        """Read it, and leave that out."""
+        return beside_of(self.original, strict).withheld()
+
+
 def read_beside(read: Callable[[str, int], bytes | None], where: str, names: Iterable[str] | None = None) -> Beside:
     """Read a card and its pictures.
 

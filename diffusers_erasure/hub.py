@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .beside import Beside, Record, Sight, beside_of, keep_record, read_beside
+from .beside import Beside, Record, Sight, Withheld, beside_of, keep_record, read_beside
 from .cards import base_repo, merge_card, render_card
 from .errors import (
     ErasureConfigError,
@@ -249,7 +249,7 @@ def push(
     config = ErasureConfig.from_json(files[CONFIG_FILE])
     message = commit_message or f"Upload an erasure ({config.method.name})"
     render_card(config, license=license)  # a wrong licence is told before the Hub is asked
-    redacts = redact_concepts and not erasure.config.redacted
+    redacts = isinstance(erasure.origin, Withheld) or (redact_concepts and not erasure.config.redacted)
     own = _own_beside(erasure, redacts)
     local = own if grid is None else dataclasses.replace(own, pictures={**own.pictures, GRID_FILE: _png(grid)})
     with explained(repo_id, revision, write=True):

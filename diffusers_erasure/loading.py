@@ -77,7 +77,12 @@ def _usable(device: str) -> str:
 
     try:
         torch.zeros(1, device=device).cpu()  # "meta" has no values to bring back
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # what torch raises depends on its build
+    except (
+        AssertionError,
+        ImportError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # what torch raises depends on its build
         raise ErasureInputError(
             f"Nothing can be computed on the device {device!r} ({str(error).splitlines()[0]}). Name another `--device`; "
             f"the best one here is {_best_device()!r}."

@@ -21,7 +21,7 @@ from .fusing import fuse_erasures, unfuse_erasures
 from .logging import get_logger
 from .peft_backend import PeftGuard
 from .provenance import check_not_contained
-from .schema import TENSOR_FILES, Concept
+from .schema import CARD_FILE, CONFIG_FILE, TENSOR_FILES, Concept
 from .showing import layer_text
 from .state import components as _components
 from .state import known as _known
@@ -177,7 +177,7 @@ def _default_name(src: Any, taken: Mapping[str, Loaded]) -> str:
         base = Path(src.source).name if src.source else src.config.method.name
     else:
         path = Path(os.fspath(src))
-        base = (path.parent if path.name in TENSOR_FILES else path).name
+        base = (path.parent if path.name in (CONFIG_FILE, CARD_FILE, *TENSOR_FILES) else path).name
     base = re.sub(r"[^\w-]+", "_", base).strip("_") or "erasure"
     if not isinstance(src, Erasure) or base not in taken:
         return base

@@ -98,7 +98,7 @@ class Choice:
 class Switch:
     """On or off; of a `bool`."""
 
-    text = "yes or no"
+    text = "true or false"
     expected = "True or False"
 
     def holds(self, value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,13 +56,12 @@ def retained(incomplete: str) -> list[str]:
 
 def paths(incomplete: str) -> list[str]:
     """Files and folders."""
-    start = Path(incomplete)
-    folder = start if incomplete.endswith("/") else start.parent
+    folder, _ = os.path.split(incomplete)
     try:
-        found = sorted(folder.iterdir())
+        found = sorted(Path(folder or ".").expanduser().iterdir())
     except OSError:
         return []
-    names = [f"{path}/" if path.is_dir() else str(path) for path in found]
+    names = [os.path.join(folder, f"{path.name}/" if path.is_dir() else path.name) for path in found]
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -83,7 +84,12 @@ def settings(context: typer.Context, incomplete: str) -> Iterator[tuple[str, str
 
 def _typed() -> tuple[list[str], int]:
     """Bash's words, and which of them is completed."""
-    return os.environ.get("COMP_WORDS", "").split(), int(os.environ.get("COMP_CWORD") or 0)
+    words = shlex.shlex(os.environ.get("COMP_WORDS", ""), posix=True, punctuation_chars=False)
+    words.whitespace_split, words.commenters = True, ""
+    found: list[str] = []
+    with suppress(ValueError):  # a quotation that has not ended yet
+        found.extend(words)
+    return found, int(os.environ.get("COMP_CWORD") or 0)
 
 
 def step_over_marks() -> None:

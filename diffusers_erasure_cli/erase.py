@@ -128,7 +128,7 @@ def erase(
         )
     pipe = load_model(
         base,
-        device=device or _own_device(trains),
+        device=device or _own_device(resumable),
         dtype=dtype,
         variant=variant,
         revision=revision,
@@ -194,7 +194,7 @@ def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
         if not equals or not name:
             raise typer.BadParameter(f"it takes name=value, not {pair!r}.", param_hint="--set")
         try:
-            settings[name] = json.loads(value)
+            settings[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
             settings[name] = value
     return settings

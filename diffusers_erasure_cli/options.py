@@ -67,6 +67,8 @@ Half = Annotated[bool, typer.Option("--half", help="Save the tensors in float16.
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
+# An erasure's own files, the configuration first; those of diffusers_erasure.schema, which is not imported for it.
+FILES = ("erasure_config.json", "erasure.safetensors", "pytorch_lora_weights.safetensors")
 ERASURE = "Folder, or repository with or without @REVISION"  # what every command takes that reads an erasure
 
 
@@ -160,10 +162,17 @@ def load_model(
 
 
 def new_erasure_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds an erasure already, before anything is computed."""
-    if not overwrite and (folder.expanduser() / "erasure_config.json").exists():
+    """Refuse, before anything is computed, a folder that cannot be written, or where something would be replaced."""
+    whole = folder.expanduser().resolve()
+    if whole.exists() and not whole.is_dir():
+        raise typer.BadParameter(f"{folder} is a file; name a folder.", param_hint="--output")
+    if whole == Path.cwd():
+        raise typer.BadParameter("the current folder cannot be replaced; name a new one in it.", param_hint="--output")
+    there = [name for name in FILES if (whole / name).exists()]
+    if there and not overwrite:
+        what = "an erasure" if FILES[0] in there else f"a file {there[0]}"
         raise typer.BadParameter(
-            f"{folder} holds an erasure already; name another folder, or give `--overwrite`.", param_hint="--output"
+            f"{folder} holds {what} already; name another folder, or give `--overwrite`.", param_hint="--output"
         )
 
 

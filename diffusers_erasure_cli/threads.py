@@ -45,7 +45,9 @@ def free_cores() -> int:
 def limit_threads(threads: int | None = None) -> None:
     """Compute with this many threads; by default with one a free core, unless the environment says how many."""
     own = os.environ.get(VARIABLE)
-    if threads is None and own:
+    if threads is not None:
+        os.environ[VARIABLE] = os.environ["MKL_NUM_THREADS"] = str(threads)  # whatever they said before
+    elif own:
         if not own.isdigit() or int(own) < 1:
             raise typer.BadParameter(f"${VARIABLE} must be a number of threads, not {own!r}.")
         threads = int(own)

@@ -1,6 +1,7 @@
 """The artefact on disk: deterministic, all or nothing, redacted for good, and read without trust."""
 
 import hashlib
+import io
 import json
 import os
 import struct
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from diffusers_erasure import (
     Erasure,
@@ -562,3 +564,25 @@ def test_other_files_of_the_folder_are_never_read(saved: Path) -> None:
     (saved / "pytorch_model.bin").write_bytes(b"not even a pickle")
     (saved / TENSOR_FILE).write_bytes(b"no safetensors")
     assert list(Erasure.from_pretrained(saved).tensors) == [LORA_FILE]
+
+
+def test_a_redacted_copy_takes_along_nothing_written_by_hand(tmp_path: Path) -> None:
+    """The card that was edited, its pictures and the record of it may name the concepts; the licence does not."""
+    folder, picture = tmp_path / "no-zebra", io.BytesIO()
+    random_erasure(tiny_sd_pipe()).save_pretrained(folder)
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    (folder / "before_after.png").write_bytes(picture.getvalue())
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = card.replace("## Limits", "I removed the zebra. ![](before_after.png)\n\n## Limits")
+    (folder / "README.md").write_text(card.replace("---\n", "---\nlicense: mit\n", 1), encoding="utf-8")
+    copy = Erasure.from_pretrained(folder).redacted()
+    copy.cast(torch.float16).save_pretrained(tmp_path / "quiet")
+    assert not (tmp_path / "quiet" / "before_after.png").exists()
+    written = {path.name: path.read_bytes() for path in (tmp_path / "quiet").iterdir()}
+    assert not any(b"zebra" in data for data in written.values()) and b"license: mit" in written["README.md"]
+    with pytest.raises(ErasureInputError, match="edited by hand"):
+        copy.save_pretrained(folder)
+    again = Erasure.from_pretrained(tmp_path / "quiet").redacted()  # redacted already: its own card is kept
+    (tmp_path / "quiet" / "README.md").write_text("Mine.", encoding="utf-8")
+    again.save_pretrained(tmp_path / "again")
+    assert "Mine." in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")

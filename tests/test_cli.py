@@ -135,6 +135,7 @@ def test_methods_lists_the_settings() -> None:
         (("erase", "cat", "--base", "./missing", "-o", "x"), "no folder"),
         (("erase", "cat", "--device", "toaster", "-o", "x"), "toaster"),
         (("erase", "cat", "--device", "meta", "-o", "x"), "on the device 'meta'"),
+        (("erase", "cat", "--device", "hpu", "-o", "x"), "on the device 'hpu'"),
         pytest.param(
             ("generate", "a cat", "--device", "cuda", "-o", "x"),
             "on the device 'cuda'",

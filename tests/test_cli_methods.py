@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from diffusers_erasure import Erasure, cli
 from diffusers_erasure.methods import get_method, method_names
+from diffusers_erasure.schema import CONFIG_FILE, TENSOR_FILES
+from diffusers_erasure_cli.options import FILES
 
 
 # What makes a run short, where a method has the setting.
@@ -61,6 +63,17 @@ def test_erase_and_generate(method: str, bare: bytes, tmp_path: Path, monkeypatc
     assert (erasure["name"], erasure["strength"], erasure["source"]) == ("no-cat", 1.5, "no-cat")
 
 
+def test_the_files_that_are_looked_for_are_the_schemas() -> None:
+    assert set(FILES) == {CONFIG_FILE, *TENSOR_FILES} and FILES[0] == CONFIG_FILE
+
+
+def test_switches_are_read_as_they_are_written(tmp_path: Path) -> None:
+    for value in ("true", "True", "false"):
+        invoke("erase", "cat", "--set", f"absolute={value}", "-o", str(tmp_path / value))
+        settings = Erasure.from_pretrained(tmp_path / value).config.method.settings
+        assert settings["absolute"] is (value != "false")
+
+
 def test_what_a_method_has_instead_of_retained_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers_erasure import ErasureInputError
 
@@ -84,6 +97,17 @@ def test_nothing_is_overwritten_in_silence(tmp_path: Path, monkeypatch: pytest.M
     for command in (("combine", "out", "out"), ("convert", "dumo", "out", "--base", "demo")):
         assert CliRunner().invoke(cli.app, [*command, "-o", "out"]).exit_code == 2
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    Path("mine").mkdir()
+    Path("mine/pytorch_lora_weights.safetensors").write_bytes(b"mine")
+    Path("file").write_text("mine")
+    for place, message in (
+        ("mine", "holds a file pytorch_lora_weights"),
+        ("file", "is a file"),
+        (".", "current folder"),
+    ):
+        refused = CliRunner().invoke(cli.app, ["erase", "cat", "-o", place], env={"COLUMNS": "200"})
+        assert refused.exit_code == 2 and message in refused.output
+    assert Path("mine/pytorch_lora_weights.safetensors").read_bytes() == b"mine"
     invoke("erase", "dog", "--anchor", "animal", "-o", "out", "--overwrite")
     invoke("generate", "a dog", "--steps", "1", "-o", "out", "--overwrite")
     assert Erasure.from_pretrained("out").concepts[0].target == "dog"

@@ -111,7 +111,7 @@ def test_every_setting_is_checked(name: str, setting: str) -> None:
         (Number(below=1), (0, 0.99), (1, 1.5), "a number, at least 0 and below 1", "a finite number of at least 0 and below 1"),
         (Number(above=0, most=1), (1, 0.1), (0, 1.1), "a number above 0 and at most 1", "a finite number above 0 and at most 1"),
         (Choice(("x", "y")), ("x", "y"), ("z", None), "one of x, y", "one of ['x', 'y']"),
-        (Switch(), (True, False), (0, None, "no"), "yes or no", "True or False"),
+        (Switch(), (True, False), (0, None, "no"), "true or false", "True or False"),
         (Of("a prompt", str), ("", "a"), (1, None), "a prompt", "a prompt"),
     ],
 )  # fmt: skip
@@ -185,7 +185,7 @@ def test_what_the_catalogue_says() -> None:
     assert esd["weight_decay"]["presets"]["style"] == 0.0  # of all methods that train
     assert esd["lr_scheduler"]["range"].startswith("one of constant, constant_with_warmup, linear")
     assert esd["ema_decay"]["range"] == "a number, at least 0 and below 1"
-    assert found["speed"]["settings"]["filter"]["range"] == "yes or no"
+    assert found["speed"]["settings"]["filter"]["range"] == "true or false"
     assert found["speed"]["settings"]["filter"]["choices"] == ["true", "false"]
     assert found["uce"]["settings"]["layer"]["choices"] == ["lora", "text_map"]
     assert (found["uce"]["presets"], found["uce"]["has_published"]) == ([], False)
