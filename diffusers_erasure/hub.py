@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .beside import Beside, Record, Sight, beside_of, keep_record, read_beside
+from .beside import Beside, Record, beside_of, keep_record, read_beside
 from .cards import base_repo, merge_card, render_card
 from .errors import (
     ErasureConfigError,
@@ -285,8 +285,7 @@ def push(
             parent_commit=head.sha,  # somebody else's push meanwhile is an error, not overwritten
         )
     if own.folder is not None and not create_pr and not redacts:
-        pictures = {name: sha256(data) for name, data in joined.pictures.items()}
-        keep_record(own.folder, Record(there.place, own.sight(), Sight(joined.card, pictures)))
+        keep_record(own.folder, Record(there.place, own.sight(), joined.seen))
     return info
 
 

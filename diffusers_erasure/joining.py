@@ -34,11 +34,13 @@ class Joined:
         card: the text.
         pictures: those of both sides.
         kept: the side whose text, written by hand, was kept.
+        seen: what the local side knows of them: its own part, and for the rest what its record had seen of the Hub before.
     """
 
     card: str
     pictures: dict[str, bytes]
     kept: Side | None
+    seen: Sight
 
 
 def join(fresh: str, local: Beside, hub: Beside, *, card: Side | None = None) -> Joined:
@@ -86,7 +88,28 @@ def join(fresh: str, local: Beside, hub: Beside, *, card: Side | None = None) ->
     choice.check()
     whole = assemble([*sides, new], {**data, **new.data, "tags": joined_tags(new, tags)}, text)
     side: Side = "local" if mine is not None and mine.written == written else "hub"
-    return Joined(whole, pictures, None if source is None else side)
+    digests = choice.then_hub.pictures if choice.then_hub else {}
+    digests = {name: digest for name, digest in digests.items() if name in pictures}
+    digests |= {name: sha256(content) for name, content in pictures.items() if content == local.pictures.get(name)}
+    seen = Sight(_seen_card(new, parse_card(whole), mine, before[1]), digests)
+    return Joined(whole, pictures, None if source is None else side, seen)
+
+
+def _seen_card(new: ParsedCard, joined: ParsedCard, mine: ParsedCard | None, then: ParsedCard | None) -> str:
+    """What a folder knows of a joined card: where that has the Hub's words, those that the folder had seen before."""
+
+    def known(now: Any, here: Any, before: Any) -> Any:
+        return now if now == here else before
+
+    sides = (joined, mine, then)
+    found = [{} if side is None else side.foreign(new) for side in sides]
+    data = {key: known(*(values.get(key) for values in found)) for key in {k: 0 for values in found for k in values}}
+    tags = [[] if side is None else side.foreign_tags for side in sides]
+    others = [tag for tag in dict.fromkeys(sum(tags, [])) if known(*(tag in values for values in tags))]
+    written = joined.written == (None if mine is None else mine.written)
+    text = joined.text if written else (then or new).text
+    data = {key: value for key, value in data.items() if value is not None}
+    return assemble([joined, new], {**data, **new.data, "tags": joined_tags(new, others)}, text)
 
 
 class _Choice:
