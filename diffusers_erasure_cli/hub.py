@@ -88,7 +88,7 @@ def pull(
     erasure = place.read(subfolder=subfolder, token=token, force_download=force)
     from diffusers_erasure.beside import beside_of
 
-    beside_of(erasure.origin, strict=True)
+    erasure.origin = beside_of(erasure.origin, strict=True)  # read once: all of it comes, or an error
     files = erasure.save_pretrained(output, card=card)
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusers_erasure import Erasure, cli, demo, erase
+from diffusers_erasure.beside import Beside
 from tests.helpers import random_erasure, tiny_sd_pipe
 from tests.mini_hub import Hub
 from tests.test_hub import environment
@@ -142,6 +143,25 @@ def test_erase_names_the_base_model(tmp_path: Path) -> None:
     assert invoke(*erase, "--base-model", "user/model", "--overwrite").exit_code == 0
     assert Erasure.from_pretrained(tmp_path / "no-cat").config.base_model.repo == "user/model"
     assert 'from_pretrained("user/model")' in invoke("card", str(tmp_path / "no-cat")).stdout
+
+
+def test_a_pull_reads_the_card_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Hub's card says cannot be lost by a Hub that fails between two readings."""
+    erasure, asked = Erasure.from_pretrained(folder), []
+
+    class Origin:
+        def beside(self, strict: bool = False) -> Beside:
+            asked.append(strict)
+            if len(asked) > 1:
+                return Beside()
+            card = (folder / "README.md").read_text(encoding="utf-8").replace("## Limits", "Their words.\n\n## Limits")
+            return Beside(card, where="user/a", place="user/a@main")
+
+    erasure.origin = Origin()
+    monkeypatch.setattr("diffusers_erasure_cli.options.Source.read", lambda *_, **__: erasure)
+    done = CliRunner().invoke(cli.app, ["pull", "user/a", "-o", str(tmp_path / "pulled")])
+    assert done.exit_code == 0, done.output
+    assert asked == [True] and "Their words." in (tmp_path / "pulled" / "README.md").read_text(encoding="utf-8")
 
 
 def test_card_and_usage(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
