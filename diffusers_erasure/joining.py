@@ -1,14 +1,18 @@
 """Bringing two cards together: the one in a folder and the one on the Hub, with what was edited on either side."""
 
+import dataclasses
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .beside import RECORD_FILE, Beside, FolderOrigin, Record, Sight, beside_of
 from .cards import ParsedCard, assemble, is_edited, joined_tags, parse_card, render_card
-from .errors import ErasureInputError
+from .errors import ErasureError, ErasureInputError
+from .folders import read_inside
 from .logging import get_logger
-from .schema import CARD_FILE, GRID_FILE, ErasureConfig
+from .schema import CARD_FILE, CONFIG_FILE, GRID_FILE, MAX_CONFIG_BYTES, ErasureConfig
 from .tensors import sha256
 
 
@@ -201,20 +205,43 @@ def beside_files(
         record = None
     if own.problem is not None:
         logger.warning("The card of %s is left out: %s", own.where, own.problem[:300])
-    fresh = render_card(config, own.repo_id or there.repo_id, grid=GRID_FILE in {*own.pictures, *there.pictures})
+    related = own.folder == there.folder or (own.repo_id is not None and own.repo_id == there.repo_id)
+    replaced = not related and _holds_another(folder, config)
+    shown = {*own.pictures, *({} if replaced else there.pictures)}
+    fresh = render_card(config, own.repo_id or there.repo_id, grid=GRID_FILE in shown)
     if there.problem is not None:
         logger.warning("The %s of %s stays as it is: %s", CARD_FILE, folder, there.problem[:300])
         return {}
     joined = join(fresh, there, own, card=card)
     if joined.kept is not None:
         source = there if joined.kept == "local" else own
-        logger.info("The text of the card of %s was edited by hand and is kept.", source.where)
+        level = logging.WARNING if replaced and joined.kept == "local" else logging.INFO
+        check = " It was written for the erasure that lay there before: check it." if level == logging.WARNING else ""
+        logger.log(level, "The text of the card of %s was edited by hand and is kept.%s", source.where, check)
+    if replaced and there.pictures:
+        logger.warning(
+            "%s in %s show the erasure that lay there before. They stay, and a push takes them along: replace or delete them.",
+            ", ".join(sorted(there.pictures)),
+            folder,
+        )
     if own.place is not None and own.card is not None:
         record = Record(own.place, own.sight(), own.sight())
     elif own.record is not None:
         record = own.record
     files = {CARD_FILE: joined.card.encode(), **joined.pictures}
     return files if record is None else {**files, RECORD_FILE: record.to_bytes()}
+
+
+def _holds_another(folder: Path, config: ErasureConfig) -> bool:
+    """Whether a folder holds an erasure that is not this one; in another dtype it is the same."""
+    try:
+        old = ErasureConfig.from_json(read_inside(folder.expanduser().resolve(), CONFIG_FILE, MAX_CONFIG_BYTES))
+    except ErasureError:  # none, or one that cannot be read
+        return os.path.lexists(folder.expanduser() / CONFIG_FILE)
+    if old.files == config.files:
+        return False
+    same = dataclasses.replace(old, files=config.files, library=config.library, stock=config.stock)
+    return same != config
 
 
 def pushed_card(erasure: "Erasure", repo_id: str | None = None, *, redact_concepts: bool = False) -> str:
