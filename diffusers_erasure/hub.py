@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .beside import Beside, Record, Sight, Withheld, beside_of, keep_record, read_beside
+from .beside import Beside, Record, Withheld, beside_of, keep_record, read_beside
 from .cards import base_repo, merge_card, render_card
 from .errors import (
     ErasureConfigError,
@@ -65,6 +65,7 @@ class Snapshot:
     token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | None = None
     online: bool = True
+    hurried: bool = False  # what is asked for can be done without, so a Hub that hangs is not waited for
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "token": None}
@@ -116,23 +117,30 @@ class Snapshot:
 
         where: dict[str, Any] = {"subfolder": self.subfolder, "revision": self.commit, "cache_dir": self.cache_dir}
         _check_size(self.repo_id, name, self.head(name).size or 0, limit)
-        return Path(hf_hub_download(self.repo_id, name, token=self.token, force_download=force, **where))
+        timeout = TIMEOUT_CACHED if self.hurried else TIMEOUT
+        return Path(
+            hf_hub_download(self.repo_id, name, token=self.token, force_download=force, etag_timeout=timeout, **where)
+        )
 
     def head(self, name: str) -> Any:
         """A file's size and hash, from the Hub."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(self.repo_id, name, subfolder=self.subfolder, revision=self.commit)
+        if self.hurried:
+            return get_hf_file_metadata(url, token=self.token, timeout=TIMEOUT_CACHED)
         return patiently(lambda: get_hf_file_metadata(url, token=self.token, timeout=TIMEOUT))
 
     def beside(self, strict: bool = False) -> Beside:
-        """The card and its pictures; a warning where they cannot be read, or with `strict` the Hub's error."""
+        """The card and its pictures; a warning where they cannot be read at once, or with `strict` the Hub's error."""
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        source = dataclasses.replace(self, hurried=not strict)
 
         def read(name: str, limit: int) -> bytes | None:
             try:
                 with explained(self.repo_id, self.commit):
-                    return self.read(name, limit)
+                    return source.read(name, limit)
             except ErasureNotFoundError as error:
                 if isinstance(error.__cause__, LocalEntryNotFoundError) and name != GRID_FILE:
                     logger.warning("%s of %s is not in the cache, and the Hub was not asked.", name, self.repo_id)
@@ -285,8 +293,7 @@ def push(
             parent_commit=head.sha,  # somebody else's push meanwhile is an error, not overwritten
         )
     if own.folder is not None and not create_pr and not redacts:
-        pictures = {name: sha256(data) for name, data in joined.pictures.items()}
-        keep_record(own.folder, Record(there.place, own.sight(), Sight(joined.card, pictures)))
+        keep_record(own.folder, Record(there.place, own.sight(), joined.seen))
     return info
 
 

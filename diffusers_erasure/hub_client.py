@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 WAITS = (1.0, 2.0)  # seconds between the attempts to reach a Hub that does not answer
 TIMEOUT = 10.0  # seconds for one short request; huggingface_hub would wait without end
-TIMEOUT_CACHED = 2.5  # ... to connect, and to answer, where the cache can stand in
+TIMEOUT_CACHED = 2.5  # ... to connect, and to answer, where the cache can stand in, or a fresh card
 
 
 @contextmanager

@@ -1,14 +1,18 @@
 """Bringing two cards together: the one in a folder and the one on the Hub, with what was edited on either side."""
 
+import dataclasses
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .beside import RECORD_FILE, Beside, FolderOrigin, Record, Sight, beside_of
 from .cards import ParsedCard, assemble, is_edited, joined_tags, parse_card, render_card
-from .errors import ErasureInputError
+from .errors import ErasureError, ErasureInputError
+from .folders import read_inside
 from .logging import get_logger
-from .schema import CARD_FILE, GRID_FILE, ErasureConfig
+from .schema import CARD_FILE, CONFIG_FILE, GRID_FILE, MAX_CONFIG_BYTES, ErasureConfig
 from .tensors import sha256
 
 
@@ -34,11 +38,13 @@ class Joined:
         card: the text.
         pictures: those of both sides.
         kept: the side whose text, written by hand, was kept.
+        seen: what the local side knows of them: its own part, and for the rest what its record had seen of the Hub before.
     """
 
     card: str
     pictures: dict[str, bytes]
     kept: Side | None
+    seen: Sight
 
 
 def join(fresh: str, local: Beside, hub: Beside, *, card: Side | None = None) -> Joined:
@@ -86,7 +92,28 @@ def join(fresh: str, local: Beside, hub: Beside, *, card: Side | None = None) ->
     choice.check()
     whole = assemble([*sides, new], {**data, **new.data, "tags": joined_tags(new, tags)}, text)
     side: Side = "local" if mine is not None and mine.written == written else "hub"
-    return Joined(whole, pictures, None if source is None else side)
+    digests = choice.then_hub.pictures if choice.then_hub else {}
+    digests = {name: digest for name, digest in digests.items() if name in pictures}
+    digests |= {name: sha256(content) for name, content in pictures.items() if content == local.pictures.get(name)}
+    seen = Sight(_seen_card(new, parse_card(whole), mine, before[1]), digests)
+    return Joined(whole, pictures, None if source is None else side, seen)
+
+
+def _seen_card(new: ParsedCard, joined: ParsedCard, mine: ParsedCard | None, then: ParsedCard | None) -> str:
+    """What a folder knows of a joined card: where that has the Hub's words, those that the folder had seen before."""
+
+    def known(now: Any, here: Any, before: Any) -> Any:
+        return now if now == here else before
+
+    sides = (joined, mine, then)
+    found = [{} if side is None else side.foreign(new) for side in sides]
+    data = {key: known(*(values.get(key) for values in found)) for key in {k: 0 for values in found for k in values}}
+    tags = [[] if side is None else side.foreign_tags for side in sides]
+    others = [tag for tag in dict.fromkeys(sum(tags, [])) if known(*(tag in values for values in tags))]
+    written = joined.written == (None if mine is None else mine.written)
+    text = joined.text if written else (then or new).text
+    data = {key: value for key, value in data.items() if value is not None}
+    return assemble([joined, new], {**data, **new.data, "tags": joined_tags(new, others)}, text)
 
 
 class _Choice:
@@ -178,20 +205,43 @@ def beside_files(
         record = None
     if own.problem is not None:
         logger.warning("The card of %s is left out: %s", own.where, own.problem[:300])
-    fresh = render_card(config, own.repo_id or there.repo_id, grid=GRID_FILE in {*own.pictures, *there.pictures})
+    related = own.folder == there.folder or (own.repo_id is not None and own.repo_id == there.repo_id)
+    replaced = not related and _holds_another(folder, config)
+    shown = {*own.pictures, *({} if replaced else there.pictures)}
+    fresh = render_card(config, own.repo_id or there.repo_id, grid=GRID_FILE in shown)
     if there.problem is not None:
         logger.warning("The %s of %s stays as it is: %s", CARD_FILE, folder, there.problem[:300])
         return {}
     joined = join(fresh, there, own, card=card)
     if joined.kept is not None:
         source = there if joined.kept == "local" else own
-        logger.info("The text of the card of %s was edited by hand and is kept.", source.where)
+        level = logging.WARNING if replaced and joined.kept == "local" else logging.INFO
+        check = " It was written for the erasure that lay there before: check it." if level == logging.WARNING else ""
+        logger.log(level, "The text of the card of %s was edited by hand and is kept.%s", source.where, check)
+    if replaced and there.pictures:
+        logger.warning(
+            "%s in %s show the erasure that lay there before. They stay, and a push takes them along: replace or delete them.",
+            ", ".join(sorted(there.pictures)),
+            folder,
+        )
     if own.place is not None and own.card is not None:
         record = Record(own.place, own.sight(), own.sight())
     elif own.record is not None:
         record = own.record
     files = {CARD_FILE: joined.card.encode(), **joined.pictures}
     return files if record is None else {**files, RECORD_FILE: record.to_bytes()}
+
+
+def _holds_another(folder: Path, config: ErasureConfig) -> bool:
+    """Whether a folder holds an erasure that is not this one; in another dtype it is the same."""
+    try:
+        old = ErasureConfig.from_json(read_inside(folder.expanduser().resolve(), CONFIG_FILE, MAX_CONFIG_BYTES))
+    except ErasureError:  # none, or one that cannot be read
+        return os.path.lexists(folder.expanduser() / CONFIG_FILE)
+    if old.files == config.files:
+        return False
+    same = dataclasses.replace(old, files=config.files, library=config.library, stock=config.stock)
+    return same != config
 
 
 def pushed_card(erasure: "Erasure", repo_id: str | None = None, *, redact_concepts: bool = False) -> str:

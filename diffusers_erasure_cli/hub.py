@@ -84,11 +84,12 @@ def pull(
     """Download an erasure from the Hub into a folder, checked, with its card and the pictures of that."""
     if os.path.isdir(repo_id):
         raise typer.BadParameter(f"{repo_id!r} is a folder here; name a repository on the Hub.")
+    options.folder_to_update(output)
     place = options.Source.parse(repo_id, revision=revision)
     erasure = place.read(subfolder=subfolder, token=token, force_download=force)
     from diffusers_erasure.beside import beside_of
 
-    beside_of(erasure.origin, strict=True)
+    erasure.origin = beside_of(erasure.origin, strict=True)  # read once: all of it comes, or an error
     files = erasure.save_pretrained(output, card=card)
     if as_json:
         sizes = {path.name: path.stat().st_size for path in files}

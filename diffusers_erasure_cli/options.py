@@ -163,17 +163,32 @@ def load_model(
 
 def new_erasure_folder(folder: Path, overwrite: bool) -> None:
     """Refuse, before anything is computed, a folder that cannot be written, or where something would be replaced."""
-    whole = folder.expanduser().resolve()
-    if whole.exists() and not whole.is_dir():
-        raise typer.BadParameter(f"{folder} is a file; name a folder.", param_hint="--output")
-    if whole == Path.cwd():
-        raise typer.BadParameter("the current folder cannot be replaced; name a new one in it.", param_hint="--output")
-    there = [name for name in FILES if (whole / name).exists()]
+    there = _own_files(folder)
     if there and not overwrite:
         what = "an erasure" if FILES[0] in there else f"a file {there[0]}"
         raise typer.BadParameter(
             f"{folder} holds {what} already; name another folder, or give `--overwrite`.", param_hint="--output"
         )
+
+
+def folder_to_update(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or holds a LoRA of somebody's own; an erasure there is brought up to date."""
+    there = _own_files(folder)
+    if there and FILES[0] not in there:
+        raise typer.BadParameter(
+            f"{folder} holds a file {there[0]} that is no erasure's and would be replaced; name another folder.",
+            param_hint="--output",
+        )
+
+
+def _own_files(folder: Path) -> list[str]:
+    """Those of an erasure's files that lie in a folder to which one is to be saved."""
+    whole = folder.expanduser().resolve()
+    if whole.exists() and not whole.is_dir():
+        raise typer.BadParameter(f"{folder} is a file; name a folder.", param_hint="--output")
+    if whole == Path.cwd():
+        raise typer.BadParameter("the current folder cannot be replaced; name a new one in it.", param_hint="--output")
+    return [name for name in FILES if (whole / name).exists()]
 
 
 def bar() -> "Progress":

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from diffusers_erasure import Erasure, ErasureInputError, demo
+from diffusers_erasure import Erasure, ErasureHubError, ErasureInputError, demo
 from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.beside import (
     MAX_CARD_BYTES,
@@ -30,8 +30,10 @@ from diffusers_erasure.beside import (
     linked_pictures,
 )
 from diffusers_erasure.cards import escape_markdown, is_edited, merge_card, render_card
+from diffusers_erasure.compat import hub_transport_error
 from diffusers_erasure.demo.command import Accuracy, with_results
 from diffusers_erasure.hub import Snapshot
+from diffusers_erasure.hub_client import TIMEOUT, TIMEOUT_CACHED
 from diffusers_erasure.joining import join, pushed_card
 from diffusers_erasure.methods import method_names
 from diffusers_erasure.methods.citations import CITATIONS
@@ -453,6 +455,49 @@ def test_a_redacted_folder_keeps_no_record(tmp_path: Path) -> None:
     erasure.save_pretrained(tmp_path / "a", redact_concepts=True)
     assert not (tmp_path / "a" / RECORD_FILE).exists()
     assert b"zebra" not in b"".join(path.read_bytes() for path in (tmp_path / "a").iterdir())
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_a_new_erasure_over_another_ones_card(edit: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = tiny_sd_pipe()
+    old, new = random_erasure(pipe), random_erasure(pipe, seed=1, concepts=(Concept("yak", "cow"),))
+    assert old.config.concepts != new.config.concepts
+    readme, picture = tmp_path / "README.md", tmp_path / "before_after.png"
+    old.save_pretrained(tmp_path)
+    picture.write_bytes(PNG)
+    if edit:
+        readme.write_text(readme.read_text(encoding="utf-8").replace("## Limits", "My zebra.\n\n## Limits"), "utf-8")
+    old.save_pretrained(tmp_path)  # the same one: its own text and picture
+    old.save_pretrained(tmp_path, dtype="float16")
+    assert edit or "(before_after.png)" in readme.read_text(encoding="utf-8")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    new.save_pretrained(tmp_path)
+    told = " ".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "before_after.png" in told and picture.read_bytes() == PNG
+    assert ("check it" in told) == edit
+    text = readme.read_text(encoding="utf-8")
+    assert ("My zebra." in text) == edit and "(before_after.png)" not in text
+
+
+@pytest.mark.parametrize(("strict", "asked", "limit"), [(False, 1, TIMEOUT_CACHED), (True, 3, TIMEOUT)])
+def test_a_card_that_can_be_done_without_is_not_waited_for(
+    strict: bool, asked: int, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+
+    def hang(*_: Any, timeout: float, **__: Any) -> None:
+        limits.append(timeout)
+        raise hub_transport_error()("timed out")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", hang)
+    monkeypatch.setattr("diffusers_erasure.hub_client.WAITS", (0.0, 0.0))
+    there = Snapshot("user/a", "0" * 40, "user/a@main", cache_dir=str(tmp_path))
+    if strict:
+        with pytest.raises(ErasureHubError):
+            there.beside(strict=True)
+    else:
+        assert there.beside() == Beside(where="user/a", place="user/a@main")
+    assert limits == [limit] * asked
 
 
 def test_a_token_is_in_no_copy() -> None:

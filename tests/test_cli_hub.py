@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusers_erasure import Erasure, cli, demo, erase
+from diffusers_erasure.beside import Beside
 from tests.helpers import random_erasure, tiny_sd_pipe
 from tests.mini_hub import Hub
 from tests.test_hub import environment
@@ -144,6 +145,25 @@ def test_erase_names_the_base_model(tmp_path: Path) -> None:
     assert 'from_pretrained("user/model")' in invoke("card", str(tmp_path / "no-cat")).stdout
 
 
+def test_a_pull_reads_the_card_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Hub's card says cannot be lost by a Hub that fails between two readings."""
+    erasure, asked = Erasure.from_pretrained(folder), []
+
+    class Origin:
+        def beside(self, strict: bool = False) -> Beside:
+            asked.append(strict)
+            if len(asked) > 1:
+                return Beside()
+            card = (folder / "README.md").read_text(encoding="utf-8").replace("## Limits", "Their words.\n\n## Limits")
+            return Beside(card, where="user/a", place="user/a@main")
+
+    erasure.origin = Origin()
+    monkeypatch.setattr("diffusers_erasure_cli.options.Source.read", lambda *_, **__: erasure)
+    done = CliRunner().invoke(cli.app, ["pull", "user/a", "-o", str(tmp_path / "pulled")])
+    assert done.exit_code == 0, done.output
+    assert asked == [True] and "Their words." in (tmp_path / "pulled" / "README.md").read_text(encoding="utf-8")
+
+
 def test_card_and_usage(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def invoke(*arguments: str) -> Any:
         return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "160"})
@@ -157,6 +177,10 @@ def test_card_and_usage(folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(folder.parent)
     here = invoke("pull", folder.name, "-o", str(tmp_path / "x"))
     assert here.exit_code == 2 and "is a folder here" in here.output
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "pytorch_lora_weights.safetensors").write_bytes(b"mine")
+    taken = invoke("pull", "user/no-zebra", "-o", str(tmp_path / "mine"))
+    assert taken.exit_code == 2 and "no erasure's" in " ".join(taken.output.split())
     assert Erasure.from_pretrained(folder).concepts[0].target == "zebra"
 
 

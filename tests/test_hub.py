@@ -347,6 +347,43 @@ def test_what_was_edited_on_the_hub_travels_here_and_back(hub: Hub, client: Clie
     assert hub.files(repo)["unlinked.png"] == png
 
 
+def test_an_edit_on_the_hub_that_the_folder_never_had_is_not_lost(hub: Hub, client: Client, tmp_path: Path) -> None:
+    """A push keeps it and does not bring it: what is edited here afterwards was not made on top of it."""
+    repo, folder = "alice/unseen", tmp_path / "unseen"
+    args = {"repo": repo, "folder": str(folder), "cache": client.cache()}
+    first, theirs, mine = (b"\x89PNG\r\n\x1a\n" + word for word in (b"first", b"theirs", b"mine"))
+    code = """
+    lora.save_pretrained(folder)
+    edit("pipeline_tag:", "license: mit\\nlanguage: en\\npipeline_tag:")
+    (folder / "before_after.png").write_bytes(first.encode("latin-1"))
+    push()
+    """
+    ok(client(script(code), first=first.decode("latin-1"), **args))
+    edited(hub, repo, "## Limits", "Their words.\n\n## Limits", **{"before_after.png": theirs})
+    edited(hub, repo, "license: mit", "license: openrail")
+    for _ in range(2):
+        ok(client(script("push()"), **args))
+        assert "Their words." in hub.files(repo)[CARD].decode() and hub.files(repo)["before_after.png"] == theirs
+    there = hub.files(repo)
+    code = """
+    edit("## Limits", "My words.\\n\\n## Limits")
+    edit("license: mit", "license: apache-2.0")
+    edit("language: en", "language: de")
+    (folder / "before_after.png").write_bytes(mine.encode("latin-1"))
+    """
+    ok(client(script(code), mine=mine.decode("latin-1"), **args))
+    answer = client(script("push()"), **args)
+    error = failed(answer, "ErasureInputError", "the text", "`license`", "picture before_after.png")
+    assert "`language`" not in error["message"]  # that was edited here alone
+    assert hub.files(repo) == there
+    ok(client(script("push(card='hub')"), **args))  # once it is decided, what was here is not asked about again
+    ok(client(script("push()"), **args))
+    now = hub.files(repo)
+    assert "Their words." in now[CARD].decode() and now["before_after.png"] == theirs
+    ok(client(script("push(card='local'); edit('My words.', 'More words.'); push()"), **args))
+    assert "More words." in hub.files(repo)[CARD].decode() and hub.files(repo)["before_after.png"] == mine
+
+
 def test_a_card_that_was_edited_on_both_sides(hub: Hub, client: Client, tmp_path: Path) -> None:
     repo, folder = "alice/both", tmp_path / "both"
     args = {"repo": repo, "folder": str(folder), "cache": client.cache()}
