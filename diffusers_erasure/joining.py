@@ -195,11 +195,7 @@ def beside_files(
     there = FolderOrigin(folder).beside()
     record = there.record
     if redacts:
-        if there.problem is not None or there.pictures or (there.card is not None and is_edited(there.card)):
-            raise ErasureInputError(
-                f"The {CARD_FILE} in {folder} was edited by hand, or pictures lie there: they may name what is to be left "
-                "out. Nothing was saved. Save to another folder, or move them away first."
-            )
+        check_nothing_tells(folder)
         own = own.withheld()
         there = Beside(None if own.folder == there.folder else there.withheld().card, where=there.where)
         record = None
@@ -230,6 +226,20 @@ def beside_files(
         record = own.record
     files = {CARD_FILE: joined.card.encode(), **joined.pictures}
     return files if record is None else {**files, RECORD_FILE: record.to_bytes()}
+
+
+def check_nothing_tells(folder: Path) -> None:
+    """See that nothing written by hand lies in a folder to which a redacted erasure is to be saved.
+
+    Raises:
+        ErasureInputError: there is a card edited by hand, or a picture.
+    """
+    there = FolderOrigin(folder).beside()
+    if there.problem is not None or there.pictures or (there.card is not None and is_edited(there.card)):
+        raise ErasureInputError(
+            f"The {CARD_FILE} in {folder} was edited by hand, or pictures lie there: they may name what is to be left "
+            "out. Nothing was saved. Save to another folder, or move them away first."
+        )
 
 
 def _holds_another(folder: Path, config: ErasureConfig) -> bool:

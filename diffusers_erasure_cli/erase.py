@@ -104,10 +104,13 @@ def erase(
     from diffusers_erasure.errors import ErasureInputError
     from diffusers_erasure.fitting import erase as make
     from diffusers_erasure.fitting import recipe_of
+    from diffusers_erasure.joining import check_nothing_tells
     from diffusers_erasure.methods import check_names, get_method, make_config
 
     if base_model is not None:
         check_repo_id(base_model)
+    if redact:
+        check_nothing_tells(output)
     recipe: dict[str, Any] = {"targets": targets, "anchors": anchor, "retain": retain, "method": method or "uce"}
     if config is not None:
         recipe = recipe_of(Source.parse(config).read(token=token))

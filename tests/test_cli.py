@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_erasure import ErasureNotFoundError, __version__, cli
+from diffusers_erasure import ErasureInputError, ErasureNotFoundError, __version__, cli
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -121,6 +121,10 @@ def test_redacted_output_names_nothing(tmp_path: Path) -> None:
     assert made.exit_code == 0
     assert "pizza" not in made.stdout.replace(str(tmp_path), "")
     assert "not named" in invoke("info", str(tmp_path / "secret")).stdout
+    (tmp_path / "secret" / "README.md").write_text("It was pizza.", encoding="utf-8")
+    again = ("erase", "pizza", "--redact", "--overwrite", "--base", "./missing", "-o", str(tmp_path / "secret"))
+    with pytest.raises(ErasureInputError, match="edited by hand"):  # before the base model is looked for
+        invoke(*again)
 
 
 def test_methods_lists_the_settings() -> None:
