@@ -120,7 +120,7 @@ def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clien
     worker = Client(hub, tmp_path_factory.mktemp("client"))
     yield worker
     worker.input.close()
-    worker.process.wait(10)
+    worker.process.wait(60)
 
 
 @pytest.fixture(scope="module")
