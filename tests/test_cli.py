@@ -18,7 +18,7 @@ from diffusers_erasure import ErasureInputError, ErasureNotFoundError, __version
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "diffusers_erasure.cli", *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=580)
 
 
 def invoke(*arguments: str) -> Any:
