@@ -277,7 +277,7 @@ def assemble(sides: Sequence[ParsedCard], data: Mapping[str, Any], text: str) ->
     order = dict.fromkeys([*(key for side in sides for key in side.keys), *data])
     try:
         return f"---\n{ModelCardData(**data).to_yaml(original_order=list(order))}\n---\n{text}"
-    except Exception as error:
+    except Exception as error:  # the YAML writer's, for values of odd types
         raise ValueError(f"its metadata cannot be written: {error}") from error
 
 

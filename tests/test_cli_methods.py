@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -12,6 +11,7 @@ from diffusers_erasure import Erasure, cli
 from diffusers_erasure.methods import get_method, method_names
 from diffusers_erasure.schema import CONFIG_FILE, TENSOR_FILES
 from diffusers_erasure_cli.options import FILES
+from tests.test_cli_fit import invoke
 
 
 # What makes a run short, where a method has the setting.
@@ -24,14 +24,6 @@ FEW = {
     "num_pairs": 2,
     "batch_size": 1,
 }
-
-
-def invoke(*arguments: str) -> Any:
-    result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "160"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def colours(path: Path) -> bytes:
