@@ -36,7 +36,7 @@ from diffusers_erasure.demo.command import BATCH, GUIDANCE_SCALE, STEPS, fast_pi
 from diffusers_erasure.demo.words import HYPERNYMS, STYLES
 from diffusers_erasure.methods import acterase
 from diffusers_erasure.methods.acterase_pairs import pairs_for
-from diffusers_erasure.probes import inputs_seen
+from diffusers_erasure.methods.probes import inputs_seen
 from diffusers_erasure.schema import Concept
 from diffusers_erasure.training.publish import as_erasure, text_components
 

@@ -29,9 +29,10 @@ from common import (
 )
 from diffusers.utils import logging
 
-from diffusers_erasure import Erasure, attachment, base_model
-from diffusers_erasure.attachment import Loaded
+from diffusers_erasure import Erasure, base_model
 from diffusers_erasure.base_model import compare_component, describe_base
+from diffusers_erasure.live import attachment
+from diffusers_erasure.live.attachment import Loaded
 from diffusers_erasure.schema import LORA_FILE
 
 

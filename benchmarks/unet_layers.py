@@ -33,10 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from unet_step import BATCH, TOKENS, inputs
 
 from diffusers_erasure import Erasure, __version__
-from diffusers_erasure.fusing import fuse_erasures
 from diffusers_erasure.layers.activation import BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from diffusers_erasure.layers.encoder_copy import channels, empty_copy
 from diffusers_erasure.layers.epr import fresh_tensors, skip_sites
+from diffusers_erasure.live.fusing import fuse_erasures
 from diffusers_erasure.pipeline import load_erasure
 from diffusers_erasure.schema import TENSOR_FILE, BaseModel, ErasureConfig, LayerSpec, Library, Method
 

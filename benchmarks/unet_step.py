@@ -37,8 +37,8 @@ from common import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_erasure.attachment import state_of
 from diffusers_erasure.base_model import text_readers
+from diffusers_erasure.live.attachment import state_of
 from diffusers_erasure.pipeline import load_erasure
 from diffusers_erasure.schema import LORA_FILE
 

@@ -3,7 +3,6 @@
 from ._binding import install, install_unless_opted_out, uninstall
 from ._version import __version__
 from .artifact import Erasure
-from .attention_processor import ActEraseAttnProcessor
 from .combining import combine
 from .errors import (
     ErasureCompatibilityError,
@@ -16,9 +15,11 @@ from .errors import (
     ErasureNotFoundError,
     ErasureTrainingError,
 )
-from .exporting import export_erased, push_erased_model
 from .fitting import erase
-from .kohya import save_kohya, to_kohya
+from .formats.erased_model import export_erased, push_erased_model
+from .formats.kohya import save_kohya, to_kohya
+from .live.processor import ActEraseAttnProcessor
+from .live.prompt_guard import prompt_embeds_are_erased
 from .modifying import with_gate, with_schedule, without_gate, without_schedule
 from .pipeline import (
     ErasablePipeline,
@@ -35,7 +36,6 @@ from .pipeline import (
     unfuse_erasures,
     unload_erasure,
 )
-from .prompt_guard import prompt_embeds_are_erased
 
 
 __all__ = [

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from . import tensors as tensor_io
-from .beside import RECORD_FILE, FolderOrigin, Origin, Withheld, beside_of
 from .cards import check_repo_id, render_card
 from .errors import ErasureConfigError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from .folders import local_folder, read_folder, write_folder
-from .joining import beside_files, check_side
+from .hub.beside import RECORD_FILE, FolderOrigin, Origin, Withheld, beside_of
+from .hub.joining import beside_files, check_side
 from .layers import layer_kind
 from .logging import get_logger
 from .schema import (
@@ -30,6 +29,7 @@ from .schema import (
     SolveSpec,
 )
 from .showing import as_html, as_text, erasure_rows
+from .storage import local_folder, read_folder, write_folder
 
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ class Erasure:
             ErasureInputError: the base model has no id; the card was edited here and on the Hub; or the repository's
                 name, or what it holds, does not allow it.
         """
-        from .hub import push
+        from .hub.transfer import push
 
         return push(
             self,
@@ -406,7 +406,7 @@ class Erasure:
             files = read_folder(folder, subfolder)
             origin = FolderOrigin(folder.resolve() / (subfolder or ""))
         else:
-            from .hub import fetch
+            from .hub.transfer import fetch
 
             files, snapshot = fetch(
                 source,

@@ -16,8 +16,8 @@ from torch import nn
 
 from . import compat
 from .errors import ErasureCompatibilityError, ErasureInputError
-from .kept import originals
 from .logging import get_logger
+from .originals import originals
 from .schema import BaseModel, Component
 
 

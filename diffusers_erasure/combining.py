@@ -14,11 +14,11 @@ from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .layers.lora import DOWN, UP, pad_rank
 from .lists import Retained, expand, names_any, retained
+from .live.blocks import erasures_disabled
 from .logging import get_logger
 from .methods import get_method, make_config, method_names
 from .methods.publishing import balanced, product, rank_for, truncated
 from .methods.rows import TargetRows, TextConfig, from_tensors, join
-from .pipeline import erasures_disabled
 from .schema import LORA_FILE, SCHEMA, TENSOR_FILE, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
 
 

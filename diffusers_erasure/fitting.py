@@ -8,9 +8,9 @@ from .artifact import Erasure
 from .encoding import one_fit
 from .errors import ErasureInputError
 from .lists import expand, retained
+from .live.blocks import erasures_disabled
 from .logging import get_logger
 from .methods import check_names, get_method, make_config, method_names
-from .pipeline import erasures_disabled
 from .schema import Concept
 
 

@@ -10,7 +10,7 @@ from .artifact import Erasure
 from .base_model import denoiser_name
 from .encoding import all_rows
 from .errors import ErasureInputError
-from .pipeline import erasures_disabled
+from .live.blocks import erasures_disabled
 from .schema import MODIFIER_PREFIX, TENSOR_FILE, GateSpec, LayerSpec, ScheduleSpec
 
 

@@ -5,28 +5,28 @@ Importing `diffusers_erasure` binds forwarders to them onto `DiffusionPipeline` 
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from . import attachment, fusing, peft_backend, prompt_guard
 from .artifact import Erasure
-from .attachment import Loaded
 from .base_model import compare_base, denoiser_name
 from .errors import ErasureCompatibilityError, ErasureInputError
-from .exporting import export_erased, push_erased_model
-from .fusing import fuse_erasures, unfuse_erasures
+from .formats.erased_model import export_erased, push_erased_model
+from .live import attachment, fusing, peft_backend, prompt_guard
+from .live.attachment import Loaded
+from .live.blocks import erasures_disabled, training_through_erasures
+from .live.contained import check_not_contained
+from .live.fusing import fuse_erasures, unfuse_erasures
+from .live.loaded import components as _components
+from .live.loaded import known as _known
+from .live.loaded import loaded as _loaded
+from .live.loaded import states as _states
+from .live.peft_backend import PeftGuard
 from .logging import get_logger
-from .peft_backend import PeftGuard
-from .provenance import check_not_contained
 from .schema import CARD_FILE, CONFIG_FILE, TENSOR_FILES, Concept
 from .showing import layer_text
-from .state import components as _components
-from .state import known as _known
-from .state import loaded as _loaded
-from .state import states as _states
 
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def load_erasure(
     if isinstance(src, Erasure):
         erasure = src
     elif method == "lora":
-        from .plain_lora import read_plain_lora
+        from .formats.plain_lora import read_plain_lora
 
         erasure = read_plain_lora(pipe, src, weight_name=weight_name, **hub)
     else:
@@ -389,30 +389,6 @@ def unload_erasure(pipe: Any, name: str | None = None) -> None:
         state.has_layers() for component, state in _states(pipe).items() if component.startswith("text_encoder")
     ):
         prompt_guard.remove(pipe)
-
-
-@contextmanager
-def erasures_disabled(pipe: Any) -> Iterator[None]:
-    """Within the block the pipeline is the base model, bit for bit. The only way to switch erasures off unlisted.
-
-    The strengths come back at the end, after an exception too. Blocks may be nested. Fused erasures are unfused at the
-    start, and fused again at the end.
-
-    Raises:
-        ErasureError: an erasure is fused, and its weights were changed since; see [`unfuse_erasures`].
-    """
-    with fusing.changing(pipe), attachment.counted(lambda: _states(pipe).values(), "disabled"):
-        yield
-
-
-@contextmanager
-def training_through_erasures(pipe: Any) -> Iterator[None]:
-    """Within the block weights may be trained while erasures are on, which otherwise raises [`ErasureTrainingError`].
-
-    What is trained this way may learn to undo the erasure.
-    """
-    with attachment.counted(lambda: _states(pipe).values(), "training_allowed"):
-        yield
 
 
 def save_erasure(

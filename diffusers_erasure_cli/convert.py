@@ -51,7 +51,7 @@ def dumo(
     """Convert a folder that DuMo's authors publish."""
     new_erasure_folder(output, overwrite)
     pipe = load_model(base, device=device, dtype=dtype, variant=variant, revision=revision, token=token)
-    from diffusers_erasure.dumo_folder import read_dumo
+    from diffusers_erasure.formats.dumo import read_dumo
 
     from .report import print_made
 

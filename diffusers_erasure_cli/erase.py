@@ -104,7 +104,7 @@ def erase(
     from diffusers_erasure.errors import ErasureInputError
     from diffusers_erasure.fitting import erase as make
     from diffusers_erasure.fitting import recipe_of
-    from diffusers_erasure.joining import check_nothing_tells
+    from diffusers_erasure.hub.joining import check_nothing_tells
     from diffusers_erasure.methods import check_names, get_method, make_config
 
     if base_model is not None:

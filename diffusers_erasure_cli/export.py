@@ -58,7 +58,7 @@ def export(
         if half:
             raise typer.BadParameter("`--half` goes with `--format kohya`; for a model use `--dtype float16`.")
         pipe = load_model(base, device=device, dtype=dtype, variant=variant, revision=revision, token=token)
-        from diffusers_erasure.exporting import export_erased
+        from diffusers_erasure.formats.erased_model import export_erased
 
         for source in wanted:
             source.load(pipe, strict_base=strict_base, token=token)
@@ -73,7 +73,7 @@ def export(
 def _kohya(source: Source, output: Path, half: bool, token: str | None) -> Path:
     import torch
 
-    from diffusers_erasure.kohya import save_kohya
+    from diffusers_erasure.formats.kohya import save_kohya
 
     erasure = source.read(token=token).rescaled(source.strength)
     return save_kohya(erasure, output, dtype=torch.float16 if half else torch.float32)

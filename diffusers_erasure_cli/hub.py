@@ -87,7 +87,7 @@ def pull(
     options.folder_to_update(output)
     place = options.Source.parse(repo_id, revision=revision)
     erasure = place.read(subfolder=subfolder, token=token, force_download=force)
-    from diffusers_erasure.beside import beside_of
+    from diffusers_erasure.hub.beside import beside_of
 
     erasure.origin = beside_of(erasure.origin, strict=True)  # read once: all of it comes, or an error
     files = erasure.save_pretrained(output, card=card)
@@ -110,6 +110,6 @@ def card(
 ) -> None:
     """Print the card (README.md) that a push would write for an erasure, with what was edited in it by hand."""
     erasure = options.Source.parse(source, revision=revision).read(subfolder=subfolder, token=token)
-    from diffusers_erasure.joining import pushed_card
+    from diffusers_erasure.hub.joining import pushed_card
 
     print(pushed_card(erasure, repo_id, redact_concepts=redact), end="")

@@ -81,7 +81,8 @@ def info(
     config = erasure.config
     if plot is not None:
         from diffusers_erasure.errors import ErasureInputError
-        from diffusers_erasure.plotting import plot_schedules
+
+        from .plotting import plot_schedules
 
         picture = plot_schedules(erasure)
         if picture is None:

@@ -147,7 +147,7 @@ def load_model(
     limit_threads()
     import torch
 
-    from diffusers_erasure.loading import load_base
+    from .base_models import load_base
 
     return load_base(
         base,

@@ -30,7 +30,7 @@ from diffusers_erasure.methods.acterase import (
     unit_mask,
 )
 from diffusers_erasure.methods.acterase_pairs import PAIRS, pairs_for
-from diffusers_erasure.probes import Moments, inputs_seen
+from diffusers_erasure.methods.probes import Moments, inputs_seen
 from diffusers_erasure.schema import TENSOR_FILE, Concept
 from diffusers_erasure.tensors import dump
 from diffusers_erasure.training import TrainingRun

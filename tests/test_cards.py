@@ -17,7 +17,10 @@ from safetensors.torch import save_file
 
 from diffusers_erasure import Erasure, ErasureHubError, ErasureInputError, demo
 from diffusers_erasure.base_model import describe_base
-from diffusers_erasure.beside import (
+from diffusers_erasure.cards import escape_markdown, is_edited, merge_card, render_card
+from diffusers_erasure.compat import hub_transport_error
+from diffusers_erasure.demo.command import Accuracy, with_results
+from diffusers_erasure.hub.beside import (
     MAX_CARD_BYTES,
     MAX_PICTURE_BYTES,
     MAX_PICTURES,
@@ -29,12 +32,9 @@ from diffusers_erasure.beside import (
     keep_record,
     linked_pictures,
 )
-from diffusers_erasure.cards import escape_markdown, is_edited, merge_card, render_card
-from diffusers_erasure.compat import hub_transport_error
-from diffusers_erasure.demo.command import Accuracy, with_results
-from diffusers_erasure.hub import Snapshot
-from diffusers_erasure.hub_client import TIMEOUT, TIMEOUT_CACHED
-from diffusers_erasure.joining import join, pushed_card
+from diffusers_erasure.hub.client import TIMEOUT, TIMEOUT_CACHED
+from diffusers_erasure.hub.joining import join, pushed_card
+from diffusers_erasure.hub.transfer import Snapshot
 from diffusers_erasure.methods import method_names
 from diffusers_erasure.methods.citations import CITATIONS
 from diffusers_erasure.schema import (
@@ -490,7 +490,7 @@ def test_a_card_that_can_be_done_without_is_not_waited_for(
         raise hub_transport_error()("timed out")
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", hang)
-    monkeypatch.setattr("diffusers_erasure.hub_client.WAITS", (0.0, 0.0))
+    monkeypatch.setattr("diffusers_erasure.hub.client.WAITS", (0.0, 0.0))
     there = Snapshot("user/a", "0" * 40, "user/a@main", cache_dir=str(tmp_path))
     if strict:
         with pytest.raises(ErasureHubError):

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusers_erasure import Erasure, cli, demo, erase
-from diffusers_erasure.beside import Beside
+from diffusers_erasure.hub.beside import Beside
 from tests.helpers import random_erasure, tiny_sd_pipe
 from tests.mini_hub import Hub
 from tests.test_hub import environment

@@ -22,7 +22,7 @@ from diffusers_erasure import (
     ErasureNotFoundError,
     cli,
 )
-from diffusers_erasure.dumo_folder import read_dumo
+from diffusers_erasure.formats.dumo import read_dumo
 from tests.helpers import assert_like, equal, far, images, rows_of, tiny_sd_pipe, tiny_sdxl_pipe, unchanged_by
 from tests.test_skip import assert_close, given, predict, random_tensors, stock_residuals
 

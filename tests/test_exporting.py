@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 
 from diffusers_erasure import Erasure, ErasureConfigError, ErasureError, ErasureInputError, export_erased
-from diffusers_erasure.exporting import render_model_card
+from diffusers_erasure.formats.erased_model import render_model_card
 from diffusers_erasure.provenance import Contained, Provenance, contained_config
 from diffusers_erasure.schema import BaseModel, Concept, Library
 from tests.helpers import (
@@ -207,7 +207,7 @@ def test_the_rendered_example_of_the_card() -> None:
     """`hub_cards/example_erased_model.md` is what the template gives; with `UPDATE_CARDS=1` it is written."""
     base = BaseModel("stable-diffusion", "CompVis/stable-diffusion-v1-4")
     erasure = random_erasure(tiny_sd_pipe(), "lora", SITES, size=0.5, base=base, concepts=CONCEPTS)
-    config = {**contained_config(erasure), "library": {"name": "diffusers_erasure", "version": "0.1.0"}}
+    config = {**contained_config(erasure.config), "library": {"name": "diffusers_erasure", "version": "0.1.0"}}
     provenance = Provenance(
         schema="1.0",
         kind="erased-model",

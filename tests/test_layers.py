@@ -483,9 +483,9 @@ def test_hooks_on_the_denoiser_fire_before_offload_brings_it_over(pipe: Any, mon
     """The map's own tensors may still be elsewhere then, so it moves them to its input's device itself."""
     from accelerate.hooks import CpuOffload
 
-    from diffusers_erasure.attachment import Guard
     from diffusers_erasure.layers.lora import LowRankDelta
     from diffusers_erasure.layers.text_map import TextMap
+    from diffusers_erasure.live.attachment import Guard
 
     events: list[str] = []
 

@@ -26,12 +26,12 @@ from diffusers_erasure import (
     ErasureInputError,
     ErasureNotFoundError,
     as_erasable,
-    attachment,
     install,
     uninstall,
 )
 from diffusers_erasure.layers.lora import LoraLayer
 from diffusers_erasure.layers.text_map import TextMap
+from diffusers_erasure.live import attachment
 from tests.helpers import (
     CONV_SITES,
     TEXT_SITES,

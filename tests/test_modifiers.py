@@ -20,7 +20,6 @@ from diffusers_erasure import (
     ErasureFileError,
     ErasureInputError,
     combine,
-    plotting,
     to_kohya,
     with_gate,
     with_schedule,
@@ -31,6 +30,7 @@ from diffusers_erasure.cards import render_card
 from diffusers_erasure.cli import app
 from diffusers_erasure.layers.gate import Gate
 from diffusers_erasure.schema import TENSOR_FILE, ErasureConfig, GateSpec, ScheduleSpec
+from diffusers_erasure_cli import plotting
 from tests.helpers import (
     CONV_SITES,
     EFFECT,

@@ -101,7 +101,7 @@ def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 WEIGHTS_ONLY = "torch.load(..., weights_only=True)"
 # Converters read local files that methods' authors publish; `load_erasure` never calls them.
-CONVERTERS = {(PACKAGE / "dumo_folder.py", WEIGHTS_ONLY)}
+CONVERTERS = {(PACKAGE / "formats/dumo.py", WEIGHTS_ONLY)}
 
 
 def unsafe_loads(tree: ast.AST) -> Iterator[tuple[int, str]]:

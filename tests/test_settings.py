@@ -13,12 +13,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from diffusers_erasure import ErasureInputError, cli, erase, loading
+from diffusers_erasure import ErasureInputError, cli, erase
 from diffusers_erasure.methods import get_method, make_config, method_names
 from diffusers_erasure.methods.acterase_pairs import PAIRS
 from diffusers_erasure.methods.catalogue import FILE, as_json, documented, meanings
 from diffusers_erasure.settings import Choice, Number, Of, Switch, Whole, check_settings, rules_of
 from diffusers_erasure.training import TrainConfig, TrainingRun
+from diffusers_erasure_cli import base_models as loading
 
 
 # ------------------------------------------------------------------------------------------------------ templates

@@ -13,16 +13,16 @@ from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from typing import TYPE_CHECKING
 
-from diffusers_erasure.demo.words import BROADER, HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+from .words import BROADER, HYPERNYMS, OBJECTS, STYLES, SYNONYMS
 
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from diffusers_erasure.demo.dataset import Dataset
-    from diffusers_erasure.demo.judge import Judge
-    from diffusers_erasure.schema import BaseModel
+    from ..schema import BaseModel
+    from .dataset import Dataset
+    from .judge import Judge
 
 __all__ = [
     "BROADER",
@@ -152,7 +152,7 @@ def load_judge(device: str | torch.device = "cpu") -> Judge:
         >>> judge.predict(image).objects
         ('cat',)
     """
-    from diffusers_erasure.demo.judge import Judge
+    from .judge import Judge
 
     with as_file(assets() / "judge.safetensors") as file:
         return Judge.from_file(file, device=device)
@@ -179,7 +179,7 @@ def load_unseen_images() -> Dataset:
 
 
 def _load_images(name: str) -> Dataset:
-    from diffusers_erasure.demo.dataset import load_dataset
+    from .dataset import load_dataset
 
     with as_file(assets() / f"{name}.npz") as images, as_file(assets() / f"{name}.json") as labels:
         return load_dataset(images, labels)

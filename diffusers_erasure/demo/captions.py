@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diffusers_erasure.demo.dataset import Dataset
-from diffusers_erasure.demo.words import BROADER, HYPERNYMS, SYNONYMS
+from .dataset import Dataset
+from .words import BROADER, HYPERNYMS, SYNONYMS
 
 
 STYLED_TEMPLATES = (

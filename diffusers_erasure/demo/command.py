@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, load_judge, load_pipeline, prompt
-from diffusers_erasure.errors import ErasureInputError
-from diffusers_erasure.pictures import contact_sheet
-from diffusers_erasure.schema import GRID_FILE
+from ..errors import ErasureInputError
+from ..pictures import contact_sheet
+from ..schema import GRID_FILE
+from . import HYPERNYMS, OBJECTS, STYLES, load_judge, load_pipeline, prompt
 
 
 STEPS = 8  # of a second-order solver, to stay under a minute; benchmarks/demo_model.py takes 20 of DDIM
@@ -60,7 +60,7 @@ def default_anchor(concept: str) -> str:
 
 def make_erasure(pipe: Any, concept: str, anchor: str, **settings: Any) -> Any:
     """Erase an object or a style of the embedded model and retain all its other words."""
-    from diffusers_erasure import erase
+    from .. import erase
 
     retain = [word for word in (*OBJECTS, *STYLES, *sorted(set(HYPERNYMS.values()))) if word not in (concept, anchor)]
     # Picked by hand on "cat", among some twenty settings, on the images that the demo itself scores.

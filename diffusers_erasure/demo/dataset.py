@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusers_erasure.errors import ErasureInputError
+from ..errors import ErasureInputError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusers_erasure.errors import ErasureInputError
+from ..errors import ErasureInputError
 
 
 JudgeInput: TypeAlias = Image.Image | Sequence[Image.Image] | np.ndarray

@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import tqdm
 from torch import nn
 
-from diffusers_erasure.logging import get_logger
+from ..logging import get_logger
 
 
 logger = get_logger(__name__)

@@ -25,14 +25,14 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from diffusers_erasure.demo.captions import Captions
-from diffusers_erasure.demo.dataset import Dataset, load_dataset
-from diffusers_erasure.demo.train_judge import JudgeSettings, train_judge
-from diffusers_erasure.demo.train_model import ModelSettings, new_scheduler, train_model
-from diffusers_erasure.demo.train_tokenizer import TokenizerSettings, train_tokenizer
-from diffusers_erasure.demo.train_vae import VaeSettings, train_vae
-from diffusers_erasure.errors import ErasureInputError
-from diffusers_erasure.logging import get_logger
+from ..errors import ErasureInputError
+from ..logging import get_logger
+from .captions import Captions
+from .dataset import Dataset, load_dataset
+from .train_judge import JudgeSettings, train_judge
+from .train_model import ModelSettings, new_scheduler, train_model
+from .train_tokenizer import TokenizerSettings, train_tokenizer
+from .train_vae import VaeSettings, train_vae
 
 
 logger = get_logger(__name__)

@@ -13,10 +13,10 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from diffusers_erasure.demo.augment import Augmentation
-from diffusers_erasure.demo.dataset import Dataset
-from diffusers_erasure.demo.judge import Judge, JudgeNet
-from diffusers_erasure.demo.loop import train
+from .augment import Augmentation
+from .dataset import Dataset
+from .judge import Judge, JudgeNet
+from .loop import train
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusers_erasure.demo.captions import Captions
-from diffusers_erasure.demo.dataset import Dataset
-from diffusers_erasure.demo.loop import train
-from diffusers_erasure.demo.train_vae import encode, to_pixels
+from .captions import Captions
+from .dataset import Dataset
+from .loop import train
+from .train_vae import encode, to_pixels
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tokenizers import trainers
 from transformers import CLIPTokenizer
 
-from diffusers_erasure.demo.captions import Captions
+from .captions import Captions
 
 
 # Every letter is a piece of its own too, within and at the end of a word, so that any English word can be written.

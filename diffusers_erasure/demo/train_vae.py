@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 
-from diffusers_erasure.demo.dataset import Dataset
-from diffusers_erasure.demo.loop import train
+from .dataset import Dataset
+from .loop import train
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTraini
 from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from ..layers.lora import find_site
 from ..logging import get_logger
-from ..probes import Moments, inputs_seen
 from ..schema import MAX_LAYERS, TENSOR_FILE, Concept, LayerSpec
 from ..settings import Number, Of, Whole, check_settings
 from ..training.checkpoint import Checkpoints
@@ -41,6 +40,7 @@ from ..training.publish import as_erasure, text_components
 from ..training.sampler import EMPTY, SAMPLE, Sampler, guided
 from ..training.student import Published
 from .acterase_pairs import Pair, pairs_for
+from .probes import Moments, inputs_seen
 
 
 logger = get_logger(__name__)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import compat
-from .artifact import Erasure
-from .errors import ErasureInactiveError, ErasureTrainingError
-from .kept import Kept
-from .layers import Layer, layer_kind
-from .layers.base import PartKey
-from .layers.gate import Gate
-from .layers.modifiers import Conditions, Modifier
-from .schema import LayerSpec
+from .. import compat
+from ..artifact import Erasure
+from ..errors import ErasureInactiveError, ErasureTrainingError
+from ..layers import Layer, layer_kind
+from ..layers.base import PartKey
+from ..layers.gate import Gate
+from ..layers.modifiers import Conditions, Modifier
+from ..originals import Kept
+from ..schema import LayerSpec
 
 
 CHILD = "erasure_modules"

@@ -15,20 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cards import base_repo, merge_card, render_card
+from ..errors import ErasureConfigError, ErasureError, ErasureFileError, ErasureInputError, ErasureNotFoundError
+from ..logging import get_logger
+from ..schema import CARD_FILE, CONFIG_FILE, GRID_FILE, LORA_FILE, MAX_CONFIG_BYTES, TENSOR_FILES, ErasureConfig
+from ..tensors import sha256
 from .beside import Beside, Record, Withheld, beside_of, keep_record, read_beside
-from .cards import base_repo, merge_card, render_card
-from .errors import (
-    ErasureConfigError,
-    ErasureError,
-    ErasureFileError,
-    ErasureInputError,
-    ErasureNotFoundError,
-)
-from .hub_client import TIMEOUT, TIMEOUT_CACHED, explained, make_api, patiently
+from .client import TIMEOUT, TIMEOUT_CACHED, explained, make_api, patiently
 from .joining import Side, check_side, join
-from .logging import get_logger
-from .schema import CARD_FILE, CONFIG_FILE, GRID_FILE, LORA_FILE, MAX_CONFIG_BYTES, TENSOR_FILES, ErasureConfig
-from .tensors import sha256
 
 
 if TYPE_CHECKING:
@@ -36,7 +30,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from PIL import Image
 
-    from .artifact import Erasure
+    from ..artifact import Erasure
 
 logger = get_logger(__name__)
 
@@ -298,7 +292,7 @@ def push(
 
 
 def _check_base(config: ErasureConfig) -> None:
-    from .demo import is_embedded
+    from ..demo import is_embedded
 
     if base_repo(config) is None and not is_embedded(config.base_model):
         raise ErasureInputError(
@@ -439,7 +433,7 @@ def _stale_files(there: Snapshot, present: set[str], new: set[str]) -> list[str]
 
 def _stale_weights(there: Snapshot, present: set[str]) -> set[str]:
     """What an earlier push of an erased model wrote that must not lie beside another's weights; other files stay."""
-    from .provenance import MAX_BYTES, PLACES, Provenance
+    from ..provenance import MAX_BYTES, PLACES, Provenance
 
     if not {CONFIG_FILE, MODEL_INDEX} <= present:
         return set()

@@ -10,15 +10,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from . import attachment, compat
-from .artifact import Erasure
+from .. import compat
+from ..artifact import Erasure
+from ..errors import ErasureCompatibilityError, ErasureInputError
+from ..layers import Layer, layer_kind
+from ..layers.base import PartKey, Tensors
+from ..layers.lora import DOWN, UP, pad_rank
+from ..logging import get_logger
+from ..schema import LayerSpec
+from . import attachment
 from .attachment import Loaded
-from .errors import ErasureCompatibilityError, ErasureInputError
-from .layers import Layer, layer_kind
-from .layers.base import PartKey, Tensors
-from .layers.lora import DOWN, UP, pad_rank
-from .logging import get_logger
-from .schema import LayerSpec
 
 
 logger = get_logger(__name__)

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._version import __version__
-from .artifact import Erasure
-from .base_model import component, describe_base
-from .errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from .layers import SkipLayer
-from .layers.encoder_copy import PARTS, check_unet
-from .layers.epr import MID, ZERO, skip_sites
-from .modifying import with_gate, with_schedule
-from .schema import (
+from .._version import __version__
+from ..artifact import Erasure
+from ..base_model import component, describe_base
+from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError, ErasureNotFoundError
+from ..layers import SkipLayer
+from ..layers.encoder_copy import PARTS, check_unet
+from ..layers.epr import MID, ZERO, skip_sites
+from ..modifying import with_gate, with_schedule
+from ..schema import (
     MAX_BINS,
     MAX_CONFIG_BYTES,
     MAX_FILE_BYTES,
@@ -35,7 +35,7 @@ from .schema import (
     Library,
     Method,
 )
-from .tensors import parse
+from ..tensors import parse
 
 
 CONFIG, TABLE = "config.json", "time_scale.npy"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .artifact import Erasure
+from diffusers_erasure.artifact import Erasure
 
 
 CELL, LINE, MARGIN = 34, 18, 12

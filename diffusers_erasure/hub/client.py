@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ._version import __version__
-from .compat import hub_transport_error
-from .errors import ErasureError, ErasureHubError, ErasureInputError, ErasureNotFoundError
-from .logging import get_logger
-from .schema import CONFIG_FILE
+from .._version import __version__
+from ..compat import hub_transport_error
+from ..errors import ErasureError, ErasureHubError, ErasureInputError, ErasureNotFoundError
+from ..logging import get_logger
+from ..schema import CONFIG_FILE
 
 
 if TYPE_CHECKING:

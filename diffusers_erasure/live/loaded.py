@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import ErasureNotFoundError
 from . import attachment
 from .attachment import ErasureModules, Loaded
-from .errors import ErasureNotFoundError
 
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")

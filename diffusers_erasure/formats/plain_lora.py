@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ._version import __version__
-from .artifact import Erasure
-from .base_model import family_of
-from .errors import ErasureError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from .layers.lora import DOWN, MAX_RANK, UP, pad_rank
-from .schema import LORA_FILE, MAX_FILE_BYTES, BaseModel, ErasureConfig, LayerSpec, Library, Method
-from .tensors import MAX_HEADER_BYTES, check_header
+from .._version import __version__
+from ..artifact import Erasure
+from ..base_model import family_of
+from ..errors import ErasureError, ErasureFileError, ErasureInputError, ErasureNotFoundError
+from ..layers.lora import DOWN, MAX_RANK, UP, pad_rank
+from ..schema import LORA_FILE, MAX_FILE_BYTES, BaseModel, ErasureConfig, LayerSpec, Library, Method
+from ..tensors import MAX_HEADER_BYTES, check_header
 
 
 # Padding all modules to the largest rank may multiply a file's size so much, and is free below the second number.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import compat
+from .. import compat
 
 
 See = Callable[[str, torch.Tensor], None]

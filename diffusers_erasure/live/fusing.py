@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attachment, compat
-from .artifact import Erasure
+from .. import compat
+from ..artifact import Erasure
+from ..base_model import component as component_of
+from ..base_model import denoiser_name, text_readers
+from ..errors import ErasureCompatibilityError, ErasureError, ErasureInputError
+from ..layers import layer_kind
+from ..layers.activation import ActivationLayer, Part, is_static, static_rows
+from ..layers.base import Tensors
+from ..layers.lora import DOWN, UP, attention_of, find_site
+from ..logging import get_logger
+from ..originals import Kept, digest
+from ..schema import LayerSpec
+from . import attachment
 from .attachment import Loaded
-from .base_model import component as component_of
-from .base_model import denoiser_name, text_readers
-from .errors import ErasureCompatibilityError, ErasureError, ErasureInputError
-from .kept import Kept, digest
-from .layers import layer_kind
-from .layers.activation import ActivationLayer, Part, is_static, static_rows
-from .layers.base import Tensors
-from .layers.lora import DOWN, UP, attention_of, find_site
-from .logging import get_logger
+from .loaded import components, known, loaded, states
 from .peft_backend import PeftAdapters
-from .schema import LayerSpec
-from .state import components, known, loaded, states
 
 
 logger = get_logger(__name__)

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
-from . import compat
-from .errors import ErasureInputError
-from .layers.activation import ATTENTIONS, ActivationLayer, ActivationPatch, Part
-from .layers.base import placement
-from .layers.lora import find_site
-from .layers.modifiers import Conditions
+from .. import compat
+from ..errors import ErasureInputError
+from ..layers.activation import ATTENTIONS, ActivationLayer, ActivationPatch, Part
+from ..layers.base import placement
+from ..layers.lora import find_site
+from ..layers.modifiers import Conditions
 
 
 if TYPE_CHECKING:
-    from .artifact import Erasure
+    from ..artifact import Erasure
 
 
 class ActEraseAttnProcessor(nn.Module):
@@ -68,7 +68,7 @@ class ActEraseAttnProcessor(nn.Module):
             ErasureInputError: the erasure has other layers, or the strength is negative.
             ErasureCompatibilityError: it was made for another architecture.
         """
-        from .artifact import Erasure
+        from ..artifact import Erasure
 
         if not isinstance(erasure, Erasure):
             raise ErasureInputError(f"`erasure` must be an Erasure, not a {type(erasure).__name__}: read it first.")

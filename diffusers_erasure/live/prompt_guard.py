@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..errors import ErasureCompatibilityError, ErasureInactiveError
 from . import attachment
-from .errors import ErasureCompatibilityError, ErasureInactiveError
 
 
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .artifact import Erasure
-from .errors import ErasureError, ErasureInputError
-from .layers.lora import DOWN, UP, pad_rank
-from .tensors import dtype_of, dump
+from ..artifact import Erasure
+from ..errors import ErasureError, ErasureInputError
+from ..layers.lora import DOWN, UP, pad_rank
+from ..tensors import dtype_of, dump
 
 
 _PREFIXES = {

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from . import compat, fusing
-from ._version import __version__
-from .base_model import describe_base, describe_model
-from .cards import card_environment, sealed
-from .errors import ErasureError, ErasureInputError
-from .logging import get_logger
-from .provenance import KIND, PLACES, Contained, Provenance, contained_config
-from .schema import CARD_FILE, SCHEMA, Library
-from .state import components, known, loaded, states
+from .. import compat
+from .._version import __version__
+from ..base_model import describe_base, describe_model
+from ..cards import card_environment, sealed
+from ..errors import ErasureError, ErasureInputError
+from ..live import fusing
+from ..live.loaded import components, known, loaded, states
+from ..logging import get_logger
+from ..provenance import KIND, PLACES, Contained, Provenance, contained_config
+from ..schema import CARD_FILE, SCHEMA, Library
 
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def export_erased(
 
     base = describe_base(pipe)
     contains = tuple(
-        Contained(item.name, item.strength, item.content_hash, contained_config(item.erasure)) for item in items
+        Contained(item.name, item.strength, item.content_hash, contained_config(item.erasure.config)) for item in items
     )
     with fusing.unfused(pipe):
         fusing.merge(pipe, wanted, alone=True)
@@ -133,7 +134,7 @@ def push_erased_model(
         ErasureHubError: the Hub refused it or gave no answer, or somebody else pushed meanwhile.
         ErasureInputError: the repository holds something else; or see [`export_erased`].
     """
-    from .hub import push_model
+    from ..hub.transfer import push_model
 
     with tempfile.TemporaryDirectory(prefix="erased-model-") as work:
         folder = Path(work) / "model"

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .cards import check_card, is_edited, licence_of
-from .errors import ErasureError, ErasureFileError, ErasureInputError
-from .folders import in_hub_cache, read_inside
-from .logging import get_logger
-from .schema import CARD_FILE, GRID_FILE
-from .tensors import sha256
+from ..cards import check_card, is_edited, licence_of
+from ..errors import ErasureError, ErasureFileError, ErasureInputError
+from ..logging import get_logger
+from ..schema import CARD_FILE, GRID_FILE
+from ..storage import in_hub_cache, read_inside
+from ..tensors import sha256
 
 
 logger = get_logger(__name__)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import ErasureInputError, ErasureNotFoundError
+from diffusers_erasure.errors import ErasureInputError, ErasureNotFoundError
 
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def load_base(
     by_default = (half or torch.float16) if kind != "cpu" and base != "demo" else torch.float32
     torch_dtype = by_default if dtype == "auto" else getattr(torch, dtype)
     if base == "demo":
-        from .demo import load_pipeline
+        from diffusers_erasure.demo import load_pipeline
 
         pipe: Any = load_pipeline(torch_dtype)
     else:

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..cards import ParsedCard, assemble, is_edited, joined_tags, parse_card, render_card
+from ..errors import ErasureError, ErasureInputError
+from ..logging import get_logger
+from ..schema import CARD_FILE, CONFIG_FILE, GRID_FILE, MAX_CONFIG_BYTES, ErasureConfig
+from ..storage import read_inside
+from ..tensors import sha256
 from .beside import RECORD_FILE, Beside, FolderOrigin, Record, Sight, beside_of
-from .cards import ParsedCard, assemble, is_edited, joined_tags, parse_card, render_card
-from .errors import ErasureError, ErasureInputError
-from .folders import read_inside
-from .logging import get_logger
-from .schema import CARD_FILE, CONFIG_FILE, GRID_FILE, MAX_CONFIG_BYTES, ErasureConfig
-from .tensors import sha256
 
 
 if TYPE_CHECKING:
-    from .artifact import Erasure
+    from ..artifact import Erasure
 
 logger = get_logger(__name__)
 
