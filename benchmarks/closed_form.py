@@ -64,7 +64,7 @@ from common import (
 )
 
 from diffusers_erasure import Erasure, base_model, cache, combine, combining, encoding, erase
-from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods import base_sums, publishing, rece, speed, uce
 from diffusers_erasure.methods.rows import POOLED, ROWS, KeptRows, TargetRows
 from diffusers_erasure.schema import LORA_FILE, Concept

@@ -29,7 +29,7 @@ from common import (
 )
 
 from diffusers_erasure.base_model import text_readers
-from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods.rows import ROWS, KeptRows, TargetRows
 from diffusers_erasure.methods.uce import Config, publish, solve
 from diffusers_erasure.schema import LORA_FILE

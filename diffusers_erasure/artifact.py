@@ -16,6 +16,7 @@ from .hub.beside import RECORD_FILE, FolderOrigin, Origin, Withheld, beside_of
 from .hub.joining import beside_files, check_side
 from .layers import layer_kind
 from .logging import get_logger
+from .low_rank import low_rank_error
 from .schema import (
     CARD_FILE,
     CONFIG_FILE,
@@ -477,23 +478,3 @@ def check_solve(spec: SolveSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     odd = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if odd:
         raise ErasureFileError(f"{spec.file}: {odd[0]!r} has values that are not finite.")
-
-
-def low_rank_error(exact: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
-    """Largest |B'A' - BA| / |BA| over the sites of a LoRA file (Frobenius norms, float64, no product formed).
-
-    B'A' - BA = dB A' + B dA, so that its square is tr(dB^T dB A' A'^T) + 2 tr(dB^T B dA A'^T) + tr(B^T B dA dA^T).
-    """
-    worst = 0.0
-    for name in exact:
-        if not name.endswith(".lora_A.weight"):
-            continue
-        partner = name.replace(".lora_A.", ".lora_B.")
-        a, b = exact[name].double().flatten(1), exact[partner].double().flatten(1)
-        a2, b2 = other[name].double().flatten(1), other[partner].double().flatten(1)
-        da, db, gram = a2 - a, b2 - b, b.T @ b
-        terms = (db.T @ db) * (a2 @ a2.T) + 2 * (db.T @ b) * (a2 @ da.T) + gram * (da @ da.T)
-        square, norm = float(terms.sum()), float((gram * (a @ a.T)).sum())
-        if norm > 0:
-            worst = max(worst, max(square, 0.0) ** 0.5 / norm**0.5)
-    return worst

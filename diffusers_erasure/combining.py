@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 import torch
 
+from . import low_rank
 from ._version import __version__
 from .artifact import Erasure
 from .base_model import compare_base, same_component
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
-from .layers.lora import DOWN, UP, pad_rank
 from .lists import Retained, expand, names_any, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
+from .low_rank import DOWN, UP, balanced, pad_rank, product, rank_for, truncated
 from .methods import get_method, make_config, method_names
-from .methods.publishing import balanced, product, rank_for, truncated
 from .methods.rows import TargetRows, TextConfig, from_tensors, join
 from .schema import LORA_FILE, SCHEMA, TENSOR_FILE, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
 
@@ -297,7 +297,10 @@ def _sum_of_loras(
     for site, factors in own.items():
         a = torch.cat([down for down, _, _ in factors]).double()
         b = torch.cat([up for _, up, _ in factors], dim=1).double()
-        norm, lost = _norm(a, b), sum(stated * _norm(down.double(), up.double()) for down, up, stated in factors)
+        norm, lost = (
+            low_rank.norm(a, b),
+            sum(stated * low_rank.norm(down.double(), up.double()) for down, up, stated in factors),
+        )
         if rank is not None or max_error is not None:
             u, s, vh = product(b.flatten(1), a.flatten(1))
             kept = rank_for(s, rank, max_error)
@@ -312,9 +315,3 @@ def _sum_of_loras(
         result[f"{component}.{site}{DOWN}"] = pad_rank(a, full, 0)
         result[f"{component}.{site}{UP}"] = pad_rank(b, full, 1)
     return result, worst
-
-
-def _norm(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|BA| (Frobenius) without the product."""
-    a, b = a.flatten(1), b.flatten(1)
-    return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import diffusers_erasure
 from diffusers_erasure import Erasure
 from diffusers_erasure.base_model import describe_base, family_of
-from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.schema import (
     LORA_FILE,
     TENSOR_FILE,

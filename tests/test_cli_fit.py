@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from diffusers_erasure import Erasure, cache, cli
-from diffusers_erasure.layers.lora import DOWN, UP
 from diffusers_erasure.lists import list_names, read_list
+from diffusers_erasure.low_rank import DOWN, UP
 from tests.test_cli import fails
 
 

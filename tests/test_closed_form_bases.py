@@ -16,7 +16,7 @@ from torch import nn
 from diffusers_erasure import Erasure, ErasureCompatibilityError, ErasureInputError, demo, erase
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import last_rows, pooled_rows
-from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.schema import LORA_FILE
 from tests.helpers import EFFECT, PROMPT, ROUNDINGS, far, images, roundings, tiny_sd_pipe, tiny_sdxl_pipe
 

@@ -16,7 +16,7 @@ from diffusers_erasure import (
     demo,
     erase,
 )
-from diffusers_erasure.layers.lora import DOWN
+from diffusers_erasure.low_rank import DOWN
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
 from tests.helpers import ROUNDINGS, edits, roundings
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from diffusers_erasure import ErasureInputError, demo, erase
 from diffusers_erasure.base_model import plain_weight, text_readers
 from diffusers_erasure.encoding import all_rows
-from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods.rece import PRESETS, PUBLISHED, Config, Scales, solve
 from diffusers_erasure.methods.rows import KeptRows, TargetRows
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from diffusers_erasure import demo, erase
 from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
-from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.low_rank import DOWN, UP
 from tests.helpers import ROUNDINGS, roundings
 
 

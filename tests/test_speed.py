@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from diffusers_erasure import ErasureInputError, demo, erase
 from diffusers_erasure.base_model import plain_weight, text_readers
 from diffusers_erasure.encoding import all_rows, last_rows
-from diffusers_erasure.layers.lora import DOWN, UP
+from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods.base_sums import least_direction
 from diffusers_erasure.methods.nullspace import Influence, edit, kept_directions, refine
 from diffusers_erasure.methods.speed import PRESETS, PUBLISHED, SQUARES, Config, centres_of

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, demo, erase
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import last_rows
+from diffusers_erasure.low_rank import compress
 from diffusers_erasure.methods import method_names
-from diffusers_erasure.methods.publishing import compress
 from diffusers_erasure.methods.rows import TEMPLATES, KeptRows, TargetRows
 from diffusers_erasure.methods.uce import Config, solve
 from diffusers_erasure.schema import LORA_FILE

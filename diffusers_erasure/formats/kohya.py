@@ -11,7 +11,7 @@ import torch
 
 from ..artifact import Erasure
 from ..errors import ErasureError, ErasureInputError
-from ..layers.lora import DOWN, UP, pad_rank
+from ..low_rank import DOWN, UP, pad_rank
 from ..tensors import dtype_of, dump
 
 

@@ -10,7 +10,8 @@ from .._version import __version__
 from ..artifact import Erasure
 from ..base_model import family_of
 from ..errors import ErasureError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from ..layers.lora import DOWN, MAX_RANK, UP, pad_rank
+from ..layers.lora import MAX_RANK
+from ..low_rank import DOWN, UP, pad_rank
 from ..schema import LORA_FILE, MAX_FILE_BYTES, BaseModel, ErasureConfig, LayerSpec, Library, Method
 from ..tensors import MAX_HEADER_BYTES, check_header
 

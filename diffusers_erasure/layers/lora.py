@@ -15,13 +15,13 @@ from torch import nn
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureFileError
+from ..low_rank import DOWN, UP
 from ..schema import LayerSpec
 from .base import Layer, PartKey, Tensors, live_buffer, placement, set_buffer
 from .modifiers import Conditions, Factors, Modifier, spread
 
 
 MAX_RANK = 4096
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
 class LowRankDelta(nn.Module):
@@ -103,13 +103,6 @@ def find_site(component: nn.Module, site: str) -> nn.Module:
     raise ErasureCompatibilityError(
         f"{type(component).__name__} has no module {site!r}: the erasure was made for another architecture."
     )
-
-
-def pad_rank(factor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
-    """Pad a factor with zeros to `rank` along `dim`: stock readers need one rank for all modules."""
-    shape = list(factor.shape)
-    shape[dim] = rank - shape[dim]
-    return torch.cat([factor, factor.new_zeros(shape)], dim=dim).contiguous()
 
 
 class LoraLayer(Layer):

@@ -24,8 +24,9 @@ from ..base_model import (
 )
 from ..errors import ErasureError, ErasureInputError
 from ..layers import layer_kind
-from ..layers.lora import DOWN, UP, find_site
+from ..layers.lora import find_site
 from ..logging import get_logger
+from ..low_rank import DOWN, UP
 from ..provenance import MAX_BYTES, PLACES, Provenance
 
 

@@ -23,8 +23,9 @@ from ..errors import ErasureCompatibilityError, ErasureError, ErasureInputError
 from ..layers import layer_kind
 from ..layers.activation import ActivationLayer, Part, is_static, static_rows
 from ..layers.base import Tensors
-from ..layers.lora import DOWN, UP, attention_of, find_site
+from ..layers.lora import attention_of, find_site
 from ..logging import get_logger
+from ..low_rank import DOWN, UP
 from ..originals import Kept, digest
 from ..schema import LayerSpec
 from . import attachment

@@ -15,8 +15,8 @@ from ..artifact import Erasure
 from ..errors import ErasureCompatibilityError, ErasureInputError
 from ..layers import Layer, layer_kind
 from ..layers.base import PartKey, Tensors
-from ..layers.lora import DOWN, UP, pad_rank
 from ..logging import get_logger
+from ..low_rank import DOWN, UP, pad_rank
 from ..schema import LayerSpec
 from . import attachment
 from .attachment import Loaded

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..artifact import Erasure, low_rank_error
+from ..artifact import Erasure
 from ..base_model import component, denoiser_name, describe_base, family_of
-from ..layers.lora import DOWN, UP, pad_rank
 from ..logging import get_logger
+from ..low_rank import DOWN, UP, Factors, balanced, cast_error, pad_rank, product, rank_for, truncated
 from ..schema import (
     LORA_FILE,
     SCHEMA,
@@ -31,50 +31,9 @@ from .rows import ROWS, KeptRows, TargetRows, TextConfig, to_tensors
 
 logger = get_logger(__name__)
 
-ROUNDING = 1e-13  # singular values below this share of the largest are rounding, not edit
 POOLED_SITE = "add_embedding.linear_1"
 HARDLY_MOVED = 0.5
 NEIGHBOUR_MOVED = 0.5
-
-
-def product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The SVD `u [m, k], s [k], vh [k, C]` of `left [m, n] @ right [n, C]`, without the product where n is small."""
-    if right.shape[0] >= min(left.shape[0], right.shape[1]):
-        u, s, vh = torch.linalg.svd(left @ right, full_matrices=False)
-        return u, s, vh
-    q_l, r_l = torch.linalg.qr(left)
-    q_r, r_r = torch.linalg.qr(right.T)
-    u, s, vh = torch.linalg.svd(r_l @ r_r.T, full_matrices=False)
-    return q_l @ u, s, vh @ q_r.T
-
-
-def rank_for(s: torch.Tensor, rank: int | None, max_error: float | None) -> int:
-    """The least rank that keeps the error within `max_error`, or all that is no rounding; at most `rank`."""
-    kept = max(1, int((s > ROUNDING * s[0]).sum()))
-    if max_error is not None:
-        tail = s.square().flip(0).cumsum(0).flip(0)  # tail[r]: what is lost with the rank r
-        kept = min(kept, max(1, int((tail > (max_error**2) * tail[0]).sum())))
-    return kept if rank is None else min(kept, rank)
-
-
-def compress(a: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write D^T A with as few rows as it has rank, the heaviest first, balanced between the two factors."""
-    u, s, vh = product(d.T, a)
-    kept = rank_for(s, None, None)
-    root = s[:kept].sqrt()
-    return vh[:kept] * root[:, None], (u[:, :kept] * root).T
-
-
-def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give both factors a like magnitude, by a power of two (exact), so that neither overflows in half precision."""
-    largest_a, largest_b = (torch.linalg.vector_norm(factor, float("inf")) for factor in (a, b))
-    if not float(largest_a) or not float(largest_b):
-        return a, b
-    shift = float(torch.exp2((largest_b.log2() - largest_a.log2()).div(2).round()))
-    return a * shift, b / shift
-
-
-Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,21 +81,6 @@ def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextC
     return Published((layer,), {LORA_FILE: tensors}, Stock(LORA_FILE, float(f"{min(worst, 0.999):.3g}")))
 
 
-def cast_error(exact: Factors, written: Factors, names: tuple[str, str]) -> float:
-    """Relative error |B'A' - BA| / |BA| of writing factors in float32: exact for small ranks.
-
-    For larger ones, where that costs more than the edit itself, it is estimated from what both make of 32 random rows.
-    """
-    if len(exact[0]) <= 64:
-        return low_rank_error(dict(zip(names, exact, strict=True)), dict(zip(names, written, strict=True)))
-    width = exact[0].shape[1]
-    probes = torch.randn(width, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    image = exact[1] @ (exact[0] @ probes)
-    return float(
-        (written[1].double() @ (written[0].double() @ probes) - image).norm() / image.norm().clamp_min(1e-300)
-    )
-
-
 def as_text_map(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> Published:
     """Text maps `x + (x A^T) D`, one for each input of the denoiser; `maps` gives `A` and `D`, both [r, C], float64."""
     layers, tensors = [], {}
@@ -148,17 +92,6 @@ def as_text_map(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> P
         layers.append(LayerSpec("text_map", "unet", (name,), TENSOR_FILE, prefix, text_components(pipe)))
         tensors[f"{prefix}A"], tensors[f"{prefix}D"] = a.float().contiguous(), d.float().contiguous()
     return Published(tuple(layers), {TENSOR_FILE: tensors}, None, worst)
-
-
-def truncated(
-    a: torch.Tensor, d: torch.Tensor, rank: int | None, max_error: float | None
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`D^T A` with as few rows as wanted, and the relative error (Frobenius norm) of leaving the others out."""
-    a, d = compress(a, d)
-    values = a.norm(dim=1) * d.norm(dim=1)  # the singular values
-    kept = rank_for(values, rank, max_error)
-    norm = float(values.norm())
-    return a[:kept], d[:kept], float(values[kept:].norm()) / norm if norm else 0.0
 
 
 def text_components(pipe: Any) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import torch
 from ..artifact import Erasure
 from ..base_model import text_readers, weight_times
 from ..errors import ErasureInputError
+from ..low_rank import compress
 from ..schema import Concept
 from ..settings import Number
 from .publishing import (
@@ -27,7 +28,6 @@ from .publishing import (
     Published,
     as_lora,
     as_text_map,
-    compress,
     kept_names,
     make_erasure,
     padded,

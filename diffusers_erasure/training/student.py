@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from .. import compat
-from ..layers.lora import DOWN, UP
+from ..low_rank import DOWN, UP
 from ..schema import LORA_FILE, LayerSpec, Stock
 from .sampler import generator_for
 
