@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from ..artifact import Erasure
 from ..errors import ErasureError, ErasureInputError
 from ..low_rank import DOWN, UP, pad_rank
+from ..storage import write_file
 from ..tensors import dtype_of, dump
 
 
@@ -108,9 +108,7 @@ def save_kohya(erasure: Erasure, file: str | os.PathLike[str], *, dtype: torch.d
     data = dump(to_kohya(erasure, dtype=dtype))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-            handle.write(data)
-        os.replace(handle.name, path)
+        write_file(path, data)
     except OSError as error:
         raise ErasureError(f"Saving {path} failed: {error}") from error
     return path
