@@ -15,7 +15,7 @@ from .schema import Concept
 
 
 if TYPE_CHECKING:
-    from .training import TrainingRun
+    from .runs.options import TrainingRun
 
 logger = get_logger(__name__)
 

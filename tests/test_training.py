@@ -12,19 +12,19 @@ from torch import nn
 
 from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, erase
 from diffusers_erasure.compat import accelerate_state_restored
+from diffusers_erasure.denoising.prompts import Prompts, nearest
+from diffusers_erasure.denoising.sampler import SAMPLE, Sampler, generator_for, partial, trajectories
 from diffusers_erasure.methods.esd import CONCEPT as ERASED
 from diffusers_erasure.methods.esd import NEUTRAL, Config, eta_of_paper
 from diffusers_erasure.methods.esd import Objective as ESD
 from diffusers_erasure.methods.sdd import Config as SDDConfig
 from diffusers_erasure.methods.sdd import Objective as SDD
 from diffusers_erasure.schema import Concept
-from diffusers_erasure.training.config import TrainConfig, TrainingRun
+from diffusers_erasure.training import TrainConfig, TrainingRun
 from diffusers_erasure.training.loop import retained_examples
 from diffusers_erasure.training.network import Network, in_training
 from diffusers_erasure.training.objective import RETAIN, STUDENT, Step
 from diffusers_erasure.training.pool import MOST_RETAINED, Drawn, Example, Source
-from diffusers_erasure.training.prompts import Prompts, nearest
-from diffusers_erasure.training.sampler import SAMPLE, Sampler, generator_for, partial, trajectories
 from diffusers_erasure.training.sites import TRAIN_SETS, check_rank, find_sites
 from diffusers_erasure.training.student import ADAPTER, LoraStudent
 from tests.helpers import ROUNDINGS, equal, images, roundings, tiny_sd_pipe, tiny_sdxl_pipe, tree

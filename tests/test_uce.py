@@ -14,9 +14,10 @@ from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import last_rows
 from diffusers_erasure.low_rank import compress
 from diffusers_erasure.methods import method_names
-from diffusers_erasure.methods.rows import TEMPLATES, KeptRows, TargetRows
+from diffusers_erasure.methods.rows import KeptRows, TargetRows
 from diffusers_erasure.methods.uce import Config, solve
 from diffusers_erasure.schema import LORA_FILE
+from diffusers_erasure.settings.texts import TEMPLATES
 from tests.helpers import ROUNDINGS, edits, roundings
 
 

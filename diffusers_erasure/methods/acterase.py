@@ -26,18 +26,18 @@ from tqdm.auto import tqdm
 from .. import compat
 from ..artifact import Erasure
 from ..base_model import component, describe_base, family_of, plain_weight
+from ..denoising.prompts import Prompts
+from ..denoising.sampler import EMPTY, SAMPLE, Sampler, guided
 from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
 from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from ..layers.lora import find_site
 from ..logging import get_logger
+from ..runs.checkpoint import Checkpoints
+from ..runs.interrupts import Interrupt, noted
+from ..runs.options import TrainingRun
 from ..schema import MAX_LAYERS, TENSOR_FILE, Concept, LayerSpec
 from ..settings import Number, Of, Whole, check_settings
-from ..training.checkpoint import Checkpoints
-from ..training.config import TrainingRun
-from ..training.interrupts import Interrupt, noted
-from ..training.prompts import Prompts
 from ..training.publish import as_erasure, text_components
-from ..training.sampler import EMPTY, SAMPLE, Sampler, guided
 from ..training.student import Published
 from .acterase_pairs import Pair, pairs_for
 from .probes import Moments, inputs_seen

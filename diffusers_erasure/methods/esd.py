@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..artifact import Erasure
+from ..denoising.sampler import SAMPLE
 from ..errors import ErasureInputError
 from ..schema import Concept
 from ..settings import Number, Of
 from ..training import TrainConfig, TrainingRun, fit_by_training
 from ..training.objective import STUDENT, Step, squares
 from ..training.pool import Example
-from ..training.sampler import SAMPLE
 
 
 CONCEPT, NEUTRAL = "concept", "neutral"  # roles

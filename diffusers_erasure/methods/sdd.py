@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from ..artifact import Erasure
+from ..denoising.sampler import SAMPLE
 from ..encoding import check_prompts
 from ..errors import ErasureInputError
 from ..logging import get_logger
@@ -24,7 +25,6 @@ from ..schema import Concept
 from ..training import TrainConfig, TrainingRun, fit_by_training
 from ..training.objective import STUDENT, Step, squares
 from ..training.pool import Example
-from ..training.sampler import SAMPLE
 
 
 logger = get_logger(__name__)

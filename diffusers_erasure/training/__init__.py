@@ -9,8 +9,9 @@ from ..artifact import Erasure
 from ..base_model import describe_base
 from ..compat import accelerate_state_restored
 from ..encoding import last_rows
+from ..runs.options import TrainingRun
 from ..schema import Concept
-from .config import TrainConfig, TrainingRun
+from .config import TrainConfig
 from .loop import Trained, Trainer
 from .network import check_trainable
 from .objective import Objective

@@ -15,17 +15,18 @@ from tqdm.auto import tqdm
 
 from .. import compat
 from ..base_model import component
+from ..denoising.prompts import Prompts, nearest
+from ..denoising.sampler import SAMPLE, Predict, Sampler
 from ..errors import ErasureInputError, ErasureTrainingError
 from ..logging import get_logger
+from ..runs.checkpoint import POOL_FILE, Checkpoints
+from ..runs.interrupts import Interrupt, noted
+from ..runs.options import TrainingRun
 from ..schema import BaseModel, Concept
-from .checkpoint import POOL_FILE, Checkpoints
-from .config import TrainConfig, TrainingRun
-from .interrupts import Interrupt, noted
+from .config import TrainConfig
 from .network import Network, in_training
 from .objective import RETAIN, Objective, Step
 from .pool import MOST_RETAINED, Example, Source
-from .prompts import Prompts, nearest
-from .sampler import SAMPLE, Predict, Sampler
 from .samples import write_samples
 from .state import State
 from .student import Student

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ..base_model import component
+from ..denoising.sampler import SAMPLE, Sampler, trajectories
 from ..logging import get_logger
 from ..pictures import contact_sheet
 from .config import TrainConfig
 from .network import Network
-from .sampler import SAMPLE, Sampler, trajectories
 
 
 logger = get_logger(__name__)

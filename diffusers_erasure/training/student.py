@@ -10,9 +10,9 @@ from peft import LoraConfig
 from torch import nn
 
 from .. import compat
+from ..denoising.sampler import generator_for
 from ..low_rank import DOWN, UP
 from ..schema import LORA_FILE, LayerSpec, Stock
-from .sampler import generator_for
 
 
 ADAPTER = "erasure_in_training"

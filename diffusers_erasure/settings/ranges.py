@@ -6,7 +6,7 @@ from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, Protocol
 
-from .errors import ErasureInputError
+from ..errors import ErasureInputError
 
 
 class Range(Protocol):
