@@ -10,6 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from .errors import ErasureInputError
+from .registry import find
 from .schema import GRID_FILE, LORA_FILE, ErasureConfig
 
 
@@ -132,7 +133,6 @@ def render_card(
         `str`: front matter for the Hub, and text for people. Concept strings are escaped for YAML and Markdown.
     """
     from .demo import is_embedded
-    from .methods.citations import CITATIONS
 
     if license is not None and not _LICENCE.fullmatch(license):
         raise ErasureInputError(f"`license` must be an identifier such as 'apache-2.0', not {license!r}.")
@@ -142,6 +142,7 @@ def render_card(
         named.append(f"and {len(config.concepts) - MAX_NAMED} more")
     target = config.concepts[0].target if config.concepts and not config.redacted else None
     plain = config.method.name == "lora" and not config.concepts
+    method = find(config.method.name)
     text = (
         card_environment()
         .from_string(source)
@@ -159,7 +160,8 @@ def render_card(
             settings=_rows(config.method.settings),
             diagnostics=_rows(config.diagnostics),
             results=_rows(config.results),
-            citation=CITATIONS.get(config.method.name),
+            summary=method.summary if method else None,
+            citation=method.citation if method else None,
             grid=GRID_FILE if grid else None,
             license=license,
         )

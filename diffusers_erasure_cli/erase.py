@@ -122,7 +122,7 @@ def erase(
     entry = get_method(recipe["method"])
     check_names(entry, [*settings, *(["retain"] if recipe["retain"] else [])])
     make_config(entry, settings)  # wrong settings are told before a model is loaded
-    resumable, trains = entry.resumable, entry.trains
+    resumable, trains = entry.declared.resumable, entry.declared.trains
     folder = checkpoints or _beside(output)
     run = _run(folder, checkpoint_every, resume, sample_every, sample_prompt or ()) if resumable else None
     if not resumable and (checkpoints or resume or sample_every or sample_prompt):

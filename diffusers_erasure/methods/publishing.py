@@ -26,7 +26,7 @@ from ..schema import (
     SolveSpec,
     Stock,
 )
-from .rows import ROWS, KeptRows, TargetRows, TextConfig, to_tensors
+from .rows import ROWS, KeptRows, TargetRows, TextSettings, to_tensors
 
 
 logger = get_logger(__name__)
@@ -46,13 +46,13 @@ class Published:
     map_error: float = 0.0
 
 
-def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextConfig) -> Published:
+def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextSettings) -> Published:
     """A LoRA on some sites, of one rank: those with less are padded with zeros.
 
     Args:
         pipe: the base model.
         sites: for each site what computes its factors, `a` [r, in] and `b` [out, r], float64.
-        config ([`TextConfig`]): `rank` and `max_error`.
+        config ([`TextSettings`]): `rank` and `max_error`.
     """
     parts: dict[str, Factors] = {}
     worst = 0.0
@@ -60,9 +60,9 @@ def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextC
         a, b = factors()
         error = 0.0
         # More rows than the matrix has rank (many rows of a window) are written as fewer, exactly.
-        if config.rank is not None or config.max_error is not None or len(a) > min(a.shape[1], b.shape[0]):
+        if config.rank or config.max_error or len(a) > min(a.shape[1], b.shape[0]):
             u, s, vh = product(b, a)
-            kept = rank_for(s, config.rank, config.max_error)
+            kept = rank_for(s, config.rank or None, config.max_error or None)
             lost, norm = float(s[kept:].norm()), float(s.norm())
             error = lost / norm if norm else 0.0
             a, b = vh[:kept], u[:, :kept] * s[:kept]
@@ -81,12 +81,12 @@ def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextC
     return Published((layer,), {LORA_FILE: tensors}, Stock(LORA_FILE, float(f"{min(worst, 0.999):.3g}")))
 
 
-def as_text_map(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> Published:
+def as_text_map(pipe: Any, maps: Mapping[str, Factors], config: TextSettings) -> Published:
     """Text maps `x + (x A^T) D`, one for each input of the denoiser; `maps` gives `A` and `D`, both [r, C], float64."""
     layers, tensors = [], {}
     worst = 0.0
     for name, (a, d) in maps.items():
-        a, d, error = truncated(a, d, config.rank, config.max_error)
+        a, d, error = truncated(a, d, config.rank or None, config.max_error or None)
         worst = max(worst, error)
         prefix = "text_map." if name == ROWS else "pooled_map."
         layers.append(LayerSpec("text_map", "unet", (name,), TENSOR_FILE, prefix, text_components(pipe)))
@@ -199,7 +199,7 @@ def make_erasure(
     pipe: Any,
     name: str,
     concepts: Sequence[Concept],
-    config: TextConfig,
+    config: TextSettings,
     published: Published,
     diagnostics: dict[str, Any],
     kept_for_solve: Mapping[str, Mapping[str, TargetRows]],
@@ -245,9 +245,8 @@ def make_erasure(
     return Erasure(erasure_config, tensors)
 
 
-def kept_names(config: TextConfig) -> list[str]:
+def kept_names(config: TextSettings) -> list[str]:
     """Names of the retained rows, in the order in which [`kept_rows`] gives them."""
-    kept = config.kept()
-    templates = config.template_list() if config.retain_templates else ("{}",)
-    gone = {template.format(prompt) for prompt in kept.excluded for template in templates}
-    return sorted({template.format(prompt) for prompt in kept.prompts for template in templates} - gone)
+    kept = config.retain
+    gone = {template.format(prompt) for prompt in kept.excluded for template in config.retained_in}
+    return sorted({template.format(prompt) for prompt in kept.prompts for template in config.retained_in} - gone)

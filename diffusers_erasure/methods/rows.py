@@ -10,8 +10,8 @@ from ..base_model import family_of
 from ..encoding import all_rows, gram, last_rows, null_rows, pooled_rows
 from ..lists import Retained
 from ..schema import Concept, SolveRows
-from ..settings import Number, Whole, check_settings, fill
-from ..settings.texts import Retain, Templates, recorded_settings, template_list, tidy_texts
+from ..settings import Number, Whole, check_settings
+from ..settings.texts import Retain, Templates, recorded_settings, template_list
 
 
 Which = Literal["last", "window", "all", "whole"]
@@ -23,6 +23,8 @@ SAME = 1e-7  # singular values below this share of the largest are float32's rou
 class TextConfig:
     """Settings that say which text rows are mapped; the closed-form methods' own settings come on top.
 
+    Those that are left out (`None`) come from the method's preset.
+
     Args:
         rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target's encoding are mapped.
             `"last"` is the row of its last word piece; `"window"` that row and all after it, padding included; `"all"` all
@@ -30,37 +32,49 @@ class TextConfig:
         templates (`"object"`, `"style"`, `"person"`, `"object_context"`, `"style_context"`, `"none"` or a tuple of `str`,
             *optional*): prompts, with `{}` for the concept, in which each target and its anchor are encoded.
         retain (tuple of `str`, *optional*): prompts that must not change.
-        retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
+        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*): truncate the published LoRA or map to this rank; the error is recorded.
-        max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger.
+        rank (`int`, *optional*): truncate the published LoRA or map to this rank; the error is recorded. 0 for the exact one.
+        max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger; 0 for no truncation.
     """
 
-    rows: Which | None = "last"
-    templates: Templates = "object"
+    rows: Which | None = None
+    templates: Templates = None
     retain: Retain = ()
-    retain_templates: bool | None = False
+    retain_templates: bool | None = None
     pooled: bool = True
-    rank: Annotated[int | None, Whole(least=1)] = None
+    rank: Annotated[int | None, Whole(least=0)] = None
     max_error: Annotated[float | None, Number(below=1)] = None
 
-    def filled(self) -> Mapping[str, Any]:
-        """What stands for settings that are `None`; a method's config answers with its preset."""
-        return {}
+    def stated(self) -> Mapping[str, Any]:
+        """What stands for settings that are left out; a method's config adds its preset."""
+        return {"retain_templates": False, "rank": 0, "max_error": 0.0}
 
     def __post_init__(self) -> None:
         check_settings(self)
-        fill(self, self.filled())
-        tidy_texts(self)
 
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """What the closed-form methods work with: a [`TextConfig`] with nothing left out."""
+
+    rows: Which
+    templates: str | tuple[str, ...]
+    retain: Retained
+    retain_templates: bool
+    pooled: bool
+    rank: int
+    max_error: float
+
+    @property
     def template_list(self) -> tuple[str, ...]:
         """The templates themselves."""
         return template_list(self.templates)
 
-    def kept(self) -> Retained:
-        """What is retained."""
-        assert isinstance(self.retain, Retained)
-        return self.retain
+    @property
+    def retained_in(self) -> tuple[str, ...]:
+        """The templates in which what is retained is encoded."""
+        return self.template_list if self.retain_templates else ("{}",)
 
     def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The settings for the artefact, and the names of those that would reveal a concept."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 from ..errors import ErasureInputError
@@ -25,30 +25,7 @@ TEMPLATES = {
     ),
     "person": ("{}", "a portrait of {}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}"),
 }
-Templates = Annotated[
-    str | Sequence[str] | None,
-    Of(f"one of {', '.join(TEMPLATES)}, or a list of prompts with {{}} for the concept", str, Iterable),
-]
-Retain = Annotated[
-    Retained | Sequence[str],
-    Of("a list of prompts, of files of them and of shipped lists (list:NAME)", Retained, Iterable),
-]
 MOST_RECORDED = 65_536  # characters of a user's own list, of the 256 KiB that a configuration may have
-
-
-def tidy_texts(config: Any) -> None:
-    """Bring a config's `templates` and `retain` into one form, and check the templates.
-
-    Raises:
-        ErasureInputError: there is no such set of templates, or one does not hold {} once.
-    """
-    if not isinstance(config.retain, Retained):
-        prompts = tuple(config.retain)
-        object.__setattr__(config, "retain", Retained(prompts, prompts, ()))
-    if isinstance(config.templates, Sequence) and not isinstance(config.templates, str):
-        object.__setattr__(config, "templates", tuple(config.templates))
-    for template in template_list(config.templates):
-        check_template(template)
 
 
 def check_template(template: Any) -> None:
@@ -68,25 +45,63 @@ def check_template(template: Any) -> None:
         )
 
 
-def template_list(templates: str | Sequence[str] | None) -> tuple[str, ...]:
+def template_list(templates: str | Sequence[str]) -> tuple[str, ...]:
     """The templates of a set by its name, or one's own."""
-    if templates is None or isinstance(templates, str):
-        if (templates or "none") not in TEMPLATES:
+    if isinstance(templates, str):
+        if templates not in TEMPLATES:
             raise ErasureInputError(f"`templates` must be one of {sorted(TEMPLATES)} or a list of prompts with {{}}.")
-        return TEMPLATES[templates or "none"]
+        return TEMPLATES[templates]
     return tuple(templates) or ("{}",)
 
 
-def recorded_settings(config: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A config's settings for the artefact, and the names of those that would reveal a concept."""
-    settings = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    kept: Retained = settings.pop("retain")
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    settings["retain_prompts"] = len(kept.prompts)
+def checked_templates(templates: str | Collection[str]) -> str | tuple[str, ...]:
+    """The name of a set, or one's own templates.
+
+    Raises:
+        ErasureInputError: there is no such set, or one does not hold {} once.
+    """
+    named = templates if isinstance(templates, str) else tuple(templates)
+    for template in template_list(named):
+        check_template(template)
+    return named
+
+
+def as_retained(retain: Retained | Collection[str]) -> Retained:
+    """Prompts to retain, with where they come from."""
+    prompts = () if isinstance(retain, Retained) else tuple(retain)
+    return retain if isinstance(retain, Retained) else Retained(prompts, prompts, ())
+
+
+Templates = Annotated[
+    str | Sequence[str] | None,
+    Of(
+        f"one of {', '.join(TEMPLATES)}, or a list of prompts with {{}} for the concept",
+        *(str, Collection),
+        plain=checked_templates,
+    ),
+]
+Retain = Annotated[
+    Retained | Sequence[str],
+    Of(
+        "a list of prompts, of files of them and of shipped lists (list:NAME)",
+        *(Retained, Collection),
+        plain=as_retained,
+    ),
+]
+
+
+def recorded_settings(settings: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Settings for the artefact, and the names of those that would reveal a concept."""
+    kept: Retained = settings.retain
+    values = {
+        item.name: getattr(settings, item.name) for item in dataclasses.fields(settings) if item.name != "retain"
+    }
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    values["retain_prompts"] = len(kept.prompts)
     if sum(map(len, (*kept.source, *kept.excluded))) > MOST_RECORDED:
-        return settings, ("templates",)  # whoever joins the erasure gives the list again
-    settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
-    secret = ["retain_excluded"] if isinstance(config.templates, str | None) else ["retain_excluded", "templates"]
+        return values, ("templates",)  # whoever joins the erasure gives the list again
+    values["retain"], values["retain_excluded"] = list(kept.source), list(kept.excluded)
+    secret = ["retain_excluded"] if isinstance(settings.templates, str) else ["retain_excluded", "templates"]
     if not all(source.startswith("list:") for source in kept.source):
         secret.append("retain")
-    return settings, tuple(sorted(secret))
+    return values, tuple(sorted(secret))
