@@ -228,7 +228,7 @@ def with_shown(job: Job) -> Job:
 
 def fitting_prompts(targets: Sequence[str], anchors: Sequence[str]) -> set[str]:
     """All prompts that a method may have been fitted on: its templates around targets, anchors and retained words."""
-    from diffusers_erasure.methods.rows import TEMPLATES
+    from diffusers_erasure.settings.texts import TEMPLATES
 
     words = (*targets, *anchors, *retained(targets, anchors))
     templates = {template for group in TEMPLATES.values() for template in group}

@@ -38,10 +38,10 @@ from peft import LoraConfig
 from diffusers_erasure import Erasure, demo, erase
 from diffusers_erasure.demo.command import BATCH, GUIDANCE_SCALE, STEPS, fast_pipeline
 from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS
+from diffusers_erasure.denoising.prompts import nearest
 from diffusers_erasure.encoding import last_rows
 from diffusers_erasure.methods import esd
 from diffusers_erasure.training import TrainingRun
-from diffusers_erasure.training.prompts import nearest
 from diffusers_erasure.training.sites import find_sites
 
 

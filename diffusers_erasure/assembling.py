@@ -1,6 +1,7 @@
 """The one way to put an artefact together: from layers, and what is known of them, to a configuration and tensors by file."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,11 @@ def made_by(name: str, settings: Any, seed: int | None = None, **further: Any) -
     recorded, secret = settings.recorded()
     versions = {"torch": torch.__version__.partition("+")[0]}
     return Method(name, {**recorded, **further}, seed, versions, secret)
+
+
+def bound_to_text(layers: Iterable[Layer], base: BaseModel) -> list[Layer]:
+    """Layers that were made with a base model's text rows, and so are refused where another text encoder is."""
+    return [dataclasses.replace(layer, derived_from=base.text_components) for layer in layers]
 
 
 def assemble(

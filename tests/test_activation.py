@@ -662,9 +662,7 @@ def damaged(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[], E
         erasure = as_erasure(make_plan(FF[:2]))
         tensors = {name.removeprefix("activation."): value for name, value in erasure.tensors[TENSOR_FILE].items()}
         change(tensors)
-        return Erasure(
-            erasure.config, {TENSOR_FILE: {"activation." + name: value for name, value in tensors.items()}}
-        )
+        return Erasure(erasure.config, {TENSOR_FILE: {"activation." + name: value for name, value in tensors.items()}})
 
     return make
 
