@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import torch
 
-from ..errors import ErasureFileError
+from ..errors import ErasureConfigError, ErasureFileError
 from ..low_rank import DOWN, UP
 from ..schema import COMPONENT, LORA_FILE, MODIFIER_PREFIX, TENSOR_FILE, ErasureConfig, LayerSpec, SolveSpec
 from ..tensors import check_finite
-from . import layer_kind
+from .registry import layer_kind
 
 
 Files = Mapping[str, Mapping[str, torch.Tensor]]
@@ -58,6 +58,7 @@ def check_tensors(config: ErasureConfig, files: Files) -> None:
     for layer in config.layers:
         own, kind = layer_tensors(layer, files), layer_kind(layer.kind)
         kind.validate(layer, own)
+        check_modified(layer)
         check_modifiers(layer, modifier_tensors(layer, files))
         used[TENSOR_FILE].update(layer.modifier_names)
         integers = [layer.prefix + name for name, value in own.items() if not value.dtype.is_floating_point]
@@ -93,6 +94,20 @@ def check_lora(tensors: Mapping[str, torch.Tensor]) -> None:
         )
         if not known or not value.dtype.is_floating_point or down.ndim != up.ndim or down.shape[0] != up.shape[1]:  # type: ignore[union-attr]
             raise ErasureFileError(f"{LORA_FILE}: {name[:120]!r} is no factor of a LoRA that stock diffusers reads.")
+
+
+def check_modified(layer: LayerSpec) -> None:
+    """Check that a layer's kind allows its schedule and gate.
+
+    Raises:
+        ErasureConfigError: it does not.
+    """
+    kind = layer_kind(layer.kind)
+    asked = {"schedule": (layer.schedule, kind.why_no_schedule), "gate": (layer.gate, kind.why_no_gate)}
+    for word, (spec, why_not) in asked.items():
+        reason = None if spec is None else why_not(layer)
+        if reason is not None:
+            raise ErasureConfigError(f"A layer {layer.kind!r} has a {word}, which it cannot have: {reason}.")
 
 
 def check_modifiers(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -32,7 +32,7 @@ from ..denoising.sampler import EMPTY, SAMPLE, Sampler, guided
 from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
 from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from ..layers.layer import Layer
-from ..layers.lora import find_site
+from ..layers.sites import find_site
 from ..logging import get_logger
 from ..runs.checkpoint import Checkpoints
 from ..runs.interrupts import Interrupt, noted

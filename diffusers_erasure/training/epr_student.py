@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.base import placement
+from ..layers.buffers import placement
 from ..layers.epr import EPR, LearnedSchedule, skip_sites
 from ..layers.layer import Layer
 
