@@ -363,8 +363,9 @@ def test_with_a_schedule(pipe: Any, bins: int) -> None:
 
 
 def test_a_schedule_changes_where_it_says() -> None:
-    """The table's intervals end at the very numbers at which `Factors` changes the bin."""
+    """The table's intervals end at the very numbers at which `Factors` changes the bin, and a schedule in training too."""
     from diffusers_erasure.layers.activation import Part
+    from diffusers_erasure.layers.epr import LearnedSchedule
     from diffusers_erasure.layers.modifiers import Conditions, Factors, Modifier
 
     for bins, span in ((3, 1000.0), (7, 999.0), (50, 1000.0), (97, 333.3)):
@@ -376,9 +377,14 @@ def test_a_schedule_changes_where_it_says() -> None:
         factors.rebuild([(modifier, 0)], torch.device("cpu"))
         limits = part.scheduled()[1]
         assert len(limits) == bins - 1
-        assert factors.schedule(limits)[:, 0].tolist() == list(range(bins - 1))
         after = torch.nextafter(limits, torch.full_like(limits, torch.inf))
-        assert factors.schedule(after)[:, 0].tolist() == list(range(1, bins))
+        learned = LearnedSchedule(bins, 1, span)
+        learned.table.data.copy_(modifier.schedule)
+        for first, timesteps in enumerate((limits, after)):
+            expected = list(range(first, first + bins - 1))
+            assert factors.schedule(timesteps)[:, 0].tolist() == expected
+            learned.conditions.timestep = timesteps
+            assert learned(torch.device("cpu"))[:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("layout", ["row", "uncond_first"])
