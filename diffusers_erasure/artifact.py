@@ -67,6 +67,7 @@ class Erasure:
             own = self.layer_tensors(layer)
             kind = layer_kind(layer.kind)
             kind.validate(layer, own)
+            check_modified(layer)
             check_modifiers(layer, self.modifier_tensors(layer))
             used.setdefault(TENSOR_FILE, set()).update(layer.modifier_names)
             integers = [layer.prefix + name for name, value in own.items() if not value.dtype.is_floating_point]
@@ -422,6 +423,20 @@ class Erasure:
         erasure = cls.from_files(files, source=source)
         erasure.revision, erasure.origin = commit, origin
         return erasure
+
+
+def check_modified(layer: LayerSpec) -> None:
+    """Check that a layer's kind allows its schedule and gate.
+
+    Raises:
+        ErasureConfigError: it does not.
+    """
+    kind = layer_kind(layer.kind)
+    asked = {"schedule": (layer.schedule, kind.why_no_schedule), "gate": (layer.gate, kind.why_no_gate)}
+    for word, (spec, why_not) in asked.items():
+        reason = None if spec is None else why_not(layer)
+        if reason is not None:
+            raise ErasureConfigError(f"A layer {layer.kind!r} has a {word}, which it cannot have: {reason}.")
 
 
 def check_modifiers(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -2,24 +2,23 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
-from . import low_rank
 from ._version import __version__
 from .artifact import Erasure
 from .base_model import compare_base, same_component
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
+from .layers import Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .low_rank import DOWN, UP, balanced, pad_rank, product, rank_for, truncated
 from .methods import get_method, make_config, method_names
 from .methods.rows import TargetRows, TextConfig, from_tensors, join
-from .schema import LORA_FILE, SCHEMA, TENSOR_FILE, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
+from .schema import LORA_FILE, SCHEMA, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
 
 
 logger = get_logger(__name__)
@@ -224,36 +223,23 @@ def _joined_rows(parts: Sequence[Erasure]) -> dict[str, dict[str, TargetRows]]:
 
 
 def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) -> Erasure:
-    loras: dict[str, list[tuple[Erasure, LayerSpec]]] = {}
-    maps: dict[tuple[str, str], list[tuple[Erasure, LayerSpec]]] = {}
-    for index, part in enumerate(parts, start=1):
-        for layer in part.config.layers:
-            if layer.kind == "lora":
-                loras.setdefault(layer.component, []).append((part, layer))
-            elif layer.kind == "text_map":
-                maps.setdefault((layer.component, layer.sites[0]), []).append((part, layer))
-            else:
-                raise ErasureInputError(
-                    f"Erasure number {index} has a layer of kind {layer.kind!r}, which cannot be added."
-                )
+    members: dict[str, list[Summand]] = {}
+    for number, part in enumerate(parts, start=1):
+        stated = part.config.stock.max_error if part.config.stock else 0.0
+        for spec in part.config.layers:
+            member = Summand(f"Erasure number {number}", spec, part.layer_tensors(spec), stated)
+            members.setdefault(spec.kind, []).append(member)
     layers: list[LayerSpec] = []
     tensors: dict[str, dict[str, torch.Tensor]] = {}
-    error, map_error = 0.0, 0.0
-    for component, members in loras.items():
-        added, worst = _sum_of_loras(component, members, rank, max_error)
-        error = max(error, worst)
-        tensors.setdefault(LORA_FILE, {}).update(added)
-        sites = dict.fromkeys(site for _, layer in members for site in layer.sites)
-        layers.append(LayerSpec("lora", component, tuple(sites), LORA_FILE, f"{component}.", _origins(members)))
-    for (component, site), members in maps.items():
-        a = torch.cat([part.layer_tensors(layer)["A"].double() for part, layer in members])
-        d = torch.cat([part.layer_tensors(layer)["D"].double() for part, layer in members])
-        a, d, lost = truncated(a, d, rank, max_error)
-        map_error = max(map_error, lost)
-        prefix = "text_map." if site == "encoder_hidden_states" else f"{site}_map."
-        own = {f"{prefix}A": a.float().contiguous(), f"{prefix}D": d.float().contiguous()}
-        tensors.setdefault(TENSOR_FILE, {}).update(own)
-        layers.append(LayerSpec("text_map", component, (site,), TENSOR_FILE, prefix, _origins(members)))
+    worst = 0.0
+    for name, own in members.items():
+        kind = layer_kind(name)
+        for index, (layer, error) in enumerate(kind.summed(own, rank, max_error)):
+            prefix = kind.prefix(layer.component, layer.sites, index)
+            layers.append(LayerSpec(name, layer.component, layer.sites, kind.file, prefix, layer.derived_from))
+            tensors.setdefault(kind.file, {}).update({prefix + key: value for key, value in layer.tensors.items()})
+            worst = max(worst, error)
+    whole = set(tensors) == {LORA_FILE}
     first = parts[0].config
     described = [
         {
@@ -272,46 +258,7 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
         if not any(part.config.redacted for part in parts)
         else tuple(dataclasses.replace(c, target=None, anchor=None) for part in parts for c in part.concepts),
         layers=tuple(layers),
-        stock=None if maps else Stock(LORA_FILE, float(f"{min(error, 0.999):.3g}")),
-        diagnostics={"truncation_error": float(f"{map_error:.3g}")} if map_error else {},
+        stock=Stock(LORA_FILE, float(f"{min(worst, 0.999):.3g}")) if whole else None,
+        diagnostics={"truncation_error": float(f"{worst:.3g}")} if worst and not whole else {},
     )
     return Erasure(config, tensors)
-
-
-def _origins(members: Sequence[tuple[Erasure, LayerSpec]]) -> tuple[str, ...]:
-    return tuple(sorted({name for _, layer in members for name in layer.derived_from}))
-
-
-def _sum_of_loras(
-    component: str, members: Sequence[tuple[Erasure, LayerSpec]], rank: int | None, max_error: float | None
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Concatenate factors on rank, site by site; `(tensors, largest relative error over the sites)`."""
-    own: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
-    for part, layer in members:
-        tensors: Mapping[str, torch.Tensor] = part.layer_tensors(layer)
-        stated = part.config.stock.max_error if part.config.stock else 0.0
-        for site in layer.sites:
-            own.setdefault(site, []).append((tensors[site + DOWN], tensors[site + UP], stated))
-    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    worst = 0.0
-    for site, factors in own.items():
-        a = torch.cat([down for down, _, _ in factors]).double()
-        b = torch.cat([up for _, up, _ in factors], dim=1).double()
-        norm, lost = (
-            low_rank.norm(a, b),
-            sum(stated * low_rank.norm(down.double(), up.double()) for down, up, stated in factors),
-        )
-        if rank is not None or max_error is not None:
-            u, s, vh = product(b.flatten(1), a.flatten(1))
-            kept = rank_for(s, rank, max_error)
-            lost += float(s[kept:].norm())
-            small = balanced(vh[:kept], u[:, :kept] * s[:kept])
-            a, b = small[0].reshape(kept, *a.shape[1:]), small[1].reshape(b.shape[0], kept, *b.shape[2:])
-        worst = max(worst, lost / norm if norm else 0.0)
-        found[site] = a.float(), b.float()
-    full = max(len(a) for a, _ in found.values())
-    result = {}
-    for site, (a, b) in found.items():
-        result[f"{component}.{site}{DOWN}"] = pad_rank(a, full, 0)
-        result[f"{component}.{site}{UP}"] = pad_rank(b, full, 1)
-    return result, worst

@@ -26,7 +26,7 @@ from diffusers_erasure import (
     ErasureInputError,
 )
 from diffusers_erasure.base_model import describe_base
-from diffusers_erasure.layers.activation import BLEND, MASK, MEANS, TIMESTEPS, ActivationLayer, ActivationPatch, pack
+from diffusers_erasure.layers.activation import BLEND, MASK, MEANS, TIMESTEPS, ActivationKind, ActivationPatch, pack
 from diffusers_erasure.schema import (
     LORA_FILE,
     MODIFIER_PREFIX,
@@ -356,7 +356,7 @@ def test_with_a_schedule(pipe: Any, bins: int) -> None:
     base, oracle = images(pipe), images(Reference(pipe, [(one, 1.0), (two, 0.5)]).pipe)
     pipe.load_erasure(as_erasure(one), "one")
     pipe.load_erasure(as_erasure(two), "two", strength=0.5)
-    forms = {type(patch.form).__name__ for patch in pipe.unet.erasure_modules.layers["activation"].patches.values()}
+    forms = {type(patch.form).__name__ for patch in pipe.unet.erasure_modules.layers["activation"].edits.values()}
     assert forms == {"Table" if bins < 100 else "Parts"}
     assert_like(images(pipe), oracle, base)
 
@@ -683,7 +683,7 @@ def test_damaged_tensors(change: Any, message: str) -> None:
 )
 def test_damaged_specs(spec: LayerSpec) -> None:
     with pytest.raises(ErasureFileError):
-        ActivationLayer.validate(spec, {})
+        ActivationKind().validate(spec, {})
 
 
 def test_masks_in_another_kind_of_layer() -> None:
@@ -713,12 +713,12 @@ def test_another_architecture_or_bits_in_the_padding(pipe: Any) -> None:
     mask[0, 3] = True
     tensors = {"timesteps": torch.tensor([500.0]), "blend": torch.ones(1)}
     tensors |= {"ff.net.2.mask": pack(mask), "ff.net.2.means": torch.ones(1)}
-    ActivationLayer.check(unet, spec, tensors)
+    ActivationKind().check(unet, spec, tensors)
     mask[0, 12] = True
     tensors |= {"ff.net.2.mask": pack(mask), "ff.net.2.means": torch.ones(2)}
-    ActivationLayer.validate(spec, tensors)
+    ActivationKind().validate(spec, tensors)
     with pytest.raises(ErasureCompatibilityError, match="bits beyond"):
-        ActivationLayer.check(unet, spec, tensors)
+        ActivationKind().check(unet, spec, tensors)
 
 
 def plan_elsewhere() -> Plan:

@@ -20,7 +20,7 @@ from .._version import __version__
 from ..artifact import Erasure
 from ..base_model import component, describe_base
 from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from ..layers import SkipLayer
+from ..layers import layer_kind
 from ..layers.encoder_copy import PARTS, check_unet
 from ..layers.epr import MID, ZERO, skip_sites
 from ..modifying import with_gate, with_schedule
@@ -106,7 +106,7 @@ def read_dumo(
         layers=(LayerSpec("skip", "unet", skip_sites(skips), TENSOR_FILE, "skip."),),
     )
     erasure = Erasure(config, {TENSOR_FILE: {f"skip.{name}": value for name, value in tensors.items()}})
-    SkipLayer.check(unet, config.layers[0], tensors)
+    layer_kind("skip").check(unet, config.layers[0], tensors)
     if table is not None:
         erasure = with_schedule(erasure, table)
     return with_gate(erasure, pipe, names, layout="uncond_first", tokens=True) if gated else erasure

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..errors import ErasureInputError
-from .base import Tensors, placement, set_buffer
+from .buffers import Tensors, placement, set_buffer
 from .encoder_copy import Inputs, channels, check_unet, empty_copy, encode, filled_copy, hold, spans
-from .lora import find_site
 from .modifiers import Conditions, Factors, bins_at
+from .sites import find_site
 
 
 FORMS = ("full", "compact")

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInputError
-from .base import PartKey, live_buffer
+from .buffers import PartKey, live_buffer
 from .gate import Gate
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInputError
-from ..layers.activation import ATTENTIONS, ActivationLayer, ActivationPatch, Part
-from ..layers.base import placement
-from ..layers.lora import find_site
+from ..layers.activation import ATTENTIONS, ActivationKind, ActivationPatch, Part
+from ..layers.buffers import placement
 from ..layers.modifiers import Conditions
+from ..layers.sites import find_site
 
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ActEraseAttnProcessor(nn.Module):
             raise ErasureInputError(f"`strength` must be a finite number of at least 0, not {strength!r}.")
         layers = erasure.config.layers
         if any(
-            layer.kind != ActivationLayer.kind or layer.is_modified or not all(map(_is_attention, layer.sites))
+            layer.kind != ActivationKind.name or layer.is_modified or not all(map(_is_attention, layer.sites))
             for layer in layers
         ):
             raise ErasureInputError(
@@ -106,7 +106,7 @@ class ActEraseAttnProcessor(nn.Module):
         patches: dict[str, ActivationPatch] = {}
         for index, layer in enumerate(layers):
             tensors = erasure.layer_tensors(layer)
-            ActivationLayer.check(unet, layer, tensors)
+            ActivationKind().check(unet, layer, tensors)
             for place, site in enumerate(layer.sites):
                 module = find_site(unet, site)
                 assert isinstance(module, nn.Linear)

@@ -28,7 +28,7 @@ from ..artifact import Erasure
 from ..base_model import component, describe_base, family_of, plain_weight
 from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
 from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
-from ..layers.lora import find_site
+from ..layers.sites import find_site
 from ..logging import get_logger
 from ..schema import MAX_LAYERS, TENSOR_FILE, Concept, LayerSpec
 from ..settings import Number, Of, Whole, check_settings

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.base import placement
+from ..layers.buffers import placement
 from ..layers.epr import EPR, LearnedSchedule, skip_sites
 from ..schema import MODIFIER_PREFIX, TENSOR_FILE, LayerSpec, ScheduleSpec
 from .student import Published
