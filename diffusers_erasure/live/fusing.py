@@ -351,7 +351,7 @@ def _touches_rows(pipe: Any, erasure: Erasure) -> bool:
 
 
 def _plain_parameters(component: nn.Module, weight: _Weight) -> dict[str, nn.Parameter]:
-    if weight.patches and weight.module._parameters.get("bias") is None:
+    if weight.patches and compat.own_parameter(weight.module, "bias") is None:
         raise ErasureCompatibilityError(
             f"{weight.site!r} has no bias, into which an `activation` layer is fused; nothing was changed. Leave the erasure "
             "unfused."
@@ -360,7 +360,7 @@ def _plain_parameters(component: nn.Module, weight: _Weight) -> dict[str, nn.Par
 
 
 def _plain_parameter(component: nn.Module, weight: _Weight, name: str) -> nn.Parameter:
-    parameter = weight.module._parameters.get(name)
+    parameter = compat.own_parameter(weight.module, name)
     if parameter is not None and parameter.device.type == "meta" or compat.is_group_offloaded(component):
         raise ErasureCompatibilityError(
             f"The weight of {weight.site!r} is offloaded, so an erasure cannot be fused into it; nothing was changed. "
@@ -407,7 +407,7 @@ def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
 
 def _write(kept: Kept, value: torch.Tensor | None = None) -> None:
     """Write a value, by default the original, into the parameter of which the original is kept."""
-    parameter = kept.module._parameters[kept.name]
+    parameter = compat.own_parameter(kept.module, kept.name)
     assert parameter is not None
     with torch.inference_mode(parameter.is_inference()), torch.no_grad():
         parameter.data.copy_(kept.original if value is None else value)
@@ -424,7 +424,7 @@ def _check_restorable(component: nn.Module, name: str, kept: Kept) -> None:
         found: nn.Module | None = find_site(component, kept.site)
     except ErasureCompatibilityError:
         found = None
-    parameter = None if found is None else found._parameters.get(kept.name)
+    parameter = None if found is None else compat.own_parameter(found, kept.name)
     if found is not kept.module or parameter is None or parameter.device.type == "meta":
         raise ErasureError(
             f"The weight of {place!r} was offloaded, or its module replaced, after erasures were fused into it. Undo that "
