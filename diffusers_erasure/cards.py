@@ -161,6 +161,8 @@ def render_card(
             diagnostics=_rows(config.diagnostics),
             results=_rows(config.results),
             summary=method.summary if method else None,
+            stock_results=_rows(config.stock.results) if config.stock else [],
+            in_two_forms=any(layer.file != LORA_FILE for layer in config.layers),
             citation=method.citation if method else None,
             grid=GRID_FILE if grid else None,
             license=license,

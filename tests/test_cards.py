@@ -38,6 +38,7 @@ from diffusers_erasure.hub.transfer import Snapshot
 from diffusers_erasure.registry import BUILT_IN
 from diffusers_erasure.schema import (
     LORA_FILE,
+    SCHEMA,
     TENSOR_FILE,
     BaseModel,
     Concept,
@@ -88,7 +89,7 @@ def config(**changes: Any) -> ErasureConfig:
         "lora", "unet", ("mid_block.attentions.0.to_k", "mid_block.attentions.0.to_v"), LORA_FILE, "unet."
     )
     values: dict[str, Any] = {
-        "schema": "1.0",
+        "schema": SCHEMA,
         "library": Library("diffusers_erasure", "0.1.0"),
         "method": Method(
             "uce",

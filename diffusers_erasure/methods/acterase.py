@@ -25,20 +25,20 @@ from tqdm.auto import tqdm
 
 from .. import compat
 from ..artifact import Erasure
+from ..assembling import made_by
 from ..base_model import component, describe_base, plain_weight
 from ..denoising.prompts import Prompts
 from ..denoising.sampler import EMPTY, SAMPLE, Sampler, guided
 from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
 from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
+from ..layers.layer import Layer
 from ..layers.lora import find_site
 from ..logging import get_logger
 from ..runs.checkpoint import Checkpoints
 from ..runs.interrupts import Interrupt, noted
 from ..runs.options import TrainingRun
-from ..schema import MAX_LAYERS, TENSOR_FILE, Concept, LayerSpec
+from ..schema import MAX_LAYERS, Concept
 from ..settings import Number, Of, Whole, check_settings, resolve
-from ..training.publish import as_erasure, text_components
-from ..training.student import Published
 from .acterase_pairs import Pair, pairs_for
 from .probes import Moments, inputs_seen
 
@@ -339,21 +339,19 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
             "dtype": str(calibration.dtype),
         }
         checkpoints = Checkpoints(Path(run.checkpoint_dir).expanduser(), identity, dataclasses.asdict(base))
-    layers = Run(calibration, run, checkpoints).layers()
-    published = published_layers(layers, text_components(base))
-    return as_erasure("acterase", concepts, settings, published, base, diagnose(calibration, layers))
-
-
-def published_layers(layers: Sequence[Mapping[str, torch.Tensor]], text: tuple[str, ...]) -> Published:
-    """One layer a concept. `text` are the components that encode the text of the calibration."""
-    tensors: dict[str, torch.Tensor] = {}
-    specs = []
-    for index, layer in enumerate(layers):
-        prefix = f"activation.{index}."
-        sites = tuple(sorted(name.removesuffix(MASK) for name in layer if name.endswith(MASK)))
-        specs.append(LayerSpec("activation", "unet", sites, TENSOR_FILE, prefix, text))
-        tensors |= {prefix + name: value for name, value in layer.items()}
-    return Published(tuple(specs), {TENSOR_FILE: tensors})
+    layers, origins = Run(calibration, run, checkpoints).layers(), base.text_components
+    # With other text encoders the mask would miss.
+    made = [
+        Layer(
+            "activation",
+            tuple(sorted(n.removesuffix(MASK) for n in own if n.endswith(MASK))),
+            own,
+            derived_from=origins,
+        )
+        for own in layers
+    ]
+    method, diagnostics = made_by("acterase", settings, settings.seed), diagnose(calibration, layers)
+    return Erasure.from_layers(made, base=base, concepts=concepts, method=method, diagnostics=diagnostics)
 
 
 def check(pipe: Any, concepts: Sequence[Concept], run: TrainingRun) -> None:

@@ -104,7 +104,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
 
     first = EprStudent(settings.form, settings.rank, settings.zero_rank or None, settings.seed)
     trained = stages.train(first, folder="stage-1")
-    network = first.published(trained.tensors, stages.text)
+    network = first.layer(trained.tensors)
     if not settings.schedule_steps:
         return stages.erasure(network, loss=curve(trained.losses))
 
@@ -112,5 +112,4 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
     second = ScheduleStudent(network, settings.bins)
     changes: dict[str, Any] = {"steps": settings.schedule_steps, "learning_rate": settings.schedule_learning_rate}
     scaled = stages.train(second, trained, folder="stage-2", **changes)
-    published = second.published(scaled.tensors, stages.text)
-    return stages.erasure(published, loss=curve(trained.losses), schedule_loss=curve(scaled.losses))
+    return stages.erasure(second.layer(scaled.tensors), loss=curve(trained.losses), schedule_loss=curve(scaled.losses))

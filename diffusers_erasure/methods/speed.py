@@ -339,7 +339,7 @@ def refit(
         site.name: (lambda site=site: (padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]))
         for site in sites
     }
-    published = as_lora(pipe, lazy, settings)
+    published = as_lora(lazy, settings)
     return make_erasure(pipe, "speed", concepts, settings, published, diagnostics, targets, seed=settings.seed)
 
 

@@ -23,8 +23,8 @@ from ..schema import Concept
 from ..settings import Number, resolve
 from .publishing import (
     POOLED_SITE,
+    Edit,
     Factors,
-    Published,
     as_lora,
     as_text_map,
     kept_names,
@@ -171,10 +171,10 @@ def refit(
     return make_erasure(pipe, "uce", concepts, settings, publish(pipe, maps, settings), diagnostics, targets)
 
 
-def publish(pipe: Any, maps: Mapping[str, Factors], settings: MapSettings) -> Published:
+def publish(pipe: Any, maps: Mapping[str, Factors], settings: MapSettings) -> Edit:
     """Turn maps T = I + D^T A of the denoiser's inputs into layers: as they are, or as a LoRA `W D^T A` on what reads them."""
     if settings.layer == "text_map":
-        return as_text_map(pipe, maps, settings)
+        return as_text_map(maps, settings)
     sites: dict[str, Any] = {}
     a, d = compress(*maps[ROWS])
     for site, linear in text_readers(pipe).items():
@@ -184,4 +184,4 @@ def publish(pipe: Any, maps: Mapping[str, Factors], settings: MapSettings) -> Pu
         pooled_a, pooled_d = compress(*maps[POOLED])
         wide = padded(pooled_d, linear.in_features)
         sites[POOLED_SITE] = lambda: (padded(pooled_a, linear.in_features), weight_times(linear, POOLED_SITE, wide.T))
-    return as_lora(pipe, sites, settings)
+    return as_lora(sites, settings)
