@@ -51,7 +51,7 @@ def find_sites(pipe: Any, train_set: str | Sequence[str]) -> dict[str, nn.Module
     """The modules of a train set by name, in model order.
 
     Raises:
-        ErasureCompatibilityError: the base is no UNet, its attention projections are fused, or no module matches.
+        ErasureCompatibilityError: the base's attention projections are fused, or no module matches.
     """
     wanted = train_set_name(train_set)
     unet = component(pipe, "unet")
