@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import nn
 
-import diffusers_erasure
+from benchmarks.builders import erasure_of
 from diffusers_erasure import (
     ActEraseAttnProcessor,
     Erasure,
@@ -34,11 +34,8 @@ from diffusers_erasure.schema import (
     TENSOR_FILE,
     BaseModel,
     Concept,
-    ErasureConfig,
     GateSpec,
     LayerSpec,
-    Library,
-    Method,
     ScheduleSpec,
 )
 from tests.helpers import (
@@ -124,15 +121,7 @@ def as_erasure(*plans: Plan, pipe: Any = None, gate: torch.Tensor | None = None,
             LayerSpec("activation", "unet", tuple(plan.masks), TENSOR_FILE, prefix, (), schedule=schedule, gate=gated)
         )
         tensors |= {prefix + name: value for name, value in tensors_of(plan).items()}
-    config = ErasureConfig(
-        schema="1.0",
-        library=Library("diffusers_erasure", diffusers_erasure.__version__),
-        method=Method("random"),
-        base_model=describe_base(pipe) if pipe else tiny_base(),
-        concepts=(Concept("zebra"),),
-        layers=tuple(layers),
-    )
-    return Erasure(config, {TENSOR_FILE: tensors})
+    return erasure_of(layers, tensors, describe_base(pipe) if pipe else tiny_base(), (Concept("zebra"),))
 
 
 class Reference:

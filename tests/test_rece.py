@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.dense_closed_form import dense_rece
 from diffusers_erasure import ErasureInputError, demo, erase
 from diffusers_erasure.base_model import plain_weight, text_readers
 from diffusers_erasure.encoding import all_rows
@@ -14,7 +15,6 @@ from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods.rece import PRESETS, PUBLISHED, Config, Scales, solve
 from diffusers_erasure.methods.rows import KeptRows, TargetRows
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
-from tests.dense_closed_form import dense_rece
 from tests.helpers import ROUNDINGS, edits, roundings
 
 

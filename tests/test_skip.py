@@ -14,7 +14,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
-import diffusers_erasure
+from benchmarks import builders
 from diffusers_erasure import (
     Erasure,
     ErasureCompatibilityError,
@@ -26,7 +26,7 @@ from diffusers_erasure import (
 from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.layers.encoder_copy import channels
 from diffusers_erasure.layers.epr import ATTRIBUTE, EPR, split
-from diffusers_erasure.schema import TENSOR_FILE, Concept, ErasureConfig, LayerSpec, Library, Method
+from diffusers_erasure.schema import TENSOR_FILE, Concept, LayerSpec
 from tests import test_stays_on
 from tests.helpers import (
     ROUNDINGS,
@@ -69,15 +69,9 @@ def random_tensors(unet: Any, form: str, seed: int = 0, zero_rank: int | None = 
 def as_erasure(pipe: Any, tensors: dict[str, torch.Tensor], sites: tuple[str, ...] | None = None) -> Erasure:
     skips = len(channels(pipe.unet)) - 1
     sites = sites or (*(f"skips.{index}" for index in range(skips)), "mid_block")
-    config = ErasureConfig(
-        schema="1.0",
-        library=Library("diffusers_erasure", diffusers_erasure.__version__),
-        method=Method("random"),
-        base_model=describe_base(pipe),
-        concepts=(Concept("zebra", "horse"),),
-        layers=(LayerSpec("skip", "unet", sites, TENSOR_FILE, "skip."),),
-    )
-    return Erasure(config, {TENSOR_FILE: {f"skip.{name}": value for name, value in tensors.items()}})
+    layer = LayerSpec("skip", "unet", sites, TENSOR_FILE, "skip.")
+    named = {layer.prefix + name: value for name, value in tensors.items()}
+    return builders.erasure_of([layer], named, describe_base(pipe), (Concept("zebra", "horse"),))
 
 
 @cache  # none changes one

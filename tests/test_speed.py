@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.dense_closed_form import dense_speed
 from diffusers_erasure import ErasureInputError, demo, erase
 from diffusers_erasure.base_model import plain_weight, text_readers
 from diffusers_erasure.encoding import all_rows, last_rows
@@ -16,7 +17,6 @@ from diffusers_erasure.methods.base_sums import least_direction
 from diffusers_erasure.methods.nullspace import Influence, edit, kept_directions, refine
 from diffusers_erasure.methods.speed import PRESETS, PUBLISHED, SQUARES, Config, centres_of
 from diffusers_erasure.schema import LORA_FILE
-from tests.dense_closed_form import dense_speed
 from tests.helpers import edits, roundings
 
 
