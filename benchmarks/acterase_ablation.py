@@ -33,11 +33,12 @@ from diffusers_erasure import Erasure, demo, erasures_disabled
 from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.demo.command import GUIDANCE_SCALE, fast_pipeline
 from diffusers_erasure.demo.words import HYPERNYMS, STYLES
+from diffusers_erasure.layers.activation import MASK
+from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.methods import acterase
 from diffusers_erasure.methods.acterase_pairs import pairs_for
 from diffusers_erasure.methods.probes import inputs_seen
 from diffusers_erasure.schema import Concept
-from diffusers_erasure.training.publish import as_erasure, text_components
 
 
 # As the embedded model is drawn, and every step stored, so that pooling over timesteps can be read from it too.
@@ -122,9 +123,10 @@ class Bench:
         if key not in self.scores:
             concept = self.concept(name, anchored)
             calibration, _ = self.calibration(concept, config)
-            layer = calibration.tensors(config)
-            published = acterase.published_layers([layer], text_components(self.base))
-            erasure = as_erasure("acterase", [concept], config, published, self.base, {})
+            tensors = calibration.tensors(config)
+            sites = tuple(sorted(name.removesuffix(MASK) for name in tensors if name.endswith(MASK)))
+            layer = Layer("activation", sites, tensors)
+            erasure = Erasure.from_layers([layer], base=self.base, concepts=concept, method="acterase")
             self.pipe.load_erasure(erasure, "one")
             erased, kept = self.draw(self.jobs[name])
             self.pipe.unload_erasure("one")

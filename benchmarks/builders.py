@@ -4,25 +4,17 @@ Times, operations and bytes do not depend on the values of weights.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffusers_erasure import Erasure, __version__
+from diffusers_erasure import Erasure
+from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.low_rank import DOWN, UP
-from diffusers_erasure.schema import (
-    LORA_FILE,
-    TENSOR_FILE,
-    BaseModel,
-    Concept,
-    ErasureConfig,
-    LayerSpec,
-    Library,
-    Method,
-)
+from diffusers_erasure.schema import BaseModel
 
 
 # Stable Diffusion 1.5's own unet/config.json and text_encoder/config.json, as far as they differ from the classes' defaults.
@@ -228,6 +220,7 @@ def random_erasure(
     *,
     size: float = 1.0,
     derived_from: tuple[str, ...] = (),
+    base: Any = BaseModel("stable-diffusion"),
     **told: Any,
 ) -> Erasure:
     """
@@ -241,42 +234,23 @@ def random_erasure(
         seed (`int`, *optional*): Of the tensors.
         size (`float`, *optional*): About how large the change is beside the weights.
         derived_from (`tuple[str, ...]`, *optional*): Components that the layers depend on.
-        told: What else the configuration says, see [`erasure_of`].
+        base ([`DiffusionPipeline`] or `BaseModel`, *optional*): Whose fingerprints are recorded; by default none.
+        told: What else [`Erasure.from_layers`] takes, the concepts at least.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
     layers = []
     if kind == "text_map":
         width = pipe.unet.config.cross_attention_dim
-        layers.append(LayerSpec(kind, "unet", ("encoder_hidden_states",), TENSOR_FILE, "text_map.", derived_from))
-        tensors["text_map.A"] = torch.randn(rank, width, generator=generator) * size / width**0.5
-        tensors["text_map.D"] = torch.randn(rank, width, generator=generator) * size
+        a = torch.randn(rank, width, generator=generator) * size / width**0.5
+        d = torch.randn(rank, width, generator=generator) * size
+        layers.append(Layer(kind, ("encoder_hidden_states",), {"A": a, "D": d}, derived_from=derived_from))
     else:
         for component in ("unet", "text_encoder"):
-            prefix = component + "."
-            own = tuple(name for name in sites if name.startswith(prefix))
-            for name in own:
-                tensors[name + DOWN], tensors[name + UP] = random_factors(site_of(pipe, name), rank, generator, size)
-            if own:
-                names = tuple(name.removeprefix(prefix) for name in own)
-                layers.append(LayerSpec(kind, component, names, LORA_FILE, prefix, derived_from))
-    return erasure_of(layers, tensors, **told)
-
-
-def erasure_of(
-    layers: Sequence[LayerSpec],
-    tensors: Mapping[str, torch.Tensor],
-    base: BaseModel | None = None,
-    concepts: tuple[Concept, ...] = (),
-    method: Method | None = None,
-) -> Erasure:
-    """An erasure of layers whose tensors are in one file; without fingerprints of a base unless it is given."""
-    config = ErasureConfig(
-        schema="1.0",
-        library=Library("diffusers_erasure", __version__),
-        method=method or Method("random"),
-        base_model=base or BaseModel("stable-diffusion"),
-        concepts=concepts,
-        layers=tuple(layers),
-    )
-    return Erasure(config, {layers[0].file: dict(tensors)})
+            names = [name.removeprefix(f"{component}.") for name in sites if name.startswith(f"{component}.")]
+            tensors: dict[str, torch.Tensor] = {}
+            for name in names:
+                module = site_of(pipe, f"{component}.{name}")
+                tensors[name + DOWN], tensors[name + UP] = random_factors(module, rank, generator, size)
+            if names:
+                layers.append(Layer(kind, tuple(names), tensors, component, derived_from))
+    return Erasure.from_layers(layers, base=base, **told)

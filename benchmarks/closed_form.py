@@ -54,7 +54,6 @@ from diffusers_erasure import Erasure, base_model, cache, combine, encoding, era
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods import base_sums, rece, speed, uce
 from diffusers_erasure.methods.rows import POOLED, ROWS, KeptRows, TargetRows
-from diffusers_erasure.schema import LORA_FILE
 
 
 TABLES = {"sd15": ("speed", "erase", "rece", "combine", "memory", "files"), "sdxl": ("speed", "rece")}
@@ -192,7 +191,7 @@ def from_rows(kind: str, pipe: Any, found: Mapping[str, tuple[TargetRows, KeptRo
         def of_site(site: speed.Site) -> tuple[torch.Tensor, torch.Tensor]:
             return speed.padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]
 
-        return speed.as_lora(pipe, {site.name: functools.partial(of_site, site) for site in sites}, config)
+        return speed.as_lora({site.name: functools.partial(of_site, site) for site in sites}, config)
     if kind == "uce":
         return uce.publish(pipe, uce.solve_all(found, config), config)
     maps = {}
@@ -248,8 +247,8 @@ def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> l
         functions = {"ours": warm.run, "first": cold.run, "baseline": published_way}
         times = interleave(functions, repeats, warmup=0)
 
-        lora = ours().tensors[LORA_FILE]
-        edits = {n: lora[f"unet.{n}{UP}"].double() @ lora[f"unet.{n}{DOWN}"].double() for n in found}
+        lora = ours().layers[0].tensors
+        edits = {n: lora[n + UP].double() @ lora[n + DOWN].double() for n in found}
         apart = {n: float((edits[n] - dw.double()).norm() / dw.double().norm()) for n, dw in found.items()}
         name = groups[min(groups)][0]
         exact = dense(name, torch.float64)

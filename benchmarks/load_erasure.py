@@ -67,8 +67,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for rank in ranks:
         with tempfile.TemporaryDirectory() as folder:
-            random_erasure(pipe, "lora", sites, rank, base=base, size=0.01).save_pretrained(folder)
-            plain = random_erasure(pipe, "lora", sites, rank, size=0.01)
+            random_erasure(pipe, "lora", sites, rank, base=base, size=0.01, concepts="a concept").save_pretrained(
+                folder
+            )
+            plain = random_erasure(pipe, "lora", sites, rank, size=0.01, concepts="a concept")
 
             def first(folder: str = folder) -> float:
                 forget_vocabulary(pipe)

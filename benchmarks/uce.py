@@ -21,7 +21,6 @@ from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods.rows import ROWS, KeptRows, TargetRows
 from diffusers_erasure.methods.uce import Config, publish, solve
-from diffusers_erasure.schema import LORA_FILE
 
 
 LAMB, SQUARED_NORM = 0.5, 750.0
@@ -74,7 +73,7 @@ def main() -> None:
             return solve(*rows, erase_scale=1.0, retain_scale=1.0, lamb=LAMB)
 
         def ours(rows: tuple[TargetRows, KeptRows] = rows) -> dict[str, torch.Tensor]:
-            return publish(pipe, {ROWS: solved(rows)}, config).tensors[LORA_FILE]
+            return publish(pipe, {ROWS: solved(rows)}, config).layers[0].tensors
 
         def baseline(rows: tuple[TargetRows, KeptRows] = rows) -> dict[str, torch.Tensor]:
             return dense(weights, rows, torch.float32)
@@ -87,7 +86,7 @@ def main() -> None:
             new = dense({name: weight}, rows, torch.float64)[name]
             exact = new - weight.double()
             edits = {
-                "ours": lora[f"unet.{name}{UP}"].double() @ lora[f"unet.{name}{DOWN}"].double(),
+                "ours": lora[name + UP].double() @ lora[name + DOWN].double(),
                 "ours_before_cast": weight.double() @ d.T @ a,
                 "baseline": dense32[name].double() - weight.double(),
             }

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.builders import SMALL_UNET, UNetOnly, erasure_of, make_unet, share_weights
+from benchmarks.builders import SMALL_UNET, UNetOnly, make_unet, share_weights
 from benchmarks.command import add_unet_arguments, finish, print_table, start, timed_arguments, unet_settings
 from benchmarks.timing import interleave_calls, ratios, spread, summary
 from benchmarks.unet_step import BATCH, TOKENS, inputs
@@ -24,7 +24,8 @@ from diffusers_erasure import Erasure, fuse_erasures, load_erasure
 from diffusers_erasure.layers.activation import BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from diffusers_erasure.layers.encoder_copy import channels, empty_copy
 from diffusers_erasure.layers.epr import fresh_tensors, skip_sites
-from diffusers_erasure.schema import TENSOR_FILE, LayerSpec
+from diffusers_erasure.layers.layer import Layer
+from diffusers_erasure.schema import BaseModel
 
 
 VARIANTS = ("activation", "folded", "full", "controlnet", "compact")
@@ -34,8 +35,8 @@ FULL_SIZE = 64
 
 def of_one_layer(kind: str, sites: Sequence[str], tensors: dict[str, torch.Tensor]) -> Erasure:
     """An erasure of one layer on the UNet."""
-    layer = LayerSpec(kind, "unet", tuple(sites), TENSOR_FILE, f"{kind}.")
-    return erasure_of([layer], {layer.prefix + name: value for name, value in tensors.items()})
+    layer = Layer(kind, tuple(sites), tensors)
+    return Erasure.from_layers([layer], base=BaseModel("stable-diffusion"), concepts="a concept")
 
 
 def activation(unet: Any, timesteps: int, seed: int = 0) -> Erasure:

@@ -53,7 +53,7 @@ def attach(unet: Any, like: Any, variant: str, rank: int, count: int) -> None:
     sites = [f"unet.{name}" for name in text_readers(UNetOnly(like))]
     for index in range(count):
         kind = "text_map" if variant == "text_map" else "lora"
-        erasure = random_erasure(UNetOnly(like), kind, sites, rank, seed=index, size=0.01)
+        erasure = random_erasure(UNetOnly(like), kind, sites, rank, seed=index, size=0.01, concepts="a concept")
         if variant != "stock":
             load_erasure(UNetOnly(unet), erasure, f"erasure{index}")
             continue

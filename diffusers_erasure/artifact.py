@@ -2,32 +2,34 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from . import tensors as tensor_io
+from .assembling import Concepts, Rows, assemble
 from .cards import check_repo_id, render_card
 from .errors import ErasureConfigError, ErasureFileError, ErasureInputError, ErasureNotFoundError
 from .hub.beside import RECORD_FILE, FolderOrigin, Origin, Withheld, beside_of
 from .hub.joining import beside_files, check_side
 from .layers import layer_kind
+from .layers.layer import Layer
+from .layers.lora_keys import lora_layers
+from .layers.validation import check_tensors, layer_tensors, modifier_tensors, solve_tensors
 from .logging import get_logger
-from .low_rank import low_rank_error
+from .low_rank import UP, low_rank_error
 from .schema import (
     CARD_FILE,
     CONFIG_FILE,
     LORA_FILE,
-    MODIFIER_PREFIX,
-    TENSOR_FILE,
     Concept,
     ErasureConfig,
     FileRecord,
     LayerSpec,
-    SolveSpec,
+    Method,
 )
 from .showing import as_html, as_text, erasure_rows
 from .storage import local_folder, read_folder, write_folder
@@ -59,31 +61,7 @@ class Erasure:
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        expected = self.config.tensor_files
-        if set(self.tensors) != expected:
-            raise ErasureFileError(f"The tensors lie in {sorted(expected)}, but there is {sorted(self.tensors)}.")
-        used: dict[str, set[str]] = {name: set() for name in expected}
-        for layer in self.config.layers:
-            own = self.layer_tensors(layer)
-            kind = layer_kind(layer.kind)
-            kind.validate(layer, own)
-            check_modifiers(layer, self.modifier_tensors(layer))
-            used.setdefault(TENSOR_FILE, set()).update(layer.modifier_names)
-            integers = [layer.prefix + name for name, value in own.items() if not value.dtype.is_floating_point]
-            if integers and not kind.packed:
-                raise ErasureFileError(f"{layer.file}: {integers[0][:200]!r} holds no floating-point numbers.")
-            used[layer.file] |= {layer.prefix + name for name in own}
-            odd = [layer.prefix + name for name, value in own.items() if not bool(torch.isfinite(value).all())]
-            if odd:
-                raise ErasureFileError(f"{layer.file}: {odd[0][:200]!r} has values that are not finite.")
-        if self.config.solve is not None:
-            rows = self.solve_tensors()
-            check_solve(self.config.solve, rows)
-            used[self.config.solve.file] |= {self.config.solve.prefix + name for name in rows}
-        for name in expected:
-            strangers = sorted(set(self.tensors[name]) - used[name])
-            if strangers:
-                raise ErasureFileError(f"{name} holds tensors that no layer uses: {[s[:120] for s in strangers[:3]]}.")
+        check_tensors(self.config, self.tensors)
 
     def __repr__(self) -> str:
         return as_text("Erasure", erasure_rows(self))
@@ -104,30 +82,21 @@ class Erasure:
 
     def layer_tensors(self, layer: LayerSpec) -> dict[str, torch.Tensor]:
         """Return the tensors of one layer, their names without the layer's prefix."""
-        return {
-            key.removeprefix(layer.prefix): value
-            for key, value in self.tensors[layer.file].items()
-            if key.startswith(layer.prefix) and not key.startswith(MODIFIER_PREFIX)
-        }
+        return layer_tensors(layer, self.tensors)
 
     def modifier_tensors(self, layer: LayerSpec) -> dict[str, torch.Tensor]:
-        """Return the tensors of one layer's schedule and gate, by name.
-
-        Raises:
-            ErasureFileError: one is missing.
-        """
-        items = self.tensors[TENSOR_FILE] if layer.is_modified else {}
-        missing = [name for name in layer.modifier_names if name not in items]
-        if missing:
-            raise ErasureFileError(f"{TENSOR_FILE} lacks {missing[0]!r}, a layer's schedule or gate.")
-        return {name: items[name] for name in layer.modifier_names}
+        """Return the tensors of one layer's schedule and gate, by name."""
+        return modifier_tensors(layer, self.tensors)
 
     def solve_tensors(self) -> dict[str, torch.Tensor]:
         """Return the text rows that were kept for a joint solve, their names without the prefix; empty where none were."""
-        spec = self.config.solve
-        items = {} if spec is None else self.tensors[spec.file]
-        prefix = "" if spec is None else spec.prefix
-        return {key.removeprefix(prefix): value for key, value in items.items() if key.startswith(prefix)}
+        return {} if self.config.solve is None else solve_tensors(self.config.solve, self.tensors)
+
+    def lora_for_others(self) -> dict[str, torch.Tensor]:
+        """The factors in the LoRA file that are no layer's: by them stock diffusers acts where this library's layers do."""
+        own = {layer.prefix for layer in self.config.layers if layer.file == LORA_FILE}
+        items = self.tensors.get(LORA_FILE, {}).items()
+        return {name: value for name, value in items if not name.startswith(tuple(own))}
 
     def rescaled(self, factor: float) -> "Erasure":
         """Return the erasure whose strength 1 is this one's strength `factor`.
@@ -143,6 +112,8 @@ class Erasure:
         for layer in self.config.layers:
             scaled = layer_kind(layer.kind).rescaled(self.layer_tensors(layer), factor)
             tensors[layer.file].update({layer.prefix + name: value for name, value in scaled.items()})
+        for name, value in self.lora_for_others().items():
+            tensors[LORA_FILE][name] = value * factor if name.endswith(UP) else value
         config = dataclasses.replace(self.config, published_strength=self.config.published_strength * factor, files={})
         return Erasure(config, tensors, origin=self.origin)
 
@@ -194,11 +165,13 @@ class Erasure:
             results={},
             redacted=True,
         )
+        if config.stock is not None:
+            config = dataclasses.replace(config, stock=dataclasses.replace(config.stock, results={}))
         origin = self.origin if self.config.redacted else Withheld(self.origin)
         return Erasure(config, self.tensors, self.source, self.revision, origin)
 
     def cast(self, dtype: "torch.dtype | str") -> "Erasure":
-        """Return a copy with its tensors in another dtype; the additional error is added to `stock.max_error`.
+        """Return a copy with its tensors in another dtype; the additional error is added to `stock.error`.
 
         Args:
             dtype (`torch.dtype` or `str`): `torch.float32`, `torch.float16` or `torch.bfloat16`, or its name.
@@ -217,7 +190,7 @@ class Erasure:
         if config.stock is not None:
             error = low_rank_error(self.tensors[LORA_FILE], tensors[LORA_FILE])
             config = dataclasses.replace(
-                config, stock=dataclasses.replace(config.stock, max_error=config.stock.max_error + error)
+                config, stock=dataclasses.replace(config.stock, error=config.stock.error + error)
             )
         return Erasure(config, tensors, self.source, self.revision, self.origin)
 
@@ -342,6 +315,102 @@ class Erasure:
             card=card,
         )
 
+    # ------------------------------------------------------------------------------------------------- making
+
+    @classmethod
+    def from_layers(
+        cls,
+        layers: Sequence[Layer],
+        *,
+        base: Any,
+        concepts: Concepts,
+        anchors: str | Sequence[str] | None = None,
+        method: Method | str = "custom",
+        error: float = 0.0,
+        rows: Rows | None = None,
+        diagnostics: Mapping[str, Any] | None = None,
+        results: Mapping[str, Any] | None = None,
+    ) -> "Erasure":
+        """Make an erasure of layers with their tensors: the one way in which all methods put theirs together.
+
+        Args:
+            layers (sequence of [`Layer`]): how it acts. Layers of the kind `"lora"` are what stock diffusers loads.
+            base ([`DiffusionPipeline`] or [`~diffusers_erasure.schema.BaseModel`]): what it was made for; of a pipeline the
+                fingerprints are taken.
+            concepts (`str`, [`Concept`](format.md), or a sequence of them): what it removes.
+            anchors (`str` or sequence of `str`, *optional*): what they are mapped to: one for all, or one for each.
+            method (`str` or [`~diffusers_erasure.schema.Method`], *optional*, defaults to `"custom"`): how it was made: a
+                name, or with settings, seed and versions.
+            error (`float`, *optional*, defaults to 0.0): where all layers are LoRAs: the largest relative error of writing
+                them down, rounded or truncated.
+            rows (*optional*): text rows for a joint solve; see [`combine`].
+            diagnostics (`dict`, *optional*): what was computed while it was made, as JSON can hold it.
+            results (`dict`, *optional*): what was measured on images.
+
+        Raises:
+            ErasureFileError: a layer's tensors are not what its kind takes.
+            ErasureConfigError, ErasureInputError: sites, names or numbers that cannot be.
+
+        Examples:
+
+        ```py
+        >>> text_map = Layer("text_map", ("encoder_hidden_states",), {"A": a, "D": d})  # x + (x Aᵀ) D, both [n, C]
+        >>> erasure = Erasure.from_layers([text_map], base=pipe, concepts="Van Gogh", anchors="art")
+        ```
+        """
+        return cls(
+            *assemble(
+                layers,
+                base=base,
+                concepts=concepts,
+                anchors=anchors,
+                method=method,
+                error=error,
+                rows=rows,
+                diagnostics=diagnostics,
+                results=results,
+            )
+        )
+
+    @classmethod
+    def from_lora(
+        cls,
+        state_dict: Mapping[str, torch.Tensor],
+        *,
+        base: Any,
+        concepts: Concepts,
+        alphas: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        derived_from: Sequence[str] = (),
+        **known: Any,
+    ) -> "Erasure":
+        """Make an erasure of a LoRA's tensors, such as those that a training script of your own holds.
+
+        Args:
+            state_dict (mapping): the factors, by names as diffusers writes them: `unet.….lora_A.weight` [r, in] and
+                `unet.….lora_B.weight` [out, r] (peft's), or diffusers' older ones.
+            base, concepts: see [`Erasure.from_layers`].
+            alphas (mapping, *optional*): diffusers' `network_alphas`.
+            metadata (mapping, *optional*): peft's configuration by component (`{"unet.lora_alpha": 8, …}`). Without it and
+                without `alphas` the scale is 1.
+            derived_from (sequence of `str`, *optional*): components with which the LoRA was trained and without which it
+                would miss, such as `("text_encoder", "tokenizer")`: with another one there it is refused.
+            known: `anchors`, `method`, `error`, `diagnostics` and `results` of [`Erasure.from_layers`].
+
+        Raises:
+            ErasureFileError: they are no factors of a plain LoRA.
+
+        Examples:
+
+        ```py
+        >>> factors = {f"unet.{name}": value for name, value in get_peft_model_state_dict(pipe.unet).items()}
+        >>> erasure = Erasure.from_lora(factors, base=pipe, concepts="Van Gogh", method="my-method")
+        >>> erasure.push_to_hub("me/no-vangogh")
+        ```
+        """
+        layers = lora_layers(state_dict, alphas, metadata, tuple(derived_from))
+        return cls.from_layers(layers, base=base, concepts=concepts, **known)
+
     # ------------------------------------------------------------------------------------------------- reading
 
     @classmethod
@@ -422,59 +491,3 @@ class Erasure:
         erasure = cls.from_files(files, source=source)
         erasure.revision, erasure.origin = commit, origin
         return erasure
-
-
-def check_modifiers(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check the tensors of a layer's schedule and gate.
-
-    Raises:
-        ErasureFileError: one is not finite, or of a shape that cannot be right.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point or not bool(torch.isfinite(tensor).all()):
-            raise ErasureFileError(f"{TENSOR_FILE}: {name!r} has values that are not finite numbers.")
-    if layer.schedule is not None:
-        shape, sites = tuple(tensors[layer.schedule.name].shape), len(layer.sites)
-        if shape not in ((layer.schedule.bins, sites), (layer.schedule.bins, 1)):
-            raise ErasureFileError(
-                f"{TENSOR_FILE}: a schedule of {layer.schedule.bins} bins for {sites} sites has the shape {shape}."
-            )
-    if layer.gate is not None:
-        rows, tokens = tensors[layer.gate.name], layer.gate.tokens
-        if rows.ndim != 3 or (tokens is not None and len(tokens) != len(rows)):
-            raise ErasureFileError(
-                f"{TENSOR_FILE}: a gate's rows have the shape {tuple(rows.shape)}; expected [concepts, length, width], with "
-                "tokens for each concept or for none."
-            )
-
-
-def check_solve(spec: SolveSpec, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check names and shapes of the rows that are kept for a joint solve.
-
-    Raises:
-        ErasureFileError: a tensor is missing, unexpected, not finite, or of a shape that cannot be right.
-    """
-    known = {
-        f"{name}.{part}" for name in spec.rows for part in ("targets", "anchors", "probe_targets", "probe_anchors")
-    }
-    strangers = sorted(set(tensors) - known)
-    if strangers:
-        raise ErasureFileError(f"{spec.file} holds unknown rows for a joint solve: {strangers[0][:120]!r}.")
-    for name in spec.rows:
-        parts = {
-            part: tensors.get(f"{name}.{part}") for part in ("targets", "anchors", "probe_targets", "probe_anchors")
-        }
-        shapes = {part: () if value is None else tuple(value.shape) for part, value in parts.items()}
-        rows, width = shapes["targets"] if len(shapes["targets"]) == 2 else (0, 0)
-        fit = rows > 0 and shapes["anchors"] in ((1, width), (rows, width))
-        probes = [shapes["probe_targets"], shapes["probe_anchors"]]
-        fit = fit and (
-            probes == [(), ()] or (len(probes[0]) == 2 and probes[0] == probes[1] and probes[0][1] == width)
-        )
-        if not fit:
-            raise ErasureFileError(
-                f"{spec.file}: the rows {name!r} for a joint solve are missing or do not fit together."
-            )
-    odd = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if odd:
-        raise ErasureFileError(f"{spec.file}: {odd[0]!r} has values that are not finite.")

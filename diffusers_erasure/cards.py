@@ -159,6 +159,8 @@ def render_card(
             settings=_rows(config.method.settings),
             diagnostics=_rows(config.diagnostics),
             results=_rows(config.results),
+            stock_results=_rows(config.stock.results) if config.stock else [],
+            in_two_forms=any(layer.file != LORA_FILE for layer in config.layers),
             citation=CITATIONS.get(config.method.name),
             grid=GRID_FILE if grid else None,
             license=license,

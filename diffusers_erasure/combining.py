@@ -289,7 +289,7 @@ def _sum_of_loras(
     own: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
     for part, layer in members:
         tensors: Mapping[str, torch.Tensor] = part.layer_tensors(layer)
-        stated = part.config.stock.max_error if part.config.stock else 0.0
+        stated = part.config.stock.error if part.config.stock else 0.0
         for site in layer.sites:
             own.setdefault(site, []).append((tensors[site + DOWN], tensors[site + UP], stated))
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

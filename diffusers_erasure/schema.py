@@ -1,4 +1,4 @@
-"""`erasure_config.json`: the dataclasses of schema 1.0, and a strict reader for them.
+"""`erasure_config.json`: the dataclasses of schema 1.1, and a strict reader for them.
 
 The reader takes nothing on trust: size, nesting, duplicate and unknown keys, types and ranges are all checked, and
 no string of the file is ever used as an import path, a file name outside the schema, or a regular expression.
@@ -19,7 +19,7 @@ from .errors import ErasureConfigError
 from .showing import as_html, as_text, base_repr, config_rows
 
 
-SCHEMA = "1.0"
+SCHEMA = "1.1"
 CONFIG_FILE = "erasure_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TENSOR_FILE = "erasure.safetensors"
@@ -38,7 +38,7 @@ MAX_CONCEPTS = 10_000
 MAX_BINS = 1000
 
 _SITE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
-_COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?|tokenizer(_[23])?)", re.ASCII)
+COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?|tokenizer(_[23])?)", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # A site under one of these names would be an adapter's or this library's own module, not the base model's.
 _FOREIGN = ("erasure_modules", "base_layer", "lora_A", "lora_B", "_orig_mod", "processor")
@@ -133,10 +133,15 @@ class BaseModel:
     def __repr__(self) -> str:
         return base_repr(self)
 
+    @property
+    def text_components(self) -> tuple[str, ...]:
+        """What encodes the text: with another one there, what was made from its rows would miss."""
+        return tuple(sorted(name for name in self.components if name not in ("unet", "transformer")))
+
     def __post_init__(self) -> None:
         _require_names(family=self.family, repo=self.repo, revision=self.revision)
         for name in self.components:
-            known = bool(_COMPONENT.fullmatch(name))
+            known = bool(COMPONENT.fullmatch(name))
             _require(known, f"`base_model.components` has an unknown component {name[:80]!r}.")
 
 
@@ -229,7 +234,7 @@ class LayerSpec:
     gate: GateSpec | None = None
 
     def __post_init__(self) -> None:
-        known = bool(_COMPONENT.fullmatch(self.component))
+        known = bool(COMPONENT.fullmatch(self.component))
         _require(known, f"A layer acts on unknown component {self.component[:80]!r}.")
         _require(self.file in TENSOR_FILES, f"A layer's `file` must be one of {TENSOR_FILES}, not {self.file[:80]!r}.")
         _require(0 < len(self.sites) <= MAX_SITES, f"A layer must have 1 to {MAX_SITES} `sites`.")
@@ -243,7 +248,7 @@ class LayerSpec:
             len(self.prefix) <= 128 and bool(_SITE.fullmatch(self.prefix + "x")), "A layer's `prefix` is invalid."
         )
         for name in self.derived_from:
-            _require(bool(_COMPONENT.fullmatch(name)), f"`derived_from` names unknown component {name[:80]!r}.")
+            _require(bool(COMPONENT.fullmatch(name)), f"`derived_from` names unknown component {name[:80]!r}.")
         denoises = self.component in ("unet", "transformer")
         _require(denoises or not self.is_modified, "Only a layer on the denoiser can have a `schedule` or a `gate`.")
 
@@ -260,17 +265,31 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Stock:
-    """The LoRA file is the whole erasure: `diffusers` alone can load it.
+    """The LoRA file, which `diffusers` alone loads: the same edit as the layers make, or an approximation of it.
 
-    `max_error` is the largest over all sites of |file's delta - exact delta| / |exact delta| (Frobenius norms).
+    Attributes:
+        file: its name.
+        error: how far it is from the layers' edit: the largest over all sites of |file's delta - exact delta| / |exact
+            delta| (Frobenius norms). Of an exact one that is rounding, and truncation where its rank was limited.
+        form: `"exact"` or `"approximate"`.
+        results: what was measured on images with the LoRA file; `results` of the configuration are the layers'.
     """
 
     file: str
-    max_error: float
+    error: float
+    form: str = "exact"
+    results: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.file == LORA_FILE, f"`stock.file` must be {LORA_FILE!r}.")
-        _require(0 <= self.max_error < 1, "`stock.max_error` must lie between 0 and 1.")
+        _require(self.form in ("exact", "approximate"), "`stock.form` must be 'exact' or 'approximate'.")
+        largest = 1.0 if self.is_exact else math.inf
+        _require(0 <= self.error < largest, f"`stock.error` must be at least 0 and below {largest:g}.")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is the same edit."""
+        return self.form == "exact"
 
 
 @dataclass(frozen=True)
@@ -354,10 +373,10 @@ class ErasureConfig:
             not self.redacted or all(c.target is None and c.anchor is None for c in self.concepts),
             "`redacted` is set, but `concepts` are named.",
         )
-        whole = all(layer.kind == "lora" and layer.file == LORA_FILE for layer in self.layers)
-        whole = whole and not any(layer.is_modified for layer in self.layers)
+        modified = any(layer.is_modified for layer in self.layers)
         _require(
-            self.stock is None or whole, "`stock` is set, but a layer lies outside the LoRA file, or is modified."
+            self.stock is None or not self.stock.is_exact or not modified,
+            "`stock` is exact, but a layer has a schedule or a gate, which no LoRA has.",
         )
         prefixes = [(layer.file, layer.prefix) for layer in self.layers]
         prefixes += [(self.solve.file, self.solve.prefix)] if self.solve else []
@@ -370,9 +389,10 @@ class ErasureConfig:
 
     @property
     def tensor_files(self) -> set[str]:
-        """Names of the files in which the layers, and the rows of `solve`, lie."""
+        """Names of the files in which the layers, the rows of `solve` and the LoRA for others lie."""
         modified = {TENSOR_FILE for layer in self.layers if layer.is_modified}
-        return {layer.file for layer in self.layers} | modified | ({self.solve.file} if self.solve else set())
+        besides = {part.file for part in (self.solve, self.stock) if part is not None}
+        return {layer.file for layer in self.layers} | modified | besides
 
     def to_json(self) -> str:
         """Write the configuration as JSON: sorted keys, two spaces, one newline at the end."""
@@ -405,7 +425,19 @@ class ErasureConfig:
             f"The erasure has schema {schema}, this version of diffusers-erasure reads {SCHEMA}. "
             "Upgrade diffusers-erasure.",
         )
-        return _read(cls, raw, "")
+        return _read(cls, _upgraded(raw, int(match[2])), "")
+
+
+def _upgraded(raw: dict[str, Any], minor: int) -> dict[str, Any]:
+    """A configuration of schema 1.0 as one of 1.1: there `stock` was exact where it was there at all."""
+    if minor > 0:
+        return raw
+    stock = raw.get("stock")
+    if stock is not None:
+        old = isinstance(stock, dict) and set(stock) == {"file", "max_error"}
+        _require(old, "`stock` of schema 1.0 must be an object with the keys 'file' and 'max_error'.")
+        stock = {"file": stock["file"], "error": stock["max_error"]}
+    return {**raw, "schema": SCHEMA, "stock": stock}
 
 
 def _load_json(data: bytes) -> Any:

@@ -107,7 +107,7 @@ def info(
         "base model": f"{config.base_model.repo or here} ({config.base_model.family})",
         "commit": erasure.revision,
         "strength 1 is": None if config.published_strength == 1 else f"{config.published_strength:g} of the original",
-        "loads without this package": f"yes, {config.stock.file}, error {config.stock.max_error:.1e}"
+        "loads without this package": f"{_STOCK[config.stock.form]}, {config.stock.file}, error {config.stock.error:.1e}"
         if config.stock
         else "no",
     }
@@ -125,6 +125,9 @@ def info(
             table.add_row(label, Text(str(value)))
     out.print(table)
     print_diagnostics(config.diagnostics)
+
+
+_STOCK = {"exact": "yes, the same edit", "approximate": "approximately"}
 
 
 def _as_dict(config: Any, fingerprints: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import diffusers_erasure
 from benchmarks import builders
 from benchmarks.builders import random_factors, site_of
 from diffusers_erasure import Erasure
-from diffusers_erasure.base_model import describe_base, family_of
+from diffusers_erasure.base_model import family_of
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE, BaseModel, Concept, Method
 
@@ -243,7 +243,7 @@ def random_erasure(
         *(pipe, kind, sites, rank, seed),
         size=size,
         derived_from=derived_from,
-        base=describe_base(pipe) if base is None else base,
+        base=pipe if base is None else base,
         concepts=concepts,
         method=method or Method("random", settings={"seed": seed}, seed=seed),
     )

@@ -214,7 +214,7 @@ def test_half_precision_files_state_their_error(erasure: Erasure, tmp_path: Path
         assert {tensor.dtype for tensor in back.tensors[LORA_FILE].values()} == {dtype}
         assert back.config.stock is not None
         # Two factors, each rounded by at most eps relative, in random directions.
-        assert 0.2 * eps < back.config.stock.max_error < 2 * eps
+        assert 0.2 * eps < back.config.stock.error < 2 * eps
         live = tiny_sd_pipe()
         live.load_erasure(back)
         assert 0 < far(images(live), exact) < 0.2 * far(exact, base)
@@ -350,7 +350,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "schema is a number": (put("schema", 1.0), "1.0"),
     "deep nesting": (text('"seed": 0\n', f'"seed": {DEEP}\n'), "deep"),
     "very deep nesting": (lambda data: b"[" * 100_000, CONFIG_FILE),
-    "duplicate key": (text('"schema": "1.0"', '"schema": "1.0", "schema": "1.0"'), "twice"),
+    "duplicate key": (text('"schema": "1.1"', '"schema": "1.1", "schema": "1.1"'), "twice"),
     "NaN": (text('"published_strength": 1.0', '"published_strength": NaN'), "NaN"),
     "Infinity": (text('"published_strength": 1.0', '"published_strength": Infinity'), "Infinity"),
     "a float that overflows": (text('"published_strength": 1.0', '"published_strength": 1e999'), "not finite"),
@@ -391,7 +391,14 @@ BAD_CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "bad hash": (put("files/" + LORA_FILE + "/sha256", "xyz"), "sha256"),
     "bad fingerprint": (put("base_model/components/unet/architecture", "xyz"), "architecture"),
     "redacted but named": (put("redacted", True), "redacted"),
-    "stock for another layer": (put("stock", {"file": TENSOR_FILE, "max_error": 0.0}), "stock"),
+    "stock for another file": (put("stock", {"file": TENSOR_FILE, "error": 0.0}), "stock"),
+    "stock of the old schema": (put("stock", {"file": LORA_FILE, "max_error": 0.0}), "max_error"),
+    "stock of another form": (put("stock", {"file": LORA_FILE, "error": 0.0, "form": "nearly"}), "stock.form"),
+    "stock that is far from exact": (put("stock", {"file": LORA_FILE, "error": 1.0}), "stock.error"),
+    "stock of a negative error": (
+        put("stock", {"file": LORA_FILE, "error": -0.1, "form": "approximate"}),
+        "stock.error",
+    ),
     "too many concepts": (put("concepts", [{"target": "x", "anchor": None}] * 100_000), "bytes"),
     "no file record": (put("files", {}), "files"),
 }

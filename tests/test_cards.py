@@ -39,6 +39,7 @@ from diffusers_erasure.methods import method_names
 from diffusers_erasure.methods.citations import CITATIONS
 from diffusers_erasure.schema import (
     LORA_FILE,
+    SCHEMA,
     TENSOR_FILE,
     BaseModel,
     Concept,
@@ -89,7 +90,7 @@ def config(**changes: Any) -> ErasureConfig:
         "lora", "unet", ("mid_block.attentions.0.to_k", "mid_block.attentions.0.to_v"), LORA_FILE, "unet."
     )
     values: dict[str, Any] = {
-        "schema": "1.0",
+        "schema": SCHEMA,
         "library": Library("diffusers_erasure", "0.1.0"),
         "method": Method(
             "uce",

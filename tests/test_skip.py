@@ -14,7 +14,6 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
-from benchmarks import builders
 from diffusers_erasure import (
     Erasure,
     ErasureCompatibilityError,
@@ -23,10 +22,10 @@ from diffusers_erasure import (
     with_gate,
     with_schedule,
 )
-from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.layers.encoder_copy import channels
 from diffusers_erasure.layers.epr import ATTRIBUTE, EPR, split
-from diffusers_erasure.schema import TENSOR_FILE, Concept, LayerSpec
+from diffusers_erasure.layers.layer import Layer
+from diffusers_erasure.schema import Concept
 from tests import test_stays_on
 from tests.helpers import (
     ROUNDINGS,
@@ -69,9 +68,8 @@ def random_tensors(unet: Any, form: str, seed: int = 0, zero_rank: int | None = 
 def as_erasure(pipe: Any, tensors: dict[str, torch.Tensor], sites: tuple[str, ...] | None = None) -> Erasure:
     skips = len(channels(pipe.unet)) - 1
     sites = sites or (*(f"skips.{index}" for index in range(skips)), "mid_block")
-    layer = LayerSpec("skip", "unet", sites, TENSOR_FILE, "skip.")
-    named = {layer.prefix + name: value for name, value in tensors.items()}
-    return builders.erasure_of([layer], named, describe_base(pipe), (Concept("zebra", "horse"),))
+    layer = Layer("skip", sites, tensors)
+    return Erasure.from_layers([layer], base=pipe, concepts=Concept("zebra", "horse"), method="random")
 
 
 @cache  # none changes one

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..schema import LayerSpec
+from ..schema import TENSOR_FILE, LayerSpec
 
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Layer(nn.Module):
     """
 
     kind: ClassVar[str]
+    file: ClassVar[str] = TENSOR_FILE
     by_timestep: ClassVar[bool] = False  # whether it always asks for the timestep, and not only for a schedule
     packed: ClassVar[bool] = False  # whether its tensors may be bit masks
 
@@ -48,6 +49,11 @@ class Layer(nn.Module):
     def modifier_of(self, key: PartKey) -> "Modifier | None":
         """The schedule and gate of one layer of an erasure."""
         return self.modifiers.get(key)
+
+    @classmethod
+    def prefix(cls, component: str, sites: tuple[str, ...]) -> str:
+        """What the names of the layer's tensors start with."""
+        return f"{cls.kind}."
 
     @classmethod
     @abstractmethod

@@ -16,7 +16,7 @@ from torch import nn
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..low_rank import DOWN, UP
-from ..schema import LayerSpec
+from ..schema import LORA_FILE, LayerSpec
 from .base import Layer, PartKey, Tensors, live_buffer, placement, set_buffer
 from .modifiers import Conditions, Factors, Modifier, spread
 
@@ -109,6 +109,7 @@ class LoraLayer(Layer):
     """All `lora` layers on one component."""
 
     kind: ClassVar[str] = "lora"
+    file: ClassVar[str] = LORA_FILE
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,6 +119,10 @@ class LoraLayer(Layer):
         self.modules_hooked: dict[str, tuple[nn.Module, ...]] = {}
         self.attentions: dict[str, nn.Module] = {}
         self.count = 0
+
+    @classmethod
+    def prefix(cls, component: str, sites: tuple[str, ...]) -> str:
+        return f"{component}."
 
     @classmethod
     def validate(cls, spec: LayerSpec, tensors: Tensors) -> None:

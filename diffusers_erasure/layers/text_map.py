@@ -113,6 +113,10 @@ class TextMapLayer(Layer):
         self.components: tuple[nn.Module, ...] = ()
 
     @classmethod
+    def prefix(cls, component: str, sites: tuple[str, ...]) -> str:
+        return "text_map." if sites == ("encoder_hidden_states",) else "pooled_map."
+
+    @classmethod
     def validate(cls, spec: LayerSpec, tensors: Tensors) -> None:
         if spec.component not in ("unet", "transformer"):
             raise ErasureFileError(f"A `text_map` acts on the denoiser, not on {spec.component!r}.")
