@@ -5,20 +5,18 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-
-from ._version import __version__
 from .artifact import Erasure
+from .assembling import rounded
 from .base_model import compare_base, same_component
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
-from .layers import Summand, layer_kind
+from .layers import Layer, Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
 from .methods import get_method, make_config, method_names
 from .methods.rows import TargetRows, TextConfig, from_tensors, join
-from .schema import LORA_FILE, SCHEMA, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
+from .schema import LORA_FILE, Concept, Method
 
 
 logger = get_logger(__name__)
@@ -225,22 +223,17 @@ def _joined_rows(parts: Sequence[Erasure]) -> dict[str, dict[str, TargetRows]]:
 def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) -> Erasure:
     members: dict[str, list[Summand]] = {}
     for number, part in enumerate(parts, start=1):
-        stated = part.config.stock.max_error if part.config.stock else 0.0
+        stated = part.config.stock.error if part.config.stock else 0.0
         for spec in part.config.layers:
-            member = Summand(f"Erasure number {number}", spec, part.layer_tensors(spec), stated)
+            error = stated if spec.file == LORA_FILE else 0.0
+            member = Summand(f"Erasure number {number}", spec, part.layer_tensors(spec), error)
             members.setdefault(spec.kind, []).append(member)
-    layers: list[LayerSpec] = []
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    layers: list[Layer] = []
     worst = 0.0
-    for name, own in members.items():
-        kind = layer_kind(name)
-        for index, (layer, error) in enumerate(kind.summed(own, rank, max_error)):
-            prefix = kind.prefix(layer.component, layer.sites, index)
-            layers.append(LayerSpec(name, layer.component, layer.sites, kind.file, prefix, layer.derived_from))
-            tensors.setdefault(kind.file, {}).update({prefix + key: value for key, value in layer.tensors.items()})
+    for kind, own in members.items():
+        for layer, error in layer_kind(kind).summed(own, rank, max_error):
+            layers.append(layer)
             worst = max(worst, error)
-    whole = set(tensors) == {LORA_FILE}
-    first = parts[0].config
     described = [
         {
             "method": part.config.method.name,
@@ -249,16 +242,15 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
         }
         for part in parts
     ]
-    config = ErasureConfig(
-        schema=SCHEMA,
-        library=Library("diffusers_erasure", __version__),
+    concepts = [concept for part in parts for concept in part.concepts]
+    if any(part.config.redacted for part in parts):
+        concepts = [dataclasses.replace(concept, target=None, anchor=None) for concept in concepts]
+    whole = all(layer_kind(layer.kind).file == LORA_FILE for layer in layers)  # then the LoRA file states the error
+    return Erasure.from_layers(
+        layers,
+        base=parts[0].config.base_model,
+        concepts=concepts,
         method=Method("sum", {"parts": described, "rank": rank, "max_error": max_error}),
-        base_model=first.base_model,
-        concepts=tuple(concept for part in parts for concept in part.concepts)
-        if not any(part.config.redacted for part in parts)
-        else tuple(dataclasses.replace(c, target=None, anchor=None) for part in parts for c in part.concepts),
-        layers=tuple(layers),
-        stock=Stock(LORA_FILE, float(f"{min(worst, 0.999):.3g}")) if whole else None,
-        diagnostics={"truncation_error": float(f"{worst:.3g}")} if worst and not whole else {},
+        error=worst,
+        diagnostics={"truncation_error": rounded(worst)} if worst and not whole else {},
     )
-    return Erasure(config, tensors)

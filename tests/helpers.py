@@ -1,10 +1,15 @@
 """A tiny pipeline with random weights, random erasures for it, and the dense edit that they are compared with."""
 
 import copy
-from collections.abc import Callable, Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,19 +24,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffusers_erasure
-from diffusers_erasure import Erasure
-from diffusers_erasure.base_model import describe_base, family_of
+from diffusers_erasure import Erasure, cards, tensors
+from diffusers_erasure.base_model import family_of
+from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.low_rank import DOWN, UP
-from diffusers_erasure.schema import (
-    LORA_FILE,
-    TENSOR_FILE,
-    BaseModel,
-    Concept,
-    ErasureConfig,
-    LayerSpec,
-    Library,
-    Method,
-)
+from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE, BaseModel, Concept, ErasureConfig, Method
 
 
 TOKENIZER = Path(diffusers_erasure.__file__).parent / "demo" / "assets" / "model" / "tokenizer"
@@ -284,32 +281,23 @@ def random_erasure(
 ) -> Erasure:
     """An erasure with random tensors. Sites are named with their component; a `text_map` has none."""
     generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
     layers = []
     if kind == "text_map":
         width = pipe.unet.config.cross_attention_dim
-        layers.append(LayerSpec(kind, "unet", ("encoder_hidden_states",), TENSOR_FILE, "text_map.", derived_from))
-        tensors["text_map.A"] = torch.randn(rank, width, generator=generator) * size / width**0.5
-        tensors["text_map.D"] = torch.randn(rank, width, generator=generator) * size
+        a = torch.randn(rank, width, generator=generator) * size / width**0.5
+        d = torch.randn(rank, width, generator=generator) * size
+        layers.append(Layer(kind, ("encoder_hidden_states",), {"A": a, "D": d}, derived_from=derived_from))
     else:
         for component in ("unet", "text_encoder"):
-            prefix = component + "."
-            own = tuple(name for name in sites if name.startswith(prefix))
-            for name in own:
-                down, up = random_factors(site_of(pipe, name), rank, generator, size)
-                tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"] = down, up
-            if own:
-                names = tuple(name.removeprefix(prefix) for name in own)
-                layers.append(LayerSpec(kind, component, names, LORA_FILE, prefix, derived_from))
-    config = ErasureConfig(
-        schema="1.0",
-        library=Library("diffusers_erasure", diffusers_erasure.__version__),
-        method=method or Method("random", settings={"seed": seed}, seed=seed),
-        base_model=describe_base(pipe) if base is None else base,
-        concepts=concepts,
-        layers=tuple(layers),
-    )
-    return Erasure(config, {layers[0].file: tensors})
+            names = [name.removeprefix(f"{component}.") for name in sites if name.startswith(f"{component}.")]
+            tensors: dict[str, torch.Tensor] = {}
+            for name in names:
+                factors = random_factors(site_of(pipe, f"{component}.{name}"), rank, generator, size)
+                tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"] = factors
+            if names:
+                layers.append(Layer(kind, tuple(names), tensors, component, derived_from))
+    method = method or Method("random", settings={"seed": seed}, seed=seed)
+    return Erasure.from_layers(layers, base=pipe if base is None else base, concepts=concepts, method=method)
 
 
 def only_family(pipe: Any) -> BaseModel:
@@ -436,3 +424,29 @@ def edits(erasure: Erasure) -> dict[str, torch.Tensor]:
         return {"map": tensors["text_map.D"].double().T @ tensors["text_map.A"].double()}
     sites = [name.removesuffix(DOWN) for name in file if name.endswith(DOWN)]
     return {site: file[site + UP].double() @ file[site + DOWN].double() for site in sites}
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Count what is done with erasures: configs that are parsed, bytes and contents hashed, values checked, cards."""
+    counts: Counter[str] = Counter()
+    parse, finite, sealed = ErasureConfig.from_json, torch.isfinite, cards.sealed
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments)
+
+        return call
+
+    def sha256(*data: bytes) -> Any:
+        counts["files hashed" if data else "contents hashed"] += 1
+        return hashlib.sha256(*data)
+
+    with (
+        mock.patch.object(ErasureConfig, "from_json", counted("configs parsed", parse)),
+        mock.patch.object(tensors, "hashlib", SimpleNamespace(sha256=sha256)),
+        mock.patch.object(torch, "isfinite", counted("tensors checked", finite)),
+        mock.patch.object(cards, "sealed", counted("cards rendered", sealed)),
+    ):
+        yield counts

@@ -33,19 +33,19 @@ logger = get_logger(__name__)
 ALIKE = 0.95
 
 
-def check_not_contained(pipe: Any, erasure: Erasure, match: Mapping[str, str]) -> None:
+def check_not_contained(pipe: Any, erasure: Erasure, content: str, match: Mapping[str, str]) -> None:
     """Refuse an erasure that the pipeline's weights contain already.
 
     Args:
         pipe: the pipeline.
         erasure ([`Erasure`]): what is to be loaded.
+        content (`str`): its content's hash.
         match (`dict`): what [`compare_base`] found.
 
     Raises:
         ErasureInputError: it is contained; loaded as well it would act twice.
     """
     provenance = _provenance_of(pipe)
-    content = erasure.content_hash
     for each in provenance.contains if provenance is not None else ():
         if each.content_hash == content:
             raise ErasureInputError(

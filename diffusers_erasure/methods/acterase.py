@@ -28,17 +28,17 @@ from ..artifact import Erasure
 from ..base_model import component, describe_base, family_of, plain_weight
 from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
 from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
+from ..layers.layer import Layer
 from ..layers.sites import find_site
 from ..logging import get_logger
-from ..schema import MAX_LAYERS, TENSOR_FILE, Concept, LayerSpec
+from ..schema import MAX_LAYERS, Concept
 from ..settings import Number, Of, Whole, check_settings
 from ..training.checkpoint import Checkpoints
 from ..training.config import TrainingRun
 from ..training.interrupts import Interrupt, noted
 from ..training.prompts import Prompts
-from ..training.publish import as_erasure, text_components
+from ..training.publish import as_erasure
 from ..training.sampler import EMPTY, SAMPLE, Sampler, guided
-from ..training.student import Published
 from .acterase_pairs import Pair, pairs_for
 from .probes import Moments, inputs_seen
 
@@ -315,20 +315,11 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
         }
         checkpoints = Checkpoints(Path(run.checkpoint_dir).expanduser(), identity, dataclasses.asdict(base))
     layers = Run(calibration, run, checkpoints).layers()
-    published = published_layers(layers, text_components(base))
-    return as_erasure("acterase", concepts, config, published, base, diagnose(calibration, layers))
-
-
-def published_layers(layers: Sequence[Mapping[str, torch.Tensor]], text: tuple[str, ...]) -> Published:
-    """One layer a concept. `text` are the components that encode the text of the calibration."""
-    tensors: dict[str, torch.Tensor] = {}
-    specs = []
-    for index, layer in enumerate(layers):
-        prefix = f"activation.{index}."
-        sites = tuple(sorted(name.removesuffix(MASK) for name in layer if name.endswith(MASK)))
-        specs.append(LayerSpec("activation", "unet", sites, TENSOR_FILE, prefix, text))
-        tensors |= {prefix + name: value for name, value in layer.items()}
-    return Published(tuple(specs), {TENSOR_FILE: tensors})
+    made = [
+        Layer("activation", tuple(sorted(n.removesuffix(MASK) for n in own if n.endswith(MASK))), own)
+        for own in layers
+    ]
+    return as_erasure("acterase", concepts, config, made, base, diagnose(calibration, layers))
 
 
 def check(pipe: Any, concepts: Sequence[Concept], run: TrainingRun) -> None:

@@ -90,7 +90,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
 
     first = EprStudent(config.form, config.rank, config.zero_rank or None, config.seed)
     trained = stages.train(first, folder="stage-1")
-    network = first.published(trained.tensors, stages.text)
+    network = first.layer(trained.tensors)
     if not config.schedule_steps:
         return stages.erasure(network, loss=curve(trained.losses))
 
@@ -98,5 +98,4 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
     second = ScheduleStudent(network, config.bins)
     changes: dict[str, Any] = {"steps": config.schedule_steps, "learning_rate": config.schedule_learning_rate}
     scaled = stages.train(second, trained, folder="stage-2", **changes)
-    published = second.published(scaled.tensors, stages.text)
-    return stages.erasure(published, loss=curve(trained.losses), schedule_loss=curve(scaled.losses))
+    return stages.erasure(second.layer(scaled.tensors), loss=curve(trained.losses), schedule_loss=curve(scaled.losses))

@@ -319,7 +319,7 @@ def refit(
         site.name: (lambda site=site: (padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]))
         for site in sites
     }
-    published = as_lora(pipe, lazy, config)
+    published = as_lora(lazy, config)
     return make_erasure(pipe, "speed", concepts, config, published, diagnostics, targets, seed=config.seed)
 
 

@@ -24,8 +24,8 @@ from ..schema import Concept
 from ..settings import Number
 from .publishing import (
     POOLED_SITE,
+    Edit,
     Factors,
-    Published,
     as_lora,
     as_text_map,
     kept_names,
@@ -131,10 +131,10 @@ def refit(
     return make_erasure(pipe, "uce", concepts, config, publish(pipe, maps, config), diagnostics, targets)
 
 
-def publish(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> Published:
+def publish(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> Edit:
     """Turn maps T = I + D^T A of the denoiser's inputs into layers: as they are, or as a LoRA `W D^T A` on what reads them."""
     if getattr(config, "layer", "lora") == "text_map":
-        return as_text_map(pipe, maps, config)
+        return as_text_map(maps, config)
     sites: dict[str, Any] = {}
     a, d = compress(*maps[ROWS])
     for site, linear in text_readers(pipe).items():
@@ -144,4 +144,4 @@ def publish(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> Publi
         pooled_a, pooled_d = compress(*maps[POOLED])
         wide = padded(pooled_d, linear.in_features)
         sites[POOLED_SITE] = lambda: (padded(pooled_a, linear.in_features), weight_times(linear, POOLED_SITE, wide.T))
-    return as_lora(pipe, sites, config)
+    return as_lora(sites, config)

@@ -9,14 +9,15 @@ from ..artifact import Erasure
 from ..base_model import describe_base
 from ..compat import accelerate_state_restored
 from ..encoding import last_rows
+from ..layers.layer import Layer
 from ..schema import Concept
 from .config import TrainConfig, TrainingRun
 from .loop import Trained, Trainer
 from .network import check_trainable
 from .objective import Objective
-from .publish import as_erasure, curve, text_components
+from .publish import as_erasure, curve
 from .sites import check_rank, find_sites
-from .student import LoraStudent, Published, Student
+from .student import LoraStudent, Student
 
 
 __all__ = ["Fit", "TrainConfig", "TrainingRun", "fit_by_training"]
@@ -70,14 +71,9 @@ class Fit:
             how = config, run, identity, self.base, earlier
             return Trainer(self.pipe, student, self.concepts, self.objective, *how).train()
 
-    def erasure(self, published: Published, **diagnostics: Any) -> Erasure:
+    def erasure(self, layer: Layer, **diagnostics: Any) -> Erasure:
         """The erasure of what was trained."""
-        return as_erasure(self.name, self.concepts, self.config, published, self.base, diagnostics)
-
-    @property
-    def text(self) -> tuple[str, ...]:
-        """The components that encode the text."""
-        return text_components(self.base)
+        return as_erasure(self.name, self.concepts, self.config, [layer], self.base, diagnostics)
 
 
 def fit_by_training(
@@ -95,4 +91,4 @@ def fit_by_training(
     check_rank(sites, config.rank)
     student = LoraStudent(list(sites), config.rank, config.seed)
     trained = fit.train(student)
-    return fit.erasure(student.published(trained.tensors, fit.text), loss=curve(trained.losses))
+    return fit.erasure(student.layer(trained.tensors), loss=curve(trained.losses))
