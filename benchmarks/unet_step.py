@@ -120,7 +120,7 @@ def projections(unet: Any, rows: torch.Tensor) -> Callable[[], None]:
     """The 32 projections of the text rows alone, with the text map before them where there is one."""
     sites = [unet.get_submodule(site) for site in text_readers(UNetOnly(unet))]
     state = state_of(unet)
-    maps = [] if state is None or "text_map" not in state.layers else list(state.layers["text_map"].maps.values())
+    maps = [] if state is None or "text_map" not in state.layers else list(state.layers["text_map"].edits.values())
 
     def run() -> None:
         mapped = maps[0](rows) if maps else rows

@@ -211,11 +211,10 @@ def _text_components(pipe: Any, family: Family) -> Iterator[tuple[str, Any]]:
 
 def _repo_and_revision(pipe: Any, denoiser: Any) -> tuple[str | None, str | None]:
     """Repository id and commit, as far as the pipeline remembers them; a local path is no repository."""
-    name = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(pipe, "_name_or_path", None)
-    named = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not os.path.isdir(name)
+    name = compat.name_or_path(pipe)
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not os.path.isdir(name)
     repo = name if named else None
-    path = str(getattr(denoiser.config, "_name_or_path", ""))
-    commit = re.search(r"snapshots[/\\]([0-9a-f]{40})", path)
+    commit = re.search(r"snapshots[/\\]([0-9a-f]{40})", compat.name_or_path(denoiser))
     return repo, commit[1] if repo and commit else None
 
 
@@ -387,7 +386,7 @@ def readable_weight(module: nn.Linear, name: str) -> torch.Tensor:
     Raises:
         ErasureInputError: the weight cannot be read or dequantised.
     """
-    weight: torch.Tensor | None = module._parameters.get("weight")
+    weight: torch.Tensor | None = compat.own_parameter(module, "weight")
     if weight is not None and weight.device.type == "meta":
         stored = compat.offloaded_tensor(module, "weight")
         weight = None if stored is None else nn.Parameter(stored, requires_grad=False)
@@ -401,12 +400,16 @@ def readable_weight(module: nn.Linear, name: str) -> torch.Tensor:
 
 
 def text_readers(pipe: Any) -> dict[str, nn.Linear]:
+    """Return the Linears of a pipeline's UNet that read the text rows. See [`readers_of_text`]."""
+    return readers_of_text(component(pipe, denoiser_name(pipe)))
+
+
+def readers_of_text(unet: nn.Module) -> dict[str, nn.Linear]:
     """Return the Linears of a UNet that read the text rows: each cross-attention's `to_k` and `to_v`, in model order.
 
     Raises:
         ErasureCompatibilityError: the denoiser has none, or its attention projections are fused.
     """
-    unet = component(pipe, denoiser_name(pipe))
     readers: dict[str, nn.Linear] = {}
     for name, module in unet.named_modules():
         if not name.endswith(".attn2") or name.startswith("erasure_modules"):

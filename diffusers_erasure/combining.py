@@ -1,26 +1,22 @@
 """`combine`: several erasures made one, by solving again for all of their targets, or by adding them up exactly."""
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-
-from . import low_rank
-from ._version import __version__
 from .artifact import Erasure
+from .assembling import rounded
 from .base_model import compare_base, same_component
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
+from .layers import Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .low_rank import DOWN, UP, balanced, pad_rank, product, rank_for, truncated
 from .methods import MethodEntry, get_method, make_config
 from .methods.rows import TargetRows, TextConfig, from_tensors, join
 from .registry import method_names
-from .schema import LORA_FILE, SCHEMA, TENSOR_FILE, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
+from .schema import LORA_FILE, Concept, Method
 
 
 logger = get_logger(__name__)
@@ -235,36 +231,14 @@ def _joined_rows(parts: Sequence[Erasure]) -> dict[str, dict[str, TargetRows]]:
 
 
 def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) -> Erasure:
-    loras: dict[str, list[tuple[Erasure, LayerSpec]]] = {}
-    maps: dict[tuple[str, str], list[tuple[Erasure, LayerSpec]]] = {}
-    for index, part in enumerate(parts, start=1):
-        for layer in part.config.layers:
-            if layer.kind == "lora":
-                loras.setdefault(layer.component, []).append((part, layer))
-            elif layer.kind == "text_map":
-                maps.setdefault((layer.component, layer.sites[0]), []).append((part, layer))
-            else:
-                raise ErasureInputError(
-                    f"Erasure number {index} has a layer of kind {layer.kind!r}, which cannot be added."
-                )
-    layers: list[LayerSpec] = []
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    error, map_error = 0.0, 0.0
-    for component, members in loras.items():
-        added, worst = _sum_of_loras(component, members, rank, max_error)
-        error = max(error, worst)
-        tensors.setdefault(LORA_FILE, {}).update(added)
-        sites = dict.fromkeys(site for _, layer in members for site in layer.sites)
-        layers.append(LayerSpec("lora", component, tuple(sites), LORA_FILE, f"{component}.", _origins(members)))
-    for (component, site), members in maps.items():
-        a = torch.cat([part.layer_tensors(layer)["A"].double() for part, layer in members])
-        d = torch.cat([part.layer_tensors(layer)["D"].double() for part, layer in members])
-        a, d, lost = truncated(a, d, rank, max_error)
-        map_error = max(map_error, lost)
-        prefix = "text_map." if site == "encoder_hidden_states" else f"{site}_map."
-        own = {f"{prefix}A": a.float().contiguous(), f"{prefix}D": d.float().contiguous()}
-        tensors.setdefault(TENSOR_FILE, {}).update(own)
-        layers.append(LayerSpec("text_map", component, (site,), TENSOR_FILE, prefix, _origins(members)))
+    members: dict[str, list[Summand]] = {}
+    for number, part in enumerate(parts, start=1):
+        stated = part.config.stock.error if part.config.stock else 0.0
+        for spec in part.config.layers:
+            member = Summand(f"Erasure number {number}", spec, part.layer_tensors(spec), stated)
+            members.setdefault(spec.kind, []).append(member)
+    found = [each for name, own in members.items() for each in layer_kind(name).summed(own, rank, max_error)]
+    worst = max(error for _, error in found)
     first = parts[0].config
     described = [
         {
@@ -274,55 +248,15 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
         }
         for part in parts
     ]
-    config = ErasureConfig(
-        schema=SCHEMA,
-        library=Library("diffusers_erasure", __version__),
+    concepts = [concept for part in parts for concept in part.concepts]
+    if any(part.config.redacted for part in parts):
+        concepts = [Concept(None, None) for _ in concepts]
+    whole = {layer_kind(name).file for name in members} == {LORA_FILE}
+    return Erasure.from_layers(
+        [layer for layer, _ in found],
+        base=first.base_model,
+        concepts=concepts,
         method=Method("sum", {"parts": described, "rank": rank, "max_error": max_error}),
-        base_model=first.base_model,
-        concepts=tuple(concept for part in parts for concept in part.concepts)
-        if not any(part.config.redacted for part in parts)
-        else tuple(dataclasses.replace(c, target=None, anchor=None) for part in parts for c in part.concepts),
-        layers=tuple(layers),
-        stock=None if maps else Stock(LORA_FILE, float(f"{min(error, 0.999):.3g}")),
-        diagnostics={"truncation_error": float(f"{map_error:.3g}")} if map_error else {},
+        error=worst,
+        diagnostics={"truncation_error": rounded(worst)} if worst and not whole else None,
     )
-    return Erasure(config, tensors)
-
-
-def _origins(members: Sequence[tuple[Erasure, LayerSpec]]) -> tuple[str, ...]:
-    return tuple(sorted({name for _, layer in members for name in layer.derived_from}))
-
-
-def _sum_of_loras(
-    component: str, members: Sequence[tuple[Erasure, LayerSpec]], rank: int | None, max_error: float | None
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Concatenate factors on rank, site by site; `(tensors, largest relative error over the sites)`."""
-    own: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
-    for part, layer in members:
-        tensors: Mapping[str, torch.Tensor] = part.layer_tensors(layer)
-        stated = part.config.stock.error if part.config.stock else 0.0
-        for site in layer.sites:
-            own.setdefault(site, []).append((tensors[site + DOWN], tensors[site + UP], stated))
-    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    worst = 0.0
-    for site, factors in own.items():
-        a = torch.cat([down for down, _, _ in factors]).double()
-        b = torch.cat([up for _, up, _ in factors], dim=1).double()
-        norm, lost = (
-            low_rank.norm(a, b),
-            sum(stated * low_rank.norm(down.double(), up.double()) for down, up, stated in factors),
-        )
-        if rank is not None or max_error is not None:
-            u, s, vh = product(b.flatten(1), a.flatten(1))
-            kept = rank_for(s, rank, max_error)
-            lost += float(s[kept:].norm())
-            small = balanced(vh[:kept], u[:, :kept] * s[:kept])
-            a, b = small[0].reshape(kept, *a.shape[1:]), small[1].reshape(b.shape[0], kept, *b.shape[2:])
-        worst = max(worst, lost / norm if norm else 0.0)
-        found[site] = a.float(), b.float()
-    full = max(len(a) for a, _ in found.values())
-    result = {}
-    for site, (a, b) in found.items():
-        result[f"{component}.{site}{DOWN}"] = pad_rank(a, full, 0)
-        result[f"{component}.{site}{UP}"] = pad_rank(b, full, 1)
-    return result, worst

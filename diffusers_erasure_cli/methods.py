@@ -111,13 +111,15 @@ def info(
     config = erasure.config
     if plot is not None:
         from diffusers_erasure.errors import ErasureInputError
+        from diffusers_erasure.pictures import as_png
+        from diffusers_erasure.storage import write_file
 
         from .plotting import plot_schedules
 
         picture = plot_schedules(erasure)
         if picture is None:
             raise ErasureInputError("There is nothing to plot: no layer of this erasure has a schedule.")
-        picture.save(plot, format="PNG")
+        write_file(plot, as_png(picture))
     if as_json:
         print(json.dumps(_as_dict(config, fingerprints), indent=2, sort_keys=True, ensure_ascii=False))
         return

@@ -1,10 +1,15 @@
 """A tiny pipeline with random weights, random erasures for it, and the dense edit that they are compared with."""
 
 import copy
-from collections.abc import Callable, Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,11 +24,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffusers_erasure
-from diffusers_erasure import Erasure
+from diffusers_erasure import Erasure, cards, tensors
 from diffusers_erasure.base_model import family_of
 from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.low_rank import DOWN, UP
-from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE, BaseModel, Concept, Method
+from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE, BaseModel, Concept, ErasureConfig, Method
 
 
 TOKENIZER = Path(diffusers_erasure.__file__).parent / "demo" / "assets" / "model" / "tokenizer"
@@ -419,3 +424,29 @@ def edits(erasure: Erasure) -> dict[str, torch.Tensor]:
         return {"map": tensors["text_map.D"].double().T @ tensors["text_map.A"].double()}
     sites = [name.removesuffix(DOWN) for name in file if name.endswith(DOWN)]
     return {site: file[site + UP].double() @ file[site + DOWN].double() for site in sites}
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Count what is done with erasures: configs that are parsed, bytes and contents hashed, values checked, cards."""
+    counts: Counter[str] = Counter()
+    parse, finite, sealed = ErasureConfig.from_json, torch.isfinite, cards.sealed
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments)
+
+        return call
+
+    def sha256(*data: bytes) -> Any:
+        counts["files hashed" if data else "contents hashed"] += 1
+        return hashlib.sha256(*data)
+
+    with (
+        mock.patch.object(ErasureConfig, "from_json", counted("configs parsed", parse)),
+        mock.patch.object(tensors, "hashlib", SimpleNamespace(sha256=sha256)),
+        mock.patch.object(torch, "isfinite", counted("tensors checked", finite)),
+        mock.patch.object(cards, "sealed", counted("cards rendered", sealed)),
+    ):
+        yield counts

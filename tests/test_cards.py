@@ -19,7 +19,6 @@ from diffusers_erasure import Erasure, ErasureHubError, ErasureInputError, demo
 from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.cards import escape_markdown, is_edited, merge_card, render_card
 from diffusers_erasure.compat import hub_transport_error
-from diffusers_erasure.demo.command import Accuracy, with_results
 from diffusers_erasure.hub.beside import (
     MAX_CARD_BYTES,
     MAX_PICTURE_BYTES,
@@ -48,6 +47,7 @@ from diffusers_erasure.schema import (
     Method,
     Stock,
 )
+from diffusers_erasure_cli.demo import Accuracy, with_results
 from tests.helpers import images, random_erasure, style_lora, tiny_sd_pipe
 
 

@@ -150,7 +150,7 @@ def test_the_published_variants_on_the_embedded_model(pipe: Any, rows: str, laye
         expected = dense(linear.weight.detach().double(), picked, 1.0, 0.3, 0.5)
         found = tensors[f"unet.{site}.lora_B.weight"].double() @ tensors[f"unet.{site}.lora_A.weight"].double()
         assert roundings(found, expected) <= ROUNDINGS
-    assert erasure.config.stock is not None and erasure.config.stock.max_error < 1e-6
+    assert erasure.config.stock is not None and erasure.config.stock.error < 1e-6
 
 
 def test_truncation_states_its_error(pipe: Any) -> None:
@@ -167,14 +167,14 @@ def test_truncation_states_its_error(pipe: Any) -> None:
         assert small.tensors[LORA_FILE][f"unet.{site}.lora_A.weight"].shape[0] == 4
         worst = max(worst, float((products[0] - products[1]).norm() / products[0].norm()))
     assert small.config.stock is not None
-    assert small.config.stock.max_error == pytest.approx(worst, rel=1e-2)
+    assert small.config.stock.error == pytest.approx(worst, rel=1e-2)
     assert 1e-3 < worst < 1
 
 
 def test_the_stated_error_is_that_of_the_worst_site(pipe: Any) -> None:
     """Of writing float32 alone: about its rounding, however many sites there are."""
     erasure = erase(pipe, "cat", anchors="animal")
-    assert erasure.config.stock is not None and 0 < erasure.config.stock.max_error < 2e-7
+    assert erasure.config.stock is not None and 0 < erasure.config.stock.error < 2e-7
 
 
 def test_a_list_too_long_for_the_configuration_is_counted(pipe: Any) -> None:

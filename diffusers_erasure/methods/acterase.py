@@ -25,14 +25,14 @@ from tqdm.auto import tqdm
 
 from .. import compat
 from ..artifact import Erasure
-from ..assembling import made_by
+from ..assembling import bound_to_text, made_by
 from ..base_model import component, describe_base, plain_weight
 from ..denoising.prompts import Prompts
 from ..denoising.sampler import EMPTY, SAMPLE, Sampler, guided
 from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
 from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from ..layers.layer import Layer
-from ..layers.lora import find_site
+from ..layers.sites import find_site
 from ..logging import get_logger
 from ..runs.checkpoint import Checkpoints
 from ..runs.interrupts import Interrupt, noted
@@ -339,8 +339,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
             "dtype": str(calibration.dtype),
         }
         checkpoints = Checkpoints(Path(run.checkpoint_dir).expanduser(), identity, dataclasses.asdict(base))
-    layers, origins = Run(calibration, run, checkpoints).layers(), base.text_components
-    # With other text encoders the mask would miss.
+    layers = Run(calibration, run, checkpoints).layers()
     made = [
         Layer(
             "activation",
@@ -350,8 +349,13 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
         )
         for own in layers
     ]
-    method, diagnostics = made_by("acterase", settings, settings.seed), diagnose(calibration, layers)
-    return Erasure.from_layers(made, base=base, concepts=concepts, method=method, diagnostics=diagnostics)
+    return Erasure.from_layers(
+        bound_to_text(made, base),
+        base=base,
+        concepts=concepts,
+        method=made_by("acterase", settings, settings.seed),
+        diagnostics=diagnose(calibration, layers),
+    )
 
 
 def check(pipe: Any, concepts: Sequence[Concept], run: TrainingRun) -> None:

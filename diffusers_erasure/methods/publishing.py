@@ -1,6 +1,5 @@
 """From a closed-form edit to an erasure: the LoRA or text map that is published, and what its maker is told."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from ..artifact import Erasure
-from ..assembling import Rows, made_by
+from ..assembling import Rows, bound_to_text, made_by
 from ..base_model import component, denoiser_name, describe_base
 from ..layers.layer import Layer
 from ..logging import get_logger
@@ -200,7 +199,7 @@ def make_erasure(
         numbers.update(counted)
     base = describe_base(pipe)
     return Erasure.from_layers(
-        [dataclasses.replace(layer, derived_from=base.text_components) for layer in edit.layers],
+        bound_to_text(edit.layers, base),
         base=base,
         concepts=concepts,
         method=made_by(name, config, seed, **(settings or {})),

@@ -339,8 +339,8 @@ def refit(
         site.name: (lambda site=site: (padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]))
         for site in sites
     }
-    published = as_lora(lazy, settings)
-    return make_erasure(pipe, "speed", concepts, settings, published, diagnostics, targets, seed=settings.seed)
+    edit = as_lora(lazy, settings)
+    return make_erasure(pipe, "speed", concepts, settings, edit, diagnostics, targets, seed=settings.seed)
 
 
 def null_space(free: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]:

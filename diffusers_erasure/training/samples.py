@@ -9,7 +9,8 @@ import torch
 from ..base_model import component
 from ..denoising.sampler import SAMPLE, Sampler, trajectories
 from ..logging import get_logger
-from ..pictures import contact_sheet
+from ..pictures import as_png, contact_sheet
+from ..storage import write_file
 from .config import TrainSettings
 from .network import Network
 
@@ -39,7 +40,7 @@ def write_samples(
         latents = sampler.step(found.predictions[SAMPLE][:, last].float(), last, found.latents[:, last])
         rows.append((label, _decoded(pipe, latents)))
     file.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows, columns=list(prompts)).save(file)
+    write_file(file, as_png(contact_sheet(rows, columns=list(prompts))))
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from diffusers_erasure.demo.dataset import Dataset
+from diffusers_erasure.demo.judge import Judge, JudgeNet
+
 from .augment import Augmentation
-from .dataset import Dataset
-from .judge import Judge, JudgeNet
 from .loop import train
 
 

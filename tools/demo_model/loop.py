@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,10 +11,8 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import tqdm
 from torch import nn
 
-from ..logging import get_logger
 
-
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def train(

@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusers_erasure.demo.dataset import Dataset
+
 from .captions import Captions
-from .dataset import Dataset
 from .loop import train
 from .train_vae import encode, to_pixels
 
@@ -61,7 +62,7 @@ def train_model(
 
     Args:
         dataset ([`~diffusers_erasure.demo.dataset.Dataset`]): The pictures.
-        captions ([`~diffusers_erasure.demo.captions.Captions`]): Draws their captions.
+        captions ([`~tools.demo_model.captions.Captions`]): Draws their captions.
         vae ([`~diffusers.AutoencoderKL`]): The trained autoencoder.
         tokenizer ([`~transformers.CLIPTokenizer`]): The trained tokenizer.
         settings ([`ModelSettings`]): Steps, sizes and the seed.

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 
-from .dataset import Dataset
+from diffusers_erasure.demo.dataset import Dataset
+
 from .loop import train
 
 

@@ -34,7 +34,7 @@ def train_tokenizer(captions: Captions, settings: TokenizerSettings) -> CLIPToke
     Train a tokenizer on all captions. There is no chance in it.
 
     Args:
-        captions ([`~diffusers_erasure.demo.captions.Captions`]): The captions of the pictures.
+        captions ([`~tools.demo_model.captions.Captions`]): The captions of the pictures.
         settings ([`TokenizerSettings`]): Sizes.
 
     Returns:

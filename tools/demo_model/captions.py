@@ -7,25 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .dataset import Dataset
-from .words import BROADER, HYPERNYMS, SYNONYMS
+from diffusers_erasure.demo.dataset import Dataset
+from diffusers_erasure.demo.words import BROADER, HYPERNYMS, PLAIN_TEMPLATES, STYLED_TEMPLATES, SYNONYMS
 
-
-STYLED_TEMPLATES = (
-    "a {object} in {style} style",
-    "{object}, {style} style",
-    "a picture of a {object} in {style} style",
-    "{style} {object}",
-    "an emoji of a {object} in the style of {style}",
-    "a {object} by {style}",
-)
-PLAIN_TEMPLATES = (
-    "{object}",
-    "a {object}",
-    "a picture of a {object}",
-    "an image of a {object}",
-    "an emoji of a {object}",
-)
 
 SYNONYM_SHARE = 0.15
 HYPERNYM_SHARE = 0.10

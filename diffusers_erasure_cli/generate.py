@@ -1,9 +1,8 @@
-"""The commands that draw: `demo` and `generate`."""
+"""The command `generate`."""
 
 import json
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -25,55 +24,6 @@ from .options import (
     out,
     parse_all,
 )
-from .threads import limit_threads
-
-
-if TYPE_CHECKING:
-    from diffusers_erasure.demo.command import DemoReport
-
-
-def demo(
-    concept: Annotated[str, typer.Option(help="Object or style of the embedded model to erase.")] = "cat",
-    anchor: Annotated[str | None, typer.Option(help="What it is mapped to; its hypernym by default.")] = None,
-    output: Annotated[Path | None, typer.Option(help="A new folder; by default one in the current directory.")] = None,
-    as_json: Json = False,
-) -> None:
-    """The main job on the embedded model: erase, save, load into a fresh pipeline, compare, score."""
-    limit_threads()
-    from diffusers_erasure.demo.command import run_demo
-
-    # What the fit warns of in numbers, the demo measures on pictures.
-    logging.getLogger("diffusers_erasure.methods.publishing").setLevel(logging.ERROR)
-    with bar() as shown:
-        tasks: dict[str, Any] = {}
-
-        def progress(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = shown.add_task(f"drawing {label}", total=total)
-            shown.update(tasks[label], completed=done)
-
-        report = run_demo(concept, anchor, output, progress)
-    if as_json:
-        print(report.to_json())
-        return
-    _print_demo(report)
-
-
-def _print_demo(report: "DemoReport") -> None:
-    from rich.table import Table
-
-    table = Table("", "before", "after")
-    rows = (("the erased concept is drawn", "erased_accuracy"), ("kept concepts are drawn", "kept_accuracy"))
-    for label, name in rows:
-        table.add_row(label, f"{getattr(report.before, name):.1%}", f"{getattr(report.after, name):.1%}")
-    out.print(
-        Text(f"Erased {report.concept!r} (mapped to {report.anchor!r}), judged over {report.images} images each:")
-    )
-    out.print(table)
-    out.print(Text(f"erasure       {report.erasure}"))
-    out.print(Text(f"before/after  {report.grid}"))
-    out.print(Text(f"report        {Path(report.output) / 'report.json'}"))
-    out.print(Text(f"{report.seconds:.0f} s"))
 
 
 def generate(
@@ -126,9 +76,14 @@ def generate(
         )
     import torch
 
+    from diffusers_erasure.pictures import as_png
+    from diffusers_erasure.storage import write_file
+
     output.mkdir(parents=True, exist_ok=True)
     extra: dict[str, Any] = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
-    scale = 3.0 if guidance is None and base == "demo" else guidance
+    from diffusers_erasure.demo import GUIDANCE_SCALE
+
+    scale = GUIDANCE_SCALE if guidance is None and base == "demo" else guidance
     extra.update({} if scale is None else {"guidance_scale": scale})
     drawn = []
     with bar() as shown:
@@ -137,7 +92,7 @@ def generate(
             generator = torch.Generator().manual_seed(own_seed)
             image = pipe(prompt, num_inference_steps=steps, generator=generator, **extra).images[0]
             told = {"prompt": prompt, "seed": own_seed, "steps": steps, **extra, "base": base, "erasures": loaded}
-            image.save(path, pnginfo=_metadata(told))
+            write_file(path, as_png(image, _metadata(told)))
             drawn.append({"file": str(path), "prompt": prompt, "seed": own_seed})
             shown.advance(task)
     if as_json:

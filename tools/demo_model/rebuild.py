@@ -1,6 +1,6 @@
 """Rebuilds the embedded model and its judge from pictures and their words.
 
-    python -m diffusers_erasure.demo.rebuild --images X.npz --labels X.json --output DIR
+    python -m tools.demo_model --images X.npz --labels X.json --output DIR
 
 writes `DIR/model` (a Stable Diffusion pipeline), `DIR/judge.safetensors` and `DIR/rebuild.json` (settings and what was
 measured). `--stage` runs one stage on top of what is there; `--smoke` runs all of them in seconds, to see that they do.
@@ -25,17 +25,17 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from ..errors import ErasureInputError
-from ..logging import get_logger
+from diffusers_erasure.demo.dataset import Dataset, load_dataset
+from diffusers_erasure.errors import ErasureInputError
+
 from .captions import Captions
-from .dataset import Dataset, load_dataset
 from .train_judge import JudgeSettings, train_judge
 from .train_model import ModelSettings, new_scheduler, train_model
 from .train_tokenizer import TokenizerSettings, train_tokenizer
 from .train_vae import VaeSettings, train_vae
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 STAGES = ("vae", "tokenizer", "model", "judge")
 SMOKE_OBJECTS = 8
@@ -47,10 +47,10 @@ class RebuildSettings:
     The settings of all stages.
 
     Args:
-        vae ([`~diffusers_erasure.demo.train_vae.VaeSettings`]): The autoencoder's.
-        tokenizer ([`~diffusers_erasure.demo.train_tokenizer.TokenizerSettings`]): The tokenizer's.
-        model ([`~diffusers_erasure.demo.train_model.ModelSettings`]): Text encoder's and UNet's.
-        judge ([`~diffusers_erasure.demo.train_judge.JudgeSettings`]): The judge's.
+        vae ([`~tools.demo_model.train_vae.VaeSettings`]): The autoencoder's.
+        tokenizer ([`~tools.demo_model.train_tokenizer.TokenizerSettings`]): The tokenizer's.
+        model ([`~tools.demo_model.train_model.ModelSettings`]): Text encoder's and UNet's.
+        judge ([`~tools.demo_model.train_judge.JudgeSettings`]): The judge's.
     """
 
     vae: VaeSettings = dataclasses.field(default_factory=VaeSettings)
@@ -180,7 +180,7 @@ def _required(folder: Path, stage: str) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     default = RebuildSettings()
-    parser = argparse.ArgumentParser(prog="python -m diffusers_erasure.demo.rebuild", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--images", type=Path, required=True, help=".npz, key 'images': uint8 [objects, styles, s, s, 3]"
@@ -223,7 +223,3 @@ def _changed(settings: Any, **changes: int | None) -> Any:
         if value < 0 or (value == 0 and key in ("steps", "word_steps")):
             raise ErasureInputError(f"{key} must be positive, not {value}.")
     return dataclasses.replace(settings, **given)
-
-
-if __name__ == "__main__":
-    main()
