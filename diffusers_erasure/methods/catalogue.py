@@ -78,7 +78,7 @@ def describe(entry: MethodEntry) -> dict[str, Any]:
             "meaning": told.get(name, ""),
             "range": rules[name].range.text,
             "choices": _choices(rules[name]),
-            "default": list(item.default) if isinstance(item.default, tuple) else item.default,
+            "default": None if item.default is dataclasses.MISSING else _told(item.default),
             "presets": {preset: own[name] for preset, own in stated.items() if name in own},
             "published": {preset: own[name] for preset, own in published.items() if name in own},
         }
