@@ -412,7 +412,7 @@ def _stale_files(there: Snapshot, present: set[str], new: set[str]) -> list[str]
 
 def _stale_weights(there: Snapshot, present: set[str]) -> set[str]:
     """What an earlier push of an erased model wrote that must not lie beside another's weights; other files stay."""
-    from ..provenance import MAX_BYTES, PLACES, Provenance
+    from ..schema.erased_model import MAX_BYTES, PLACES, Provenance
 
     if not {CONFIG_FILE, MODEL_INDEX} <= present:
         return set()
