@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .demo import is_embedded
 from .errors import ErasureInputError
+from .registry import find
 from .schema import GRID_FILE, LORA_FILE, ErasureConfig
 
 
@@ -138,7 +139,6 @@ def render_card(
     Returns:
         `str`: front matter for the Hub, and text for people. Concept strings are escaped for YAML and Markdown.
     """
-    from .methods.citations import CITATIONS
 
     check_licence(license)
     source = resources.files("diffusers_erasure.hub_cards").joinpath("erasure.md.j2").read_text(encoding="utf-8")
@@ -147,6 +147,7 @@ def render_card(
         named.append(f"and {len(config.concepts) - MAX_NAMED} more")
     target = config.concepts[0].target if config.concepts and not config.redacted else None
     plain = config.method.name == "lora" and not config.concepts
+    method = find(config.method.name)
     text = (
         card_environment()
         .from_string(source)
@@ -166,7 +167,8 @@ def render_card(
             results=_rows(config.results),
             stock_results=_rows(config.stock.results) if config.stock else [],
             in_two_forms=any(layer.file != LORA_FILE for layer in config.layers),
-            citation=CITATIONS.get(config.method.name),
+            summary=method.summary if method else None,
+            citation=method.citation if method else None,
             grid=GRID_FILE if grid else None,
             license=license,
         )

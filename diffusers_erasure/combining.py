@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from .artifact import Erasure
@@ -14,8 +14,9 @@ from .layers import Layer, Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .methods import get_method, make_config, method_names
+from .methods import MethodEntry, get_method, make_config
 from .methods.rows import TargetRows, TextConfig, from_tensors, join
+from .registry import method_names
 from .schema import LORA_FILE, Concept, Method
 
 
@@ -72,6 +73,7 @@ def combine(
     if modified:
         raise ErasureInputError(f"Erasure number {modified[0]} has a schedule or a gate, which no combined edit has.")
     TextConfig(rank=rank, max_error=max_error)  # checks them
+    rank, max_error = rank or None, max_error or None  # 0 is no limit
     _check_one_base(parts)
     names = [concept.target for part in parts for concept in part.concepts if concept.target is not None]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -140,6 +142,7 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
 def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
     """The method and the settings that all parts share."""
     first = parts[0].config.method
+    common: dict[str, Any] = {}
     # Only what is retained is encoded again: without templates of its own, those of the targets may differ.
     free = FREE if first.settings.get("retain_templates") else (*FREE, "templates")
     for index, part in enumerate(parts, start=1):
@@ -158,17 +161,25 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
                 f"A joint solve needs one method: the first erasure is by {first.name}, number {index} by {method.name}; "
                 "use mode='sum'."
             )
-        for key in sorted({*first.settings, *method.settings} - set(free)):
-            if first.settings.get(key) != method.settings.get(key):
-                raise ErasureInputError(
-                    f"A joint solve needs the same settings: `{key}` is {first.settings.get(key)!r} in the first erasure and "
-                    f"{method.settings.get(key)!r} in number {index}; use mode='sum'."
-                )
+        own = _effective(get_method(method.name), method.settings, free)
+        common = common or own
+        for key in sorted(key for key in own if own[key] != common[key]):
+            raise ErasureInputError(
+                f"A joint solve needs the same settings: `{key}` is {common[key]!r} in the first erasure and {own[key]!r} in "
+                f"number {index}; use mode='sum'."
+            )
     if "templates" not in free and "templates" not in first.settings:
         raise ErasureInputError(
             "The erasures are redacted and do not say in which templates the retained prompts stood; use mode='sum'."
         )
-    return first.name, {key: value for key, value in first.settings.items() if key not in free}
+    return first.name, common
+
+
+def _effective(entry: MethodEntry, recorded: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """Recorded settings with what was left out, as erasures of earlier versions do, filled in; without some."""
+    given = {key: value for key, value in recorded.items() if key not in free}
+    settings, _ = entry.resolved(make_config(entry, given)).recorded()
+    return {key: value for key, value in settings.items() if key not in free}
 
 
 def _all_retained(parts: Sequence[Erasure], targets: Sequence[str]) -> Retained:

@@ -14,9 +14,11 @@ from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import last_rows
 from diffusers_erasure.low_rank import compress
 from diffusers_erasure.methods import method_names
-from diffusers_erasure.methods.rows import TEMPLATES, KeptRows, TargetRows
-from diffusers_erasure.methods.uce import Config, solve
+from diffusers_erasure.methods.rows import KeptRows, TargetRows
+from diffusers_erasure.methods.uce import Config, Settings, solve
 from diffusers_erasure.schema import LORA_FILE
+from diffusers_erasure.settings import resolve
+from diffusers_erasure.settings.texts import TEMPLATES
 from tests.helpers import ROUNDINGS, edits, roundings
 
 
@@ -177,10 +179,10 @@ def test_the_stated_error_is_that_of_the_worst_site(pipe: Any) -> None:
 
 def test_a_list_too_long_for_the_configuration_is_counted(pipe: Any) -> None:
     prompts = [f"a thing of the kind number {i}" for i in range(12_000)]
-    settings, secret = Config(retain=prompts).recorded()
+    settings, secret = resolve(Config(retain=prompts), Settings).recorded()
     assert settings["retain_prompts"] == 12_000 and not {"retain", "retain_excluded"} & settings.keys()
     assert secret == ("templates",)
-    few, _ = Config(retain=prompts[:1000]).recorded()
+    few, _ = resolve(Config(retain=prompts[:1000]), Settings).recorded()
     assert few["retain"] == prompts[:1000]
 
 
@@ -240,7 +242,7 @@ def test_a_string_is_accepted_for_every_list(pipe: Any, tmp_path: Path) -> None:
         ({"targets": "cat", "lamb": 0.0}, "above 0"),
         ({"targets": "cat", "lamb": float("nan")}, "finite"),
         ({"targets": "cat", "retain_scale": -1}, "at least 0"),
-        ({"targets": "cat", "rank": 0}, "rank"),
+        ({"targets": "cat", "rank": -1}, "rank"),
         ({"targets": "cat", "rows": "middle"}, "rows"),
         ({"targets": "cat", "layer": "hook"}, "layer"),
         ({"targets": "cat", "templates": ["no place"]}, "template"),
@@ -283,5 +285,5 @@ def test_fused_projections_are_refused() -> None:
 
 def test_defaults_are_documented() -> None:
     assert "uce" in method_names()
-    assert Config().template_list() == TEMPLATES["object"]
+    assert resolve(Config(), Settings).template_list == TEMPLATES["object"]
     assert all(template.count("{}") == 1 for templates in TEMPLATES.values() for template in templates)

@@ -26,7 +26,7 @@ from .base import HookLayer
 from .buffers import PartKey, Tensors, live_buffer, set_buffer
 from .changes import WeightChange
 from .kind import LayerKind
-from .modifiers import Conditions, Factors, Modifier
+from .modifiers import Conditions, Factors, Modifier, bins_at
 from .sites import SiteEdit, SiteLayer, find_site
 
 
@@ -101,13 +101,13 @@ class Part:
         column = None if self.modifier is None else self.modifier.column(self.index)
         if column is None or self.modifier is None:
             return torch.ones(1, dtype=torch.float64), torch.zeros(0)
-        bins, span = len(column), torch.tensor(self.modifier.span, dtype=torch.float32)
+        bins, span = len(column), self.modifier.span
         first = torch.arange(1, bins)
-        limits = (first.double() * self.modifier.span / bins).float()
+        limits = (first.double() * span / bins).float()
         infinity = torch.full_like(limits, torch.inf)
 
         def reached(timestep: torch.Tensor) -> torch.Tensor:
-            return (timestep * bins / span).floor() >= first  # the very operations of `Factors`
+            return bins_at(timestep, bins, span) >= first
 
         while bool((inside := reached(limits)).any()):
             limits = torch.where(inside, torch.nextafter(limits, -infinity), limits)

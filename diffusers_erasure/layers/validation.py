@@ -8,7 +8,7 @@ from ..errors import ErasureConfigError, ErasureFileError
 from ..low_rank import DOWN, UP
 from ..schema import COMPONENT, LORA_FILE, MODIFIER_PREFIX, TENSOR_FILE, ErasureConfig, LayerSpec, SolveSpec
 from ..tensors import check_finite
-from . import layer_kind
+from .registry import layer_kind
 
 
 Files = Mapping[str, Mapping[str, torch.Tensor]]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import compat
 from ..artifact import Erasure
 from ..base_model import (
     compare_component,
@@ -64,8 +65,8 @@ def _provenance_of(pipe: Any) -> Provenance | None:
     """The provenance file of the folder from which the denoiser came, if its weights are still those of the file."""
     name = denoiser_name(pipe)
     model = component(pipe, name)
-    source = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not isinstance(source, str) or not source:
+    source = compat.name_or_path(model)
+    if not source:
         return None
     folder = Path(source)
     for path in (parent / place for parent in (folder.parent, folder) for place in PLACES):

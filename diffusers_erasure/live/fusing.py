@@ -316,8 +316,8 @@ def _plain_parameters(component: nn.Module, weight: _Weight) -> dict[str, nn.Par
 
 
 def _plain_parameter(component: nn.Module, weight: _Weight, name: str) -> nn.Parameter:
-    parameter = weight.module._parameters.get(name)
-    if parameter is None and "weight" in weight.module._parameters:
+    parameter = compat.own_parameter(weight.module, name)
+    if parameter is None and compat.own_parameter(weight.module, "weight") is not None:
         raise ErasureCompatibilityError(
             f"{weight.site!r} has no {name}, into which a layer is fused; nothing was changed. Leave the erasure unfused."
         )
@@ -367,7 +367,7 @@ def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
 
 def _write(kept: Kept, value: torch.Tensor | None = None) -> None:
     """Write a value, by default the original, into the parameter of which the original is kept."""
-    parameter = kept.module._parameters[kept.name]
+    parameter = compat.own_parameter(kept.module, kept.name)
     assert parameter is not None
     with torch.inference_mode(parameter.is_inference()), torch.no_grad():
         parameter.data.copy_(kept.original if value is None else value)
@@ -384,7 +384,7 @@ def _check_restorable(component: nn.Module, name: str, kept: Kept) -> None:
         found: nn.Module | None = find_module(component, kept.site)
     except ErasureCompatibilityError:
         found = None
-    parameter = None if found is None else found._parameters.get(kept.name)
+    parameter = None if found is None else compat.own_parameter(found, kept.name)
     if found is not kept.module or parameter is None or parameter.device.type == "meta":
         raise ErasureError(
             f"The weight of {place!r} was offloaded, or its module replaced, after erasures were fused into it. Undo that "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..layers.buffers import placement
 from ..layers.epr import EPR, LearnedSchedule, skip_sites
 from ..layers.layer import Layer
@@ -28,7 +29,7 @@ class _Epr:
             yield
         finally:
             epr.detach()
-            del unet._modules[CHILD]
+            compat.remove_child(unet, CHILD)
 
     def switch(self, unet: Any, on: bool) -> None:
         unet.get_submodule(CHILD).on = on
