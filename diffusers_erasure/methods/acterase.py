@@ -341,12 +341,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
         checkpoints = Checkpoints(Path(run.checkpoint_dir).expanduser(), identity, dataclasses.asdict(base))
     layers = Run(calibration, run, checkpoints).layers()
     made = [
-        Layer(
-            "activation",
-            tuple(sorted(n.removesuffix(MASK) for n in own if n.endswith(MASK))),
-            own,
-            derived_from=origins,
-        )
+        Layer("activation", tuple(sorted(n.removesuffix(MASK) for n in own if n.endswith(MASK))), own)
         for own in layers
     ]
     return Erasure.from_layers(
