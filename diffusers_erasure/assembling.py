@@ -107,11 +107,8 @@ def assemble(
 
 def _places(layers: Sequence[Layer]) -> list[LayerSpec]:
     """Where the layers' tensors lie: as their kinds say, with a number in the name where several would lie at one place."""
-    kinds, names = [layer_kind(layer.kind) for layer in layers], [layer.kind for layer in layers]
-    places = [
-        (kind.file, kind.prefix(layer.component, layer.sites, names[:index].count(layer.kind)))
-        for index, (kind, layer) in enumerate(zip(kinds, layers, strict=True))
-    ]
+    kinds = [layer_kind(layer.kind) for layer in layers]
+    places = [(kind.file, kind.prefix(each.component, each.sites)) for kind, each in zip(kinds, layers, strict=True)]
     specs = []
     for index, (layer, (file, prefix)) in enumerate(zip(layers, places, strict=True)):
         if places.count((file, prefix)) > 1:

@@ -1,5 +1,6 @@
 """`combine`: several erasures made one, by solving again for all of their targets, or by adding them up exactly."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from .assembling import rounded
 from .base_model import compare_base, same_component
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
-from .layers import Summand, layer_kind
+from .layers import Layer, Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
@@ -235,11 +236,15 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
     for number, part in enumerate(parts, start=1):
         stated = part.config.stock.error if part.config.stock else 0.0
         for spec in part.config.layers:
-            member = Summand(f"Erasure number {number}", spec, part.layer_tensors(spec), stated)
+            error = stated if spec.file == LORA_FILE else 0.0
+            member = Summand(f"Erasure number {number}", spec, part.layer_tensors(spec), error)
             members.setdefault(spec.kind, []).append(member)
-    found = [each for name, own in members.items() for each in layer_kind(name).summed(own, rank, max_error)]
-    worst = max(error for _, error in found)
-    first = parts[0].config
+    layers: list[Layer] = []
+    worst = 0.0
+    for kind, own in members.items():
+        for layer, error in layer_kind(kind).summed(own, rank, max_error):
+            layers.append(layer)
+            worst = max(worst, error)
     described = [
         {
             "method": part.config.method.name,
@@ -250,13 +255,13 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
     ]
     concepts = [concept for part in parts for concept in part.concepts]
     if any(part.config.redacted for part in parts):
-        concepts = [Concept(None, None) for _ in concepts]
-    whole = {layer_kind(name).file for name in members} == {LORA_FILE}
+        concepts = [dataclasses.replace(concept, target=None, anchor=None) for concept in concepts]
+    whole = all(layer_kind(layer.kind).file == LORA_FILE for layer in layers)  # then the LoRA file states the error
     return Erasure.from_layers(
-        [layer for layer, _ in found],
-        base=first.base_model,
+        layers,
+        base=parts[0].config.base_model,
         concepts=concepts,
         method=Method("sum", {"parts": described, "rank": rank, "max_error": max_error}),
         error=worst,
-        diagnostics={"truncation_error": rounded(worst)} if worst and not whole else None,
+        diagnostics={"truncation_error": rounded(worst)} if worst and not whole else {},
     )

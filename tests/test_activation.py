@@ -614,11 +614,9 @@ def test_exporting_a_static_one(pipe: Any, tmp_path: Any) -> None:
 def damaged(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[], Erasure]:
     def make() -> Erasure:
         erasure = as_erasure(make_plan(FF[:2]))
-        tensors = {name.removeprefix("activation.0."): value for name, value in erasure.tensors[TENSOR_FILE].items()}
+        tensors = {name.removeprefix("activation."): value for name, value in erasure.tensors[TENSOR_FILE].items()}
         change(tensors)
-        return Erasure(
-            erasure.config, {TENSOR_FILE: {"activation.0." + name: value for name, value in tensors.items()}}
-        )
+        return Erasure(erasure.config, {TENSOR_FILE: {"activation." + name: value for name, value in tensors.items()}})
 
     return make
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-import diffusers_erasure
 from diffusers_erasure import (
     Erasure,
     ErasureCompatibilityError,
@@ -47,12 +46,9 @@ from diffusers_erasure.schema import (
     CARD_FILE,
     MODIFIER_PREFIX,
     TENSOR_FILE,
-    Concept,
-    ErasureConfig,
+    BaseModel,
     GateSpec,
     LayerSpec,
-    Library,
-    Method,
 )
 from tests.helpers import (
     PROMPT,
@@ -244,22 +240,9 @@ def pipe() -> Any:
     return tiny_sd_pipe()
 
 
-def as_erasure(name: str, layers: Sequence[Layer], target: str = "zebra") -> Erasure:
-    specs, tensors = [], {}
-    for index, layer in enumerate(layers):
-        kind = layer_kind(layer.kind)
-        prefix = kind.prefix(layer.component, layer.sites, index)
-        specs.append(LayerSpec(layer.kind, layer.component, layer.sites, kind.file, prefix))
-        tensors |= {prefix + key: value for key, value in layer.tensors.items()}
-    config = ErasureConfig(
-        schema="1.0",
-        library=Library("diffusers_erasure", diffusers_erasure.__version__),
-        method=Method(name),
-        base_model=describe_base(tiny_sd_pipe()),
-        concepts=(Concept(target, "horse"),),
-        layers=tuple(specs),
-    )
-    return Erasure(config, {TENSOR_FILE: tensors})
+@cache
+def base() -> BaseModel:
+    return describe_base(tiny_sd_pipe())
 
 
 @cache
@@ -269,8 +252,12 @@ def vector_layer(kind: str, seed: int = 0, sites: tuple[str, ...] = SITES) -> La
     return Layer(kind, sites, {f"{s}.vector": torch.randn(w, generator=generator) for s, w in widths.items()})
 
 
+def as_erasure(*layers: Layer, target: str = "zebra") -> Erasure:
+    return Erasure.from_layers(layers, base=base(), concepts=target, anchors="horse", method="mine")
+
+
 def erasure_of(kind: str, seed: int = 0, sites: tuple[str, ...] = SITES, target: str = "zebra") -> Erasure:
-    return as_erasure("mine", [vector_layer(kind, seed, sites)], target)
+    return as_erasure(vector_layer(kind, seed, sites), target=target)
 
 
 class Dense(nn.Module):
@@ -332,7 +319,7 @@ def test_saved_loaded_and_off_again(pipe: Any, kind: str, tmp_path: Path) -> Non
     assert roundings(predict(pipe), predict(dense(kind, 0.4))) <= ROUNDINGS
     wide = dataclasses.replace(vector_layer(kind), tensors={f"{site}.vector": torch.ones(3) for site in SITES})
     with pytest.raises(ErasureCompatibilityError, match="another width"):
-        unchanged_by(pipe, lambda: pipe.load_erasure(as_erasure("mine", [wide])))
+        unchanged_by(pipe, lambda: pipe.load_erasure(as_erasure(wide)))
 
 
 @pytest.mark.parametrize("kind", VECTORS)
@@ -449,7 +436,7 @@ def test_a_sum(pipe: Any) -> None:
     one, two = erasure_of("shift"), erasure_of("shift", 1, SITES[1:3], "cat")
     total = combine([one, two], mode="sum")
     (layer,) = total.config.layers
-    assert (layer.kind, layer.sites, layer.prefix, total.config.stock) == ("shift", SITES, "shift.0.", None)
+    assert (layer.kind, layer.sites, layer.prefix, total.config.stock) == ("shift", SITES, "shift.", None)
     pipe.load_erasure(total)
     found, both = predict(pipe), tiny_sd_pipe()
     both.load_erasure(one, "one")
@@ -484,7 +471,7 @@ def test_a_lora_under_other_names(pipe: Any) -> None:
         column, row = (torch.randn(size, generator=generator) / size**0.5 for size in shape)
         tensors[f"{site}.row"], tensors[f"{site}.column"] = row, column
         factors[f"{site}.lora_A.weight"], factors[f"{site}.lora_B.weight"] = row[None], column[:, None]
-    thin = as_erasure("mine", [Layer("thin", SITES, tensors)])
+    thin = as_erasure(Layer("thin", SITES, tensors))
     lora = random_erasure(tiny_sd_pipe(), "lora", tuple(f"unet.{site}" for site in SITES))
     lora = Erasure(lora.config, {next(iter(lora.tensors)): {f"unet.{name}": value for name, value in factors.items()}})
     assert_same_weights(to_kohya(thin), to_kohya(lora))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.dense_closed_form import dense_rece
 from diffusers_erasure import ErasureInputError, demo, erase
 from diffusers_erasure.base_model import plain_weight, text_readers
 from diffusers_erasure.encoding import all_rows
@@ -15,7 +16,6 @@ from diffusers_erasure.methods.rece import PRESETS, PUBLISHED, Config, Scales, S
 from diffusers_erasure.methods.rows import KeptRows, TargetRows
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
 from diffusers_erasure.settings import resolve
-from tests.dense_closed_form import dense_rece
 from tests.helpers import ROUNDINGS, edits, roundings
 
 

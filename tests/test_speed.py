@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.dense_closed_form import dense_speed
 from diffusers_erasure import ErasureInputError, demo, erase
 from diffusers_erasure.base_model import plain_weight, text_readers
 from diffusers_erasure.encoding import all_rows, last_rows
@@ -17,7 +18,6 @@ from diffusers_erasure.methods.nullspace import Influence, edit, kept_directions
 from diffusers_erasure.methods.speed import PRESETS, PUBLISHED, SQUARES, Config, Settings, centres_of
 from diffusers_erasure.schema import LORA_FILE
 from diffusers_erasure.settings import resolve
-from tests.dense_closed_form import dense_speed
 from tests.helpers import edits, roundings
 
 

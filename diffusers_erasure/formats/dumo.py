@@ -19,10 +19,9 @@ import torch
 from ..artifact import Erasure
 from ..base_model import component
 from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from ..layers import layer_kind
+from ..layers import Layer, layer_kind
 from ..layers.encoder_copy import PARTS, check_unet
 from ..layers.epr import MID, ZERO, skip_sites
-from ..layers.layer import Layer
 from ..modifying import with_gate, with_schedule
 from ..schema import MAX_BINS, MAX_CONFIG_BYTES, MAX_FILE_BYTES, Method
 from ..tensors import parse

@@ -66,15 +66,9 @@ class LayerKind(ABC):
             ErasureCompatibilityError: a site is missing, is of another type, or has another shape.
         """
 
-    def prefix(self, component: str, sites: Sequence[str], index: int = 0) -> str:
-        """What the names of a layer's tensors start with by default.
-
-        Args:
-            component (`str`): on which it acts.
-            sites (sequence of `str`): at which it acts.
-            index (`int`, *optional*, defaults to 0): how many layers of this kind come before it in the artefact.
-        """
-        return f"{self.name}.{index}."
+    def prefix(self, component: str, sites: Sequence[str]) -> str:
+        """What the names of a layer's tensors start with; where several layers would have the same, a number follows."""
+        return f"{self.name}."
 
     def why_no_schedule(self, spec: LayerSpec) -> str | None:
         """Why a layer can have no schedule, `None` where it can."""

@@ -178,7 +178,7 @@ class LoraKind(LayerKind):
     live: ClassVar[type[HookLayer]] = LoraLayer
     file: ClassVar[str] = LORA_FILE
 
-    def prefix(self, component: str, sites: Sequence[str], index: int = 0) -> str:
+    def prefix(self, component: str, sites: Sequence[str]) -> str:
         return f"{component}."
 
     def validate(self, spec: LayerSpec, tensors: Tensors) -> None:

@@ -104,9 +104,6 @@ class SkipKind(LayerKind):
     name: ClassVar[str] = "skip"
     live: ClassVar[type[HookLayer]] = SkipLayer
 
-    def prefix(self, component: str, sites: Sequence[str], index: int = 0) -> str:
-        return "skip."
-
     def validate(self, spec: LayerSpec, tensors: Tensors) -> None:
         if spec.component != "unet":
             raise ErasureFileError(f"A `skip` layer acts on the UNet, not on {spec.component!r}.")

@@ -186,7 +186,7 @@ class TextMapKind(LayerKind):
     name: ClassVar[str] = "text_map"
     live: ClassVar[type[HookLayer]] = TextMapLayer
 
-    def prefix(self, component: str, sites: Sequence[str], index: int = 0) -> str:
+    def prefix(self, component: str, sites: Sequence[str]) -> str:
         return "text_map." if tuple(sites) == (ROWS,) else "pooled_map."
 
     def validate(self, spec: LayerSpec, tensors: Tensors) -> None:

@@ -59,7 +59,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     for task in ("nudity", "unsafe", "artist", "object", "hard_object")
 }
 # Ours: UCE's defaults of this library, then the authors' epochs, in units of the rows' and the weights' own scale.
-# `reg` was picked on the development half of benchmarks/efficacy.py.
+# `reg` was picked on the development half of benchmarks/efficacy.
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **values,

@@ -51,7 +51,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     }
     for task, anchor in {"instance": "", "style": "art", "celebrity": "person", "nudity": ""}.items()
 }
-# Ours: more of a prompt's rows, in units of the rows' own scale. Picked on the development half of benchmarks/efficacy.py.
+# Ours: more of a prompt's rows, in units of the rows' own scale. Picked on the development half of benchmarks/efficacy.
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **values,

@@ -1,4 +1,4 @@
-"""What `efficacy.py` erases and draws: the halves, the scenarios, and every prompt with its seed. Nothing runs here."""
+"""What is erased and drawn: the halves, the scenarios, and every prompt with its seed. Nothing runs here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from diffusers_erasure.demo.captions import STYLED_TEMPLATES
-from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+from diffusers_erasure.demo.words import BROADER, HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+from tools.demo_model.captions import STYLED_TEMPLATES
 
 
 HALVES = ("dev", "report")
@@ -121,6 +121,11 @@ def retained(targets: Sequence[str], anchors: Sequence[str]) -> list[str]:
     """What every method is told to keep: the model's objects, styles and hypernyms but the targets and anchors."""
     words = dict.fromkeys((*OBJECTS, *STYLES, *sorted(set(HYPERNYMS.values()))))
     return [word for word in words if word not in targets and word not in anchors]
+
+
+def members(hypernym: str) -> set[str]:
+    """The objects that the model's captions call by a hypernym."""
+    return {name for name, direct in HYPERNYMS.items() if hypernym in (direct, BROADER.get(direct))}
 
 
 def find_neighbours(pipe: Any) -> Neighbours:
