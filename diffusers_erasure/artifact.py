@@ -2,40 +2,43 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from . import tensors as tensor_io
+from .assembling import Concepts, Rows, assemble
 from .cards import check_repo_id, render_card
 from .errors import ErasureConfigError, ErasureFileError, ErasureInputError, ErasureNotFoundError
 from .hub.beside import RECORD_FILE, FolderOrigin, Origin, Withheld, beside_of
 from .hub.joining import beside_files, check_side
+from .hub.options import CommitOptions, PushOptions, ReadOptions, SaveOptions, takes
+from .hub.transfer import fetch, push
 from .layers import layer_kind
+from .layers.layer import Layer
+from .layers.lora_keys import lora_layers
+from .layers.validation import check_tensors, layer_tensors, modifier_tensors, solve_tensors
 from .logging import get_logger
-from .low_rank import low_rank_error
+from .low_rank import UP, low_rank_error
 from .schema import (
     CARD_FILE,
     CONFIG_FILE,
     LORA_FILE,
-    MODIFIER_PREFIX,
-    TENSOR_FILE,
     Concept,
     ErasureConfig,
     FileRecord,
     LayerSpec,
-    SolveSpec,
+    Method,
 )
 from .showing import as_html, as_text, erasure_rows
-from .storage import local_folder, read_folder, write_folder
+from .storage import Contents, check_file, local_folder, read_folder, write_folder
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from PIL import Image
 
 logger = get_logger(__name__)
 
@@ -59,32 +62,7 @@ class Erasure:
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        expected = self.config.tensor_files
-        if set(self.tensors) != expected:
-            raise ErasureFileError(f"The tensors lie in {sorted(expected)}, but there is {sorted(self.tensors)}.")
-        used: dict[str, set[str]] = {name: set() for name in expected}
-        for layer in self.config.layers:
-            own = self.layer_tensors(layer)
-            kind = layer_kind(layer.kind)
-            kind.validate(layer, own)
-            check_modified(layer)
-            check_modifiers(layer, self.modifier_tensors(layer))
-            used.setdefault(TENSOR_FILE, set()).update(layer.modifier_names)
-            integers = [layer.prefix + name for name, value in own.items() if not value.dtype.is_floating_point]
-            if integers and not kind.packed:
-                raise ErasureFileError(f"{layer.file}: {integers[0][:200]!r} holds no floating-point numbers.")
-            used[layer.file] |= {layer.prefix + name for name in own}
-            odd = [layer.prefix + name for name, value in own.items() if not bool(torch.isfinite(value).all())]
-            if odd:
-                raise ErasureFileError(f"{layer.file}: {odd[0][:200]!r} has values that are not finite.")
-        if self.config.solve is not None:
-            rows = self.solve_tensors()
-            check_solve(self.config.solve, rows)
-            used[self.config.solve.file] |= {self.config.solve.prefix + name for name in rows}
-        for name in expected:
-            strangers = sorted(set(self.tensors[name]) - used[name])
-            if strangers:
-                raise ErasureFileError(f"{name} holds tensors that no layer uses: {[s[:120] for s in strangers[:3]]}.")
+        check_tensors(self.config, self.tensors)
 
     def __repr__(self) -> str:
         return as_text("Erasure", erasure_rows(self))
@@ -99,36 +77,30 @@ class Erasure:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the layers' tensors in float32: the same for a copy under another name."""
+        """SHA-256 over the layers' tensors in float32: the same for a copy under another name.
+
+        It is computed at each call, as the tensors may be changed at any time, in ways that PyTorch does not count.
+        """
         parts = {f"{file}/{key}": value for file, items in self.tensors.items() for key, value in items.items()}
         return tensor_io.content_hash(parts)
 
     def layer_tensors(self, layer: LayerSpec) -> dict[str, torch.Tensor]:
         """Return the tensors of one layer, their names without the layer's prefix."""
-        return {
-            key.removeprefix(layer.prefix): value
-            for key, value in self.tensors[layer.file].items()
-            if key.startswith(layer.prefix) and not key.startswith(MODIFIER_PREFIX)
-        }
+        return layer_tensors(layer, self.tensors)
 
     def modifier_tensors(self, layer: LayerSpec) -> dict[str, torch.Tensor]:
-        """Return the tensors of one layer's schedule and gate, by name.
-
-        Raises:
-            ErasureFileError: one is missing.
-        """
-        items = self.tensors[TENSOR_FILE] if layer.is_modified else {}
-        missing = [name for name in layer.modifier_names if name not in items]
-        if missing:
-            raise ErasureFileError(f"{TENSOR_FILE} lacks {missing[0]!r}, a layer's schedule or gate.")
-        return {name: items[name] for name in layer.modifier_names}
+        """Return the tensors of one layer's schedule and gate, by name."""
+        return modifier_tensors(layer, self.tensors)
 
     def solve_tensors(self) -> dict[str, torch.Tensor]:
         """Return the text rows that were kept for a joint solve, their names without the prefix; empty where none were."""
-        spec = self.config.solve
-        items = {} if spec is None else self.tensors[spec.file]
-        prefix = "" if spec is None else spec.prefix
-        return {key.removeprefix(prefix): value for key, value in items.items() if key.startswith(prefix)}
+        return {} if self.config.solve is None else solve_tensors(self.config.solve, self.tensors)
+
+    def lora_for_others(self) -> dict[str, torch.Tensor]:
+        """The factors in the LoRA file that are no layer's: by them stock diffusers acts where this library's layers do."""
+        own = {layer.prefix for layer in self.config.layers if layer.file == LORA_FILE}
+        items = self.tensors.get(LORA_FILE, {}).items()
+        return {name: value for name, value in items if not name.startswith(tuple(own))}
 
     def rescaled(self, factor: float) -> "Erasure":
         """Return the erasure whose strength 1 is this one's strength `factor`.
@@ -144,6 +116,8 @@ class Erasure:
         for layer in self.config.layers:
             scaled = layer_kind(layer.kind).rescaled(self.layer_tensors(layer), factor)
             tensors[layer.file].update({layer.prefix + name: value for name, value in scaled.items()})
+        for name, value in self.lora_for_others().items():
+            tensors[LORA_FILE][name] = value * factor if name.endswith(UP) else value
         config = dataclasses.replace(self.config, published_strength=self.config.published_strength * factor, files={})
         return Erasure(config, tensors, origin=self.origin)
 
@@ -195,11 +169,13 @@ class Erasure:
             results={},
             redacted=True,
         )
+        if config.stock is not None:
+            config = dataclasses.replace(config, stock=dataclasses.replace(config.stock, results={}))
         origin = self.origin if self.config.redacted else Withheld(self.origin)
         return Erasure(config, self.tensors, self.source, self.revision, origin)
 
     def cast(self, dtype: "torch.dtype | str") -> "Erasure":
-        """Return a copy with its tensors in another dtype; the additional error is added to `stock.max_error`.
+        """Return a copy with its tensors in another dtype; the additional error is added to `stock.error`.
 
         Args:
             dtype (`torch.dtype` or `str`): `torch.float32`, `torch.float16` or `torch.bfloat16`, or its name.
@@ -218,7 +194,7 @@ class Erasure:
         if config.stock is not None:
             error = low_rank_error(self.tensors[LORA_FILE], tensors[LORA_FILE])
             config = dataclasses.replace(
-                config, stock=dataclasses.replace(config.stock, max_error=config.stock.max_error + error)
+                config, stock=dataclasses.replace(config.stock, error=config.stock.error + error)
             )
         return Erasure(config, tensors, self.source, self.revision, self.origin)
 
@@ -230,26 +206,27 @@ class Erasure:
         Raises:
             ErasureFileError: what was written does not read back equal.
         """
-        erasure = self if dtype is None else self.cast(dtype)
-        erasure = erasure.redacted() if redact_concepts else erasure
-        files = {name: tensor_io.dump(items) for name, items in sorted(erasure.tensors.items())}
-        records = {name: FileRecord(tensor_io.sha256(data), len(data)) for name, data in files.items()}
-        config = dataclasses.replace(erasure.config, files=records)
-        files[CONFIG_FILE] = config.to_json().encode()
-        back = Erasure.from_files(files)
-        if back.config != config or back.content_hash != erasure.content_hash:
-            raise ErasureFileError("What was written does not read back equal; nothing was saved. Please report this.")
-        files[CARD_FILE] = render_card(config).encode()
-        return files
+        config, files = self._as_saved(dtype, redact_concepts)._serialised()
+        return {**files, CARD_FILE: render_card(config).encode()}
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | str | None = None,
-        redact_concepts: bool = False,
-        card: Literal["local", "hub"] | None = None,
-    ) -> list[Path]:
+    def _as_saved(self, dtype: torch.dtype | str | None, redact_concepts: bool) -> "Erasure":
+        erasure = self if dtype is None else self.cast(dtype)
+        return erasure.redacted() if redact_concepts else erasure
+
+    def _serialised(self) -> tuple[ErasureConfig, dict[str, bytes]]:
+        """The configuration as it is saved, and all files but the card, after a look at what they read back as."""
+        files = {name: tensor_io.dump(items) for name, items in sorted(self.tensors.items())}
+        records = {name: FileRecord(tensor_io.sha256(data), len(data)) for name, data in files.items()}
+        config = dataclasses.replace(self.config, files=records)
+        text = config.to_json().encode()
+        back = Erasure._of(Contents(ErasureConfig.from_json(text), files))
+        same = [tensor_io.equal(back.tensors[name], items) for name, items in self.tensors.items()]
+        if back.config != config or not all(same):
+            raise ErasureFileError("What was written does not read back equal; nothing was saved. Please report this.")
+        return config, {**files, CONFIG_FILE: text}
+
+    @takes(SaveOptions)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Unpack[SaveOptions]) -> list[Path]:
         """Save the erasure to a folder: `README.md`, `erasure_config.json` and one or two safetensors files.
 
         The folder appears whole or not at all. An erasure that is already there is replaced; other files stay, and so does
@@ -257,11 +234,7 @@ class Erasure:
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
-            dtype (`torch.dtype` or `str`, *optional*): dtype of the tensors; as they are by default (float32).
-            redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names, and with them what
-                was written into the card by hand, and its pictures.
-            card (`"local"` or `"hub"`, *optional*): which card holds where the folder's and that of the place that this
-                erasure was read from were edited differently.
+            options: see [`SaveOptions`].
 
         Returns:
             `list` of `Path`: the files.
@@ -270,32 +243,18 @@ class Erasure:
             ErasureInputError: both cards were edited, or a card edited by hand lies where a redacted erasure is to be
                 saved; then nothing is changed.
         """
+        card = options.get("card")
         check_side(card)
-        files = self.to_files(dtype=dtype, redact_concepts=redact_concepts)
-        del files[CARD_FILE]
-        redacts = isinstance(self.origin, Withheld) or (redact_concepts and not self.config.redacted)
-        config = ErasureConfig.from_json(files[CONFIG_FILE])
+        saved = self._as_saved(options.get("dtype"), options.get("redact_concepts", False))
+        redacts = isinstance(saved.origin, Withheld)
+        config, files = saved._serialised()
         folder = Path(save_directory)
-        files |= beside_files(config, beside_of(self.origin), folder, card=card, redacts=redacts)
+        files |= beside_files(config, beside_of(saved.origin), folder, card=card, redacts=redacts)
         written = write_folder(folder, files, without=(RECORD_FILE,) if redacts else ())
         return [path for path in written if path.name != RECORD_FILE]
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        redact_concepts: bool = False,
-        grid: "Image.Image | None" = None,
-        license: str | None = None,
-        base_model: str | None = None,
-        card: Literal["local", "hub"] | None = None,
-    ) -> "CommitInfo":
+    @takes(CommitOptions, SaveOptions, PushOptions)
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> "CommitInfo":
         """Push the erasure to the Hub in one commit: all of it becomes visible, or nothing.
 
         A tensor file of an earlier erasure that this one does not have is deleted in the same commit; nothing else is.
@@ -304,18 +263,7 @@ class Erasure:
 
         Args:
             repo_id (`str`): the repository, such as `"user/no-cat"`; it is created where it does not exist.
-            private (`bool`, *optional*): whether a repository that is created is private; the account's default
-                otherwise. `True` with a repository that exists and is public is refused.
-            token (`str` or `bool`, *optional*): the token; the stored one by default.
-            revision (`str`, *optional*): the branch, created from the main one where it does not exist; main by default.
-            create_pr (`bool`, *optional*, defaults to `False`): propose the commit as a pull request.
-            commit_message (`str`, *optional*): the commit's message.
-            dtype (`torch.dtype` or `str`, *optional*): dtype of the tensors; as they are by default (float32).
-            redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names.
-            grid (`PIL.Image.Image`, *optional*): a picture for the card, of images before and after.
-            license (`str`, *optional*): identifier of the licence, for the card's metadata.
-            base_model (`str`, *optional*): the base model's repository; see [`Erasure.with_base_model`].
-            card (`"local"` or `"hub"`, *optional*): which card holds where both were edited differently.
+            options: see [`PushOptions`].
 
         Returns:
             [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.
@@ -325,23 +273,106 @@ class Erasure:
             ErasureInputError: the base model has no id; the card was edited here and on the Hub; or the repository's
                 name, or what it holds, does not allow it.
         """
-        from .hub.transfer import push
+        base_model = options.get("base_model")
+        erasure = self if base_model is None else self.with_base_model(base_model)
+        erasure = erasure._as_saved(options.get("dtype"), options.get("redact_concepts", False))
+        return push(*erasure._serialised(), erasure.origin, repo_id, options)
 
-        return push(
-            self,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            dtype=dtype,
-            redact_concepts=redact_concepts,
-            grid=grid,
-            license=license,
-            base_model=base_model,
-            card=card,
+    # ------------------------------------------------------------------------------------------------- making
+
+    @classmethod
+    def from_layers(
+        cls,
+        layers: Sequence[Layer],
+        *,
+        base: Any,
+        concepts: Concepts,
+        anchors: str | Sequence[str] | None = None,
+        method: Method | str = "custom",
+        error: float = 0.0,
+        rows: Rows | None = None,
+        diagnostics: Mapping[str, Any] | None = None,
+        results: Mapping[str, Any] | None = None,
+    ) -> "Erasure":
+        """Make an erasure of layers with their tensors: the one way in which all methods put theirs together.
+
+        Args:
+            layers (sequence of [`Layer`]): how it acts. Layers of the kind `"lora"` are what stock diffusers loads.
+            base ([`DiffusionPipeline`] or [`~diffusers_erasure.schema.BaseModel`]): what it was made for; of a pipeline the
+                fingerprints are taken.
+            concepts (`str`, [`Concept`](format.md), or a sequence of them): what it removes.
+            anchors (`str` or sequence of `str`, *optional*): what they are mapped to: one for all, or one for each.
+            method (`str` or [`~diffusers_erasure.schema.Method`], *optional*, defaults to `"custom"`): how it was made: a
+                name, or with settings, seed and versions.
+            error (`float`, *optional*, defaults to 0.0): where all layers are LoRAs: the largest relative error of writing
+                them down, rounded or truncated.
+            rows (*optional*): text rows for a joint solve; see [`combine`].
+            diagnostics (`dict`, *optional*): what was computed while it was made, as JSON can hold it.
+            results (`dict`, *optional*): what was measured on images.
+
+        Raises:
+            ErasureFileError: a layer's tensors are not what its kind takes.
+            ErasureConfigError, ErasureInputError: sites, names or numbers that cannot be.
+
+        Examples:
+
+        ```py
+        >>> text_map = Layer("text_map", ("encoder_hidden_states",), {"A": a, "D": d})  # x + (x Aᵀ) D, both [n, C]
+        >>> erasure = Erasure.from_layers([text_map], base=pipe, concepts="Van Gogh", anchors="art")
+        ```
+        """
+        return cls(
+            *assemble(
+                layers,
+                base=base,
+                concepts=concepts,
+                anchors=anchors,
+                method=method,
+                error=error,
+                rows=rows,
+                diagnostics=diagnostics,
+                results=results,
+            )
         )
+
+    @classmethod
+    def from_lora(
+        cls,
+        state_dict: Mapping[str, torch.Tensor],
+        *,
+        base: Any,
+        concepts: Concepts,
+        alphas: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        derived_from: Sequence[str] = (),
+        **known: Any,
+    ) -> "Erasure":
+        """Make an erasure of a LoRA's tensors, such as those that a training script of your own holds.
+
+        Args:
+            state_dict (mapping): the factors, by names as diffusers writes them: `unet.….lora_A.weight` [r, in] and
+                `unet.….lora_B.weight` [out, r] (peft's), or diffusers' older ones.
+            base, concepts: see [`Erasure.from_layers`].
+            alphas (mapping, *optional*): diffusers' `network_alphas`.
+            metadata (mapping, *optional*): peft's configuration by component (`{"unet.lora_alpha": 8, …}`). Without it and
+                without `alphas` the scale is 1.
+            derived_from (sequence of `str`, *optional*): components with which the LoRA was trained and without which it
+                would miss, such as `("text_encoder", "tokenizer")`: with another one there it is refused.
+            known: `anchors`, `method`, `error`, `diagnostics` and `results` of [`Erasure.from_layers`].
+
+        Raises:
+            ErasureFileError: they are no factors of a plain LoRA.
+
+        Examples:
+
+        ```py
+        >>> factors = {f"unet.{name}": value for name, value in get_peft_model_state_dict(pipe.unet).items()}
+        >>> erasure = Erasure.from_lora(factors, base=pipe, concepts="Van Gogh", method="my-method")
+        >>> erasure.push_to_hub("me/no-vangogh")
+        ```
+        """
+        layers = lora_layers(state_dict, alphas, metadata, tuple(derived_from))
+        return cls.from_layers(layers, base=base, concepts=concepts, **known)
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -355,141 +386,44 @@ class Erasure:
         """
         if CONFIG_FILE not in files:
             raise ErasureNotFoundError(f"There is no {CONFIG_FILE}.")
-        config = ErasureConfig.from_json(files[CONFIG_FILE])
-        needed = config.tensor_files
-        if set(config.files) != needed:
-            raise ErasureConfigError(f"`files` names {sorted(config.files)}, but the tensors lie in {sorted(needed)}.")
-        tensors = {}
-        for name in sorted(needed):
+
+        def read(name: str, record: FileRecord) -> bytes:
             if name not in files:
                 raise ErasureFileError(f"{name} is missing; {CONFIG_FILE} names it.")
-            data, record = files[name], config.files[name]
-            if len(data) != record.size or tensor_io.sha256(data) != record.sha256:
-                raise ErasureFileError(
-                    f"{name} is not the file that {CONFIG_FILE} names: {len(data)} bytes instead of {record.size}, or "
-                    "another SHA-256. It was cut short or changed; download or save it again."
-                )
-            tensors[name] = tensor_io.parse(data, name)
-        return cls(config, tensors, source)
+            return check_file(name, files[name], record)
+
+        return cls._of(Contents.read(files[CONFIG_FILE], read), source)
 
     @classmethod
+    def _of(
+        cls, contents: Contents, source: str | None = None, revision: str | None = None, origin: Origin | None = None
+    ) -> "Erasure":
+        tensors = {name: tensor_io.parse(data, name) for name, data in contents.tensors.items()}
+        return cls(contents.config, tensors, source, revision, origin)
+
+    @classmethod
+    @takes(ReadOptions)
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Unpack[ReadOptions]
     ) -> "Erasure":
         """Read an erasure from a folder or from the Hub, and validate all of it.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a local folder, a file in it, or a repository id on
                 the Hub.
-            subfolder (`str`, *optional*): a folder within it.
-            revision (`str`, *optional*): branch, tag or commit. It is resolved once, and all files come from there.
-            token (`str` or `bool`, *optional*): token for private and gated repositories; the stored one by default.
-            cache_dir (`str` or `os.PathLike`, *optional*): cache folder, the Hub's default otherwise.
-            force_download (`bool`, *optional*, defaults to `False`): download again what is cached.
-            local_files_only (`bool`, *optional*, defaults to `False`): use the cache alone.
+            options: see [`ReadOptions`].
 
         Raises:
             ErasureNotFoundError: the folder or repository holds no erasure.
             ErasureHubError: the Hub refused access or gave no answer.
             ErasureConfigError, ErasureFileError: what it holds is not valid.
         """
-        folder, commit = local_folder(pretrained_model_name_or_path), None
+        folder = local_folder(pretrained_model_name_or_path)
         source = str(folder or pretrained_model_name_or_path)
-        origin: Origin
-        if folder is not None:
-            files = read_folder(folder, subfolder)
-            origin = FolderOrigin(folder.resolve() / (subfolder or ""))
-        else:
-            from .hub.transfer import fetch
-
-            files, snapshot = fetch(
-                source,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
-            origin, commit = snapshot, snapshot.commit
-        erasure = cls.from_files(files, source=source)
-        erasure.revision, erasure.origin = commit, origin
-        return erasure
-
-
-def check_modified(layer: LayerSpec) -> None:
-    """Check that a layer's kind allows its schedule and gate.
-
-    Raises:
-        ErasureConfigError: it does not.
-    """
-    kind = layer_kind(layer.kind)
-    asked = {"schedule": (layer.schedule, kind.why_no_schedule), "gate": (layer.gate, kind.why_no_gate)}
-    for word, (spec, why_not) in asked.items():
-        reason = None if spec is None else why_not(layer)
-        if reason is not None:
-            raise ErasureConfigError(f"A layer {layer.kind!r} has a {word}, which it cannot have: {reason}.")
-
-
-def check_modifiers(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check the tensors of a layer's schedule and gate.
-
-    Raises:
-        ErasureFileError: one is not finite, or of a shape that cannot be right.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point or not bool(torch.isfinite(tensor).all()):
-            raise ErasureFileError(f"{TENSOR_FILE}: {name!r} has values that are not finite numbers.")
-    if layer.schedule is not None:
-        shape, sites = tuple(tensors[layer.schedule.name].shape), len(layer.sites)
-        if shape not in ((layer.schedule.bins, sites), (layer.schedule.bins, 1)):
-            raise ErasureFileError(
-                f"{TENSOR_FILE}: a schedule of {layer.schedule.bins} bins for {sites} sites has the shape {shape}."
-            )
-    if layer.gate is not None:
-        rows, tokens = tensors[layer.gate.name], layer.gate.tokens
-        if rows.ndim != 3 or (tokens is not None and len(tokens) != len(rows)):
-            raise ErasureFileError(
-                f"{TENSOR_FILE}: a gate's rows have the shape {tuple(rows.shape)}; expected [concepts, length, width], with "
-                "tokens for each concept or for none."
-            )
-
-
-def check_solve(spec: SolveSpec, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Check names and shapes of the rows that are kept for a joint solve.
-
-    Raises:
-        ErasureFileError: a tensor is missing, unexpected, not finite, or of a shape that cannot be right.
-    """
-    known = {
-        f"{name}.{part}" for name in spec.rows for part in ("targets", "anchors", "probe_targets", "probe_anchors")
-    }
-    strangers = sorted(set(tensors) - known)
-    if strangers:
-        raise ErasureFileError(f"{spec.file} holds unknown rows for a joint solve: {strangers[0][:120]!r}.")
-    for name in spec.rows:
-        parts = {
-            part: tensors.get(f"{name}.{part}") for part in ("targets", "anchors", "probe_targets", "probe_anchors")
-        }
-        shapes = {part: () if value is None else tuple(value.shape) for part, value in parts.items()}
-        rows, width = shapes["targets"] if len(shapes["targets"]) == 2 else (0, 0)
-        fit = rows > 0 and shapes["anchors"] in ((1, width), (rows, width))
-        probes = [shapes["probe_targets"], shapes["probe_anchors"]]
-        fit = fit and (
-            probes == [(), ()] or (len(probes[0]) == 2 and probes[0] == probes[1] and probes[0][1] == width)
+        if folder is None:
+            contents, snapshot = fetch(source, options)
+            return cls._of(contents, source, snapshot.commit, snapshot)
+        subfolder = options.get("subfolder")
+        return cls._of(
+            read_folder(folder, subfolder), source, None, FolderOrigin(folder.resolve() / (subfolder or ""))
         )
-        if not fit:
-            raise ErasureFileError(
-                f"{spec.file}: the rows {name!r} for a joint solve are missing or do not fit together."
-            )
-    odd = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if odd:
-        raise ErasureFileError(f"{spec.file}: {odd[0]!r} has values that are not finite.")

@@ -211,11 +211,10 @@ def _text_components(pipe: Any, family: Family) -> Iterator[tuple[str, Any]]:
 
 def _repo_and_revision(pipe: Any, denoiser: Any) -> tuple[str | None, str | None]:
     """Repository id and commit, as far as the pipeline remembers them; a local path is no repository."""
-    name = getattr(getattr(pipe, "config", None), "_name_or_path", None) or getattr(pipe, "_name_or_path", None)
-    named = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not os.path.isdir(name)
+    name = compat.name_or_path(pipe)
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not os.path.isdir(name)
     repo = name if named else None
-    path = str(getattr(denoiser.config, "_name_or_path", ""))
-    commit = re.search(r"snapshots[/\\]([0-9a-f]{40})", path)
+    commit = re.search(r"snapshots[/\\]([0-9a-f]{40})", compat.name_or_path(denoiser))
     return repo, commit[1] if repo and commit else None
 
 
@@ -387,7 +386,7 @@ def readable_weight(module: nn.Linear, name: str) -> torch.Tensor:
     Raises:
         ErasureInputError: the weight cannot be read or dequantised.
     """
-    weight: torch.Tensor | None = module._parameters.get("weight")
+    weight: torch.Tensor | None = compat.own_parameter(module, "weight")
     if weight is not None and weight.device.type == "meta":
         stored = compat.offloaded_tensor(module, "weight")
         weight = None if stored is None else nn.Parameter(stored, requires_grad=False)

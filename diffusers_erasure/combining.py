@@ -1,14 +1,11 @@
 """`combine`: several erasures made one, by solving again for all of their targets, or by adding them up exactly."""
 
-import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-
-from ._version import __version__
 from .artifact import Erasure
+from .assembling import rounded
 from .base_model import compare_base, same_component
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
@@ -16,9 +13,10 @@ from .layers import Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .methods import get_method, make_config, method_names
+from .methods import MethodEntry, get_method, make_config
 from .methods.rows import TargetRows, TextConfig, from_tensors, join
-from .schema import LORA_FILE, SCHEMA, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
+from .registry import method_names
+from .schema import LORA_FILE, Concept, Method
 
 
 logger = get_logger(__name__)
@@ -74,6 +72,7 @@ def combine(
     if modified:
         raise ErasureInputError(f"Erasure number {modified[0]} has a schedule or a gate, which no combined edit has.")
     TextConfig(rank=rank, max_error=max_error)  # checks them
+    rank, max_error = rank or None, max_error or None  # 0 is no limit
     _check_one_base(parts)
     names = [concept.target for part in parts for concept in part.concepts if concept.target is not None]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -142,6 +141,7 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
 def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
     """The method and the settings that all parts share."""
     first = parts[0].config.method
+    common: dict[str, Any] = {}
     # Only what is retained is encoded again: without templates of its own, those of the targets may differ.
     free = FREE if first.settings.get("retain_templates") else (*FREE, "templates")
     for index, part in enumerate(parts, start=1):
@@ -160,17 +160,25 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
                 f"A joint solve needs one method: the first erasure is by {first.name}, number {index} by {method.name}; "
                 "use mode='sum'."
             )
-        for key in sorted({*first.settings, *method.settings} - set(free)):
-            if first.settings.get(key) != method.settings.get(key):
-                raise ErasureInputError(
-                    f"A joint solve needs the same settings: `{key}` is {first.settings.get(key)!r} in the first erasure and "
-                    f"{method.settings.get(key)!r} in number {index}; use mode='sum'."
-                )
+        own = _effective(get_method(method.name), method.settings, free)
+        common = common or own
+        for key in sorted(key for key in own if own[key] != common[key]):
+            raise ErasureInputError(
+                f"A joint solve needs the same settings: `{key}` is {common[key]!r} in the first erasure and {own[key]!r} in "
+                f"number {index}; use mode='sum'."
+            )
     if "templates" not in free and "templates" not in first.settings:
         raise ErasureInputError(
             "The erasures are redacted and do not say in which templates the retained prompts stood; use mode='sum'."
         )
-    return first.name, {key: value for key, value in first.settings.items() if key not in free}
+    return first.name, common
+
+
+def _effective(entry: MethodEntry, recorded: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """Recorded settings with what was left out, as erasures of earlier versions do, filled in; without some."""
+    given = {key: value for key, value in recorded.items() if key not in free}
+    settings, _ = entry.resolved(make_config(entry, given)).recorded()
+    return {key: value for key, value in settings.items() if key not in free}
 
 
 def _all_retained(parts: Sequence[Erasure], targets: Sequence[str]) -> Retained:
@@ -225,21 +233,12 @@ def _joined_rows(parts: Sequence[Erasure]) -> dict[str, dict[str, TargetRows]]:
 def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) -> Erasure:
     members: dict[str, list[Summand]] = {}
     for number, part in enumerate(parts, start=1):
-        stated = part.config.stock.max_error if part.config.stock else 0.0
+        stated = part.config.stock.error if part.config.stock else 0.0
         for spec in part.config.layers:
             member = Summand(f"Erasure number {number}", spec, part.layer_tensors(spec), stated)
             members.setdefault(spec.kind, []).append(member)
-    layers: list[LayerSpec] = []
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    worst = 0.0
-    for name, own in members.items():
-        kind = layer_kind(name)
-        for index, (layer, error) in enumerate(kind.summed(own, rank, max_error)):
-            prefix = kind.prefix(layer.component, layer.sites, index)
-            layers.append(LayerSpec(name, layer.component, layer.sites, kind.file, prefix, layer.derived_from))
-            tensors.setdefault(kind.file, {}).update({prefix + key: value for key, value in layer.tensors.items()})
-            worst = max(worst, error)
-    whole = set(tensors) == {LORA_FILE}
+    found = [each for name, own in members.items() for each in layer_kind(name).summed(own, rank, max_error)]
+    worst = max(error for _, error in found)
     first = parts[0].config
     described = [
         {
@@ -249,16 +248,15 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
         }
         for part in parts
     ]
-    config = ErasureConfig(
-        schema=SCHEMA,
-        library=Library("diffusers_erasure", __version__),
+    concepts = [concept for part in parts for concept in part.concepts]
+    if any(part.config.redacted for part in parts):
+        concepts = [Concept(None, None) for _ in concepts]
+    whole = {layer_kind(name).file for name in members} == {LORA_FILE}
+    return Erasure.from_layers(
+        [layer for layer, _ in found],
+        base=first.base_model,
+        concepts=concepts,
         method=Method("sum", {"parts": described, "rank": rank, "max_error": max_error}),
-        base_model=first.base_model,
-        concepts=tuple(concept for part in parts for concept in part.concepts)
-        if not any(part.config.redacted for part in parts)
-        else tuple(dataclasses.replace(c, target=None, anchor=None) for part in parts for c in part.concepts),
-        layers=tuple(layers),
-        stock=Stock(LORA_FILE, float(f"{min(worst, 0.999):.3g}")) if whole else None,
-        diagnostics={"truncation_error": float(f"{worst:.3g}")} if worst and not whole else {},
+        error=worst,
+        diagnostics={"truncation_error": rounded(worst)} if worst and not whole else None,
     )
-    return Erasure(config, tensors)

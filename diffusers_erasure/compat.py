@@ -27,6 +27,34 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
+def child(module: nn.Module, name: str) -> nn.Module | None:
+    """A module's own submodule of a name; `getattr` would also find other attributes, and what a wrapper forwards to."""
+    return module._modules.get(name)
+
+
+def remove_child(module: nn.Module, name: str) -> None:
+    """Take a module's own submodule away."""
+    del module._modules[name]
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A module's own parameter of a name, as it is stored; `getattr` may compute one, as peft's wrappers do."""
+    return module._parameters.get(name)
+
+
+def name_or_path(model: Any) -> str:
+    """The repository or folder which a pipeline or a model says it was loaded from; empty where it says none."""
+    config = getattr(model, "config", None)
+    # Not of the model where its configuration has the name: diffusers warns of that.
+    name = getattr(config if hasattr(config, "_name_or_path") else model, "_name_or_path", None)
+    return name if isinstance(name, str) else ""
+
+
+def lora_components(pipe: Any) -> tuple[str, ...]:
+    """The components that a pipeline loads LoRAs on; none where it loads no LoRAs."""
+    return tuple(getattr(pipe, "_lora_loadable_modules", ()))
+
+
 def reset_compiled() -> None:
     """Forget compiled graphs: torch does not look at hooks again once a graph exists (`skip_nnmodule_hook_guards`)."""
     torch.compiler.reset()
@@ -87,7 +115,7 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor | None:
     """The weight of a Linear that bitsandbytes, torchao, HQQ or GGUF has packed, unpacked; `None` for other packings."""
     from peft.utils.integrations import dequantize_module_weight
 
-    weight: Any = module._parameters.get("weight")
+    weight: Any = own_parameter(module, "weight")
     if type(weight).__name__ == "GGUFParameter":
         from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 

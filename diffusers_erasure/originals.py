@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from . import compat
+
 
 @dataclass
 class Kept:
@@ -41,5 +43,5 @@ def digest(tensor: torch.Tensor) -> str:
 
 def originals(component: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
     """The parameters of a component as they were before erasures were fused into them, by module and name."""
-    kept = getattr(component._modules.get("erasure_modules"), "fused", {})
+    kept = getattr(compat.child(component, "erasure_modules"), "fused", {})
     return {(each.module, each.name): each.original for each in kept.values()}

@@ -7,8 +7,10 @@ from typing import Annotated, NoReturn
 import typer
 from rich.text import Text
 
-from . import completion, convert, erase, fit, hub, methods, pictures
+from . import completion, convert, erase, fit, hub, methods
+from .demo import demo
 from .export import export
+from .generate import generate
 from .options import err
 
 
@@ -51,12 +53,12 @@ def common(
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    pictures.demo,
+    demo,
     methods.methods,
     erase.erase,
     fit.combine,
     fit.lists,
-    pictures.generate,
+    generate,
     methods.info,
     export,
     hub.push,

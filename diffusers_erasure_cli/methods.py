@@ -81,13 +81,15 @@ def info(
     config = erasure.config
     if plot is not None:
         from diffusers_erasure.errors import ErasureInputError
+        from diffusers_erasure.pictures import as_png
+        from diffusers_erasure.storage import write_file
 
         from .plotting import plot_schedules
 
         picture = plot_schedules(erasure)
         if picture is None:
             raise ErasureInputError("There is nothing to plot: no layer of this erasure has a schedule.")
-        picture.save(plot, format="PNG")
+        write_file(plot, as_png(picture))
     if as_json:
         print(json.dumps(_as_dict(config, fingerprints), indent=2, sort_keys=True, ensure_ascii=False))
         return
@@ -107,7 +109,7 @@ def info(
         "base model": f"{config.base_model.repo or here} ({config.base_model.family})",
         "commit": erasure.revision,
         "strength 1 is": None if config.published_strength == 1 else f"{config.published_strength:g} of the original",
-        "loads without this package": f"yes, {config.stock.file}, error {config.stock.max_error:.1e}"
+        "loads without this package": f"{_STOCK[config.stock.form]}, {config.stock.file}, error {config.stock.error:.1e}"
         if config.stock
         else "no",
     }
@@ -125,6 +127,9 @@ def info(
             table.add_row(label, Text(str(value)))
     out.print(table)
     print_diagnostics(config.diagnostics)
+
+
+_STOCK = {"exact": "yes, the same edit", "approximate": "approximately"}
 
 
 def _as_dict(config: Any, fingerprints: bool) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import pytest
 PRELOADED = [
     "diffusers_erasure.cli",
     "diffusers_erasure.training.loop",
-    "diffusers_erasure.demo.loop",
     "tests.helpers",
 ]
 

@@ -18,7 +18,6 @@ from diffusers import (
 )
 from torch import nn
 
-import diffusers_erasure
 from diffusers_erasure import (
     Erasure,
     ErasureCompatibilityError,
@@ -27,18 +26,14 @@ from diffusers_erasure import (
 )
 from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.layers.activation import BLEND, MASK, MEANS, TIMESTEPS, ActivationKind, ActivationPatch, pack
+from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.schema import (
     LORA_FILE,
     MODIFIER_PREFIX,
     TENSOR_FILE,
     BaseModel,
-    Concept,
-    ErasureConfig,
     GateSpec,
     LayerSpec,
-    Library,
-    Method,
-    ScheduleSpec,
 )
 from tests.helpers import (
     ROUNDINGS,
@@ -109,29 +104,17 @@ def tensors_of(plan: Plan) -> dict[str, torch.Tensor]:
 
 
 def as_erasure(*plans: Plan, pipe: Any = None, gate: torch.Tensor | None = None, layout: str = "row") -> Erasure:
-    layers, tensors = [], {}
-    for i, plan in enumerate(plans):
-        prefix = f"activation.{i}."
-        schedule = gated = None
-        if plan.schedule is not None:
-            schedule = ScheduleSpec(f"{MODIFIER_PREFIX}{i}.schedule", len(plan.schedule))
-            tensors[schedule.name] = plan.schedule
-        if gate is not None:
-            gated = GateSpec(f"{MODIFIER_PREFIX}{i}.gate", layout=layout)
-            tensors[gated.name] = gate
-        layers.append(
-            LayerSpec("activation", "unet", tuple(plan.masks), TENSOR_FILE, prefix, (), schedule=schedule, gate=gated)
-        )
-        tensors |= {prefix + name: value for name, value in tensors_of(plan).items()}
-    config = ErasureConfig(
-        schema="1.0",
-        library=Library("diffusers_erasure", diffusers_erasure.__version__),
-        method=Method("random"),
-        base_model=describe_base(pipe) if pipe else tiny_base(),
-        concepts=(Concept("zebra"),),
-        layers=tuple(layers),
-    )
-    return Erasure(config, {TENSOR_FILE: tensors})
+    layers = [Layer("activation", tuple(plan.masks), tensors_of(plan), schedule=plan.schedule) for plan in plans]
+    made = Erasure.from_layers(layers, base=pipe or tiny_base(), concepts="zebra", method="random")
+    if gate is None:
+        return made
+    specs = [
+        dataclasses.replace(spec, gate=GateSpec(f"{MODIFIER_PREFIX}{i}.gate", layout=layout))
+        for i, spec in enumerate(made.config.layers)
+    ]
+    gates = {name: gate for spec in specs for name in spec.modifier_names if name.endswith("gate")}
+    config = dataclasses.replace(made.config, layers=tuple(specs))
+    return Erasure(config, {TENSOR_FILE: {**made.tensors[TENSOR_FILE], **gates}})
 
 
 class Reference:

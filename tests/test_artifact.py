@@ -41,6 +41,7 @@ from tests.helpers import (
     UNET_SITES,
     assert_like,
     base_images,
+    counting,
     dense_edit,
     far,
     images,
@@ -117,6 +118,55 @@ def test_saving_over_an_erasure_keeps_foreign_files(erasure: Erasure, tmp_path: 
     assert sorted(files) == sorted([".gitattributes", CARD_FILE, CONFIG_FILE, "notes/mine.txt", LORA_FILE])
     assert (files["notes/mine.txt"], files[".gitattributes"]) == (b"mine", b"lfs")
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_each_thing_is_done_once(erasure: Erasure, tmp_path: Path) -> None:
+    """The files are of another process when they are read, so that all of it is done, but nothing twice."""
+    once = {"configs parsed": 1, "files hashed": 1, "tensors checked": len(erasure.tensors[LORA_FILE])}
+    with counting() as saving:
+        erasure.save_pretrained(tmp_path / "a")
+    assert saving == {**once, "cards rendered": 1}
+    with counting() as serialising:
+        files = erasure.to_files()
+    assert serialising == {**once, "cards rendered": 1}
+    for read in (lambda: Erasure.from_pretrained(tmp_path / "a"), lambda: Erasure.from_files(files)):
+        with counting() as reading:
+            back = read()
+        assert reading == once and same(back, erasure)
+    pipe = tiny_sd_pipe()
+    with counting() as loading:
+        pipe.load_erasure(tmp_path / "a")
+    assert loading == {**once, "contents hashed": 1}
+
+
+@pytest.mark.parametrize("write", ["in place", "past autograd", "through NumPy", "another tensor"])
+def test_tensors_that_are_changed_have_another_hash_and_are_saved_as_they_are(write: str, tmp_path: Path) -> None:
+    erasure = random_erasure(tiny_sd_pipe())
+    erasure.save_pretrained(tmp_path)
+    erasure = Erasure.from_pretrained(tmp_path)
+    before, items = erasure.content_hash, erasure.tensors[LORA_FILE]
+    name = next(iter(items))
+
+    def fill(value: float) -> None:
+        if write == "in place":
+            items[name].fill_(value)
+        elif write == "past autograd":
+            items[name].data.fill_(value)
+        elif write == "through NumPy":
+            items[name].numpy()[:] = value
+        else:
+            items[name] = torch.full_like(items[name], value)
+
+    fill(2.0)
+    assert erasure.content_hash != before
+    erasure.save_pretrained(tmp_path)
+    back = Erasure.from_pretrained(tmp_path)
+    assert same(back, erasure) and torch.equal(back.tensors[LORA_FILE][name], torch.full_like(items[name], 2.0))
+    fill(float("nan"))
+    saved = contents(tmp_path)
+    with pytest.raises(ErasureFileError, match="not finite"):
+        erasure.save_pretrained(tmp_path)
+    assert contents(tmp_path) == saved
 
 
 class Interrupted(BaseException):
@@ -214,7 +264,7 @@ def test_half_precision_files_state_their_error(erasure: Erasure, tmp_path: Path
         assert {tensor.dtype for tensor in back.tensors[LORA_FILE].values()} == {dtype}
         assert back.config.stock is not None
         # Two factors, each rounded by at most eps relative, in random directions.
-        assert 0.2 * eps < back.config.stock.max_error < 2 * eps
+        assert 0.2 * eps < back.config.stock.error < 2 * eps
         live = tiny_sd_pipe()
         live.load_erasure(back)
         assert 0 < far(images(live), exact) < 0.2 * far(exact, base)
@@ -350,7 +400,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "schema is a number": (put("schema", 1.0), "1.0"),
     "deep nesting": (text('"seed": 0\n', f'"seed": {DEEP}\n'), "deep"),
     "very deep nesting": (lambda data: b"[" * 100_000, CONFIG_FILE),
-    "duplicate key": (text('"schema": "1.0"', '"schema": "1.0", "schema": "1.0"'), "twice"),
+    "duplicate key": (text('"schema": "1.1"', '"schema": "1.1", "schema": "1.1"'), "twice"),
     "NaN": (text('"published_strength": 1.0', '"published_strength": NaN'), "NaN"),
     "Infinity": (text('"published_strength": 1.0', '"published_strength": Infinity'), "Infinity"),
     "a float that overflows": (text('"published_strength": 1.0', '"published_strength": 1e999'), "not finite"),
@@ -391,7 +441,14 @@ BAD_CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "bad hash": (put("files/" + LORA_FILE + "/sha256", "xyz"), "sha256"),
     "bad fingerprint": (put("base_model/components/unet/architecture", "xyz"), "architecture"),
     "redacted but named": (put("redacted", True), "redacted"),
-    "stock for another layer": (put("stock", {"file": TENSOR_FILE, "max_error": 0.0}), "stock"),
+    "stock for another file": (put("stock", {"file": TENSOR_FILE, "error": 0.0}), "stock"),
+    "stock of the old schema": (put("stock", {"file": LORA_FILE, "max_error": 0.0}), "max_error"),
+    "stock of another form": (put("stock", {"file": LORA_FILE, "error": 0.0, "form": "nearly"}), "stock.form"),
+    "stock that is far from exact": (put("stock", {"file": LORA_FILE, "error": 1.0}), "stock.error"),
+    "stock of a negative error": (
+        put("stock", {"file": LORA_FILE, "error": -0.1, "form": "approximate"}),
+        "stock.error",
+    ),
     "too many concepts": (put("concepts", [{"target": "x", "anchor": None}] * 100_000), "bytes"),
     "no file record": (put("files", {}), "files"),
 }

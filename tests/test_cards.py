@@ -19,7 +19,6 @@ from diffusers_erasure import Erasure, ErasureHubError, ErasureInputError, demo
 from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.cards import escape_markdown, is_edited, merge_card, render_card
 from diffusers_erasure.compat import hub_transport_error
-from diffusers_erasure.demo.command import Accuracy, with_results
 from diffusers_erasure.hub.beside import (
     MAX_CARD_BYTES,
     MAX_PICTURE_BYTES,
@@ -35,10 +34,10 @@ from diffusers_erasure.hub.beside import (
 from diffusers_erasure.hub.client import TIMEOUT, TIMEOUT_CACHED
 from diffusers_erasure.hub.joining import join, pushed_card
 from diffusers_erasure.hub.transfer import Snapshot
-from diffusers_erasure.methods import method_names
-from diffusers_erasure.methods.citations import CITATIONS
+from diffusers_erasure.registry import BUILT_IN
 from diffusers_erasure.schema import (
     LORA_FILE,
+    SCHEMA,
     TENSOR_FILE,
     BaseModel,
     Concept,
@@ -48,6 +47,7 @@ from diffusers_erasure.schema import (
     Method,
     Stock,
 )
+from diffusers_erasure_cli.demo import Accuracy, with_results
 from tests.helpers import images, random_erasure, style_lora, tiny_sd_pipe
 
 
@@ -89,7 +89,7 @@ def config(**changes: Any) -> ErasureConfig:
         "lora", "unet", ("mid_block.attentions.0.to_k", "mid_block.attentions.0.to_v"), LORA_FILE, "unet."
     )
     values: dict[str, Any] = {
-        "schema": "1.0",
+        "schema": SCHEMA,
         "library": Library("diffusers_erasure", "0.1.0"),
         "method": Method(
             "uce",
@@ -244,9 +244,14 @@ def test_merging() -> None:
 
 
 def test_each_method_has_its_citation() -> None:
-    for name in method_names():
-        citation = CITATIONS[name]
-        assert citation.url.startswith("https://") and citation.bibtex.startswith("@") and str(citation.year)
+    for declared in BUILT_IN:
+        citation = declared.citation
+        assert (
+            citation is not None
+            and citation.url.startswith("https://")
+            and citation.bibtex.startswith("@")
+            and str(citation.year)
+        )
         assert citation.title in citation.bibtex
 
 

@@ -134,10 +134,10 @@ def test_a_truncated_sum_states_its_error(pipe: Any) -> None:
     exact, small = combine(parts, mode="sum"), combine(parts, mode="sum", rank=4)
     whole, cut = edits(exact), edits(small)
     worst = max(float((whole[name] - cut[name]).norm() / whole[name].norm()) for name in whole)
-    assert small.config.stock is not None and small.config.stock.max_error == pytest.approx(worst, rel=0.01)
+    assert small.config.stock is not None and small.config.stock.error == pytest.approx(worst, rel=0.01)
     assert 0.001 < worst
     bounded = combine(parts, mode="sum", max_error=0.05)
-    assert bounded.config.stock is not None and bounded.config.stock.max_error <= 0.0501
+    assert bounded.config.stock is not None and bounded.config.stock.error <= 0.0501
     rank = next(v for k, v in bounded.tensors[LORA_FILE].items() if k.endswith(DOWN)).shape[0]
     assert rank < 12
 

@@ -1,4 +1,4 @@
-"""The makers of the embedded model."""
+"""What trains the embedded model, in tools/."""
 
 import json
 import random
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from diffusers_erasure import demo
-from diffusers_erasure.demo.captions import Captions
 from diffusers_erasure.demo.dataset import load_dataset
 from diffusers_erasure.errors import ErasureInputError
+from tools.demo_model.captions import Captions
 
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def test_smoke_rebuild(tmp_path):
 
     assets = Path(str(demo.assets()))
     output = tmp_path / "new" / "model64"
-    command = [sys.executable, "-m", "diffusers_erasure.demo.rebuild", "--smoke"]
+    command = [sys.executable, "-m", "tools.demo_model", "--smoke"]
     command += ["--images", str(assets / "emoji64.npz"), "--labels", str(assets / "emoji64.json")]
     subprocess.run([*command, "--output", str(output)], check=True, cwd=ROOT, capture_output=True)
     assert [path.name for path in output.parent.iterdir()] == ["model64"]
@@ -76,7 +76,7 @@ def test_smoke_rebuild(tmp_path):
 
 
 def test_rebuild_refuses_a_folder_of_others(tmp_path, source):
-    from diffusers_erasure.demo.rebuild import rebuild
+    from tools.demo_model.rebuild import rebuild
 
     dataset = load_dataset(*source[2]())
     (tmp_path / "out").mkdir()
@@ -93,7 +93,7 @@ def test_rebuild_refuses_a_folder_of_others(tmp_path, source):
 
 
 def test_command_refuses_bad_steps(tmp_path, source):
-    from diffusers_erasure.demo.rebuild import main
+    from tools.demo_model.rebuild import main
 
     images, labels = source[2]()
     arguments = ["--images", str(images), "--labels", str(labels), "--output", str(tmp_path / "out")]
@@ -177,7 +177,7 @@ def test_captions(source):
 
 
 def test_tokenizer_has_the_form_of_the_shipped_one():
-    from diffusers_erasure.demo.train_tokenizer import TokenizerSettings, train_tokenizer
+    from tools.demo_model.train_tokenizer import TokenizerSettings, train_tokenizer
 
     tokenizer = train_tokenizer(Captions(demo.load_images()), TokenizerSettings())
     shipped = demo.load_pipeline().tokenizer
@@ -194,7 +194,7 @@ def test_tokenizer_has_the_form_of_the_shipped_one():
 
 
 def test_padding_hides_the_words():
-    from diffusers_erasure.demo.train_model import ModelSettings, hide_padding
+    from tools.demo_model.train_model import ModelSettings, hide_padding
 
     tokens = torch.tensor([[0, 5, 6, 1, 1, 1], [0, 7, 1, 1, 1, 1], [0, 5, 6, 7, 8, 1]])
     rows = torch.arange(18.0).view(3, 6, 1)

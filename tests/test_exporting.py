@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from diffusers_erasure import Erasure, ErasureConfigError, ErasureError, ErasureInputError, export_erased
 from diffusers_erasure.formats.erased_model import render_model_card
 from diffusers_erasure.provenance import Contained, Provenance, contained_config
-from diffusers_erasure.schema import BaseModel, Concept, Library
+from diffusers_erasure.schema import SCHEMA, BaseModel, Concept, Library
 from tests.helpers import (
     CONV_SITES,
     TEXT_SITES,
@@ -209,7 +209,7 @@ def test_the_rendered_example_of_the_card() -> None:
     erasure = random_erasure(tiny_sd_pipe(), "lora", SITES, size=0.5, base=base, concepts=CONCEPTS)
     config = {**contained_config(erasure.config), "library": {"name": "diffusers_erasure", "version": "0.1.0"}}
     provenance = Provenance(
-        schema="1.0",
+        schema=SCHEMA,
         kind="erased-model",
         library=Library("diffusers_erasure", "0.1.0"),
         base_model=BaseModel("stable-diffusion", "CompVis/stable-diffusion-v1-4", "0" * 40),

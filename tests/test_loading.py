@@ -20,6 +20,7 @@ from torch import nn
 
 import diffusers_erasure
 from diffusers_erasure import (
+    ErasablePipeline,
     Erasure,
     ErasureCompatibilityError,
     ErasureFileError,
@@ -566,30 +567,48 @@ def test_what_cannot_be_compared(pipe: Any, caplog: pytest.LogCaptureFixture) ->
 # ------------------------------------------------------------------------------------------------ bound methods
 
 
-NAMES = (
-    "load_erasure",
-    "list_erasures",
-    "set_erasures",
-    "unload_erasure",
-    "erasures_disabled",
-    "save_erasure",
-    "push_erasure_to_hub",
-)
+BASES = (DiffusionPipeline, ModularPipeline)
+# In a process where nothing is bound yet: the bases' attributes as diffusers has them, bound, and unbound again.
+BIND = """
+import diffusers_erasure, json
+from diffusers import DiffusionPipeline, ModularPipeline
+names = lambda: [sorted(vars(base)) for base in (DiffusionPipeline, ModularPipeline)]
+before = names()
+diffusers_erasure.install()
+bound = names()
+diffusers_erasure.uninstall()
+print(json.dumps([before, bound, names()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def bound() -> tuple[str, ...]:
+    """The names that installing adds to both bases, and uninstalling takes away, by the bases' own account."""
+    environment = {**os.environ, "DIFFUSERS_ERASURE_NO_PATCH": "1"}
+    done = subprocess.run([sys.executable, "-c", BIND], env=environment, capture_output=True, text=True, check=True)
+    before, there, after = json.loads(done.stdout)
+    assert after == before, "a method survives `uninstall`"
+    added = [sorted(set(new) - set(old)) for new, old in zip(there, before, strict=True)]
+    assert added[0] == added[1]
+    return tuple(added[0])
 
 
 @pytest.fixture
 def restored() -> Iterator[None]:
+    before = [dict(vars(base)) for base in BASES]
     yield
-    for base in (DiffusionPipeline, ModularPipeline):
-        for name in NAMES:
-            if name in vars(base):
-                delattr(base, name)
-    install()
+    for base, attributes in zip(BASES, before, strict=True):
+        for name in set(vars(base)) - set(attributes):
+            delattr(base, name)
+        for name, value in attributes.items():
+            if vars(base).get(name) is not value:
+                setattr(base, name, value)
 
 
-def test_bound_to_both_bases() -> None:
-    for base in (DiffusionPipeline, ModularPipeline):
-        for name in NAMES:
+def test_bound_to_both_bases(bound: tuple[str, ...]) -> None:
+    assert set(bound) == {name for name in vars(ErasablePipeline) if not name.startswith("_")}
+    for base in BASES:
+        for name in bound:
             method, function = vars(base)[name], getattr(diffusers_erasure, name)
             assert method.__doc__ == function.__doc__
             assert method.__wrapped__ is function
@@ -612,15 +631,15 @@ def test_modular_pipelines(tmp_path: Path) -> None:
     assert equal(images(whole), base)
 
 
-def test_install_and_uninstall(restored: None, pipe: Any) -> None:
-    methods = {name: vars(DiffusionPipeline)[name] for name in NAMES}
+def test_install_and_uninstall(restored: None, bound: tuple[str, ...], pipe: Any) -> None:
+    attributes = [dict(vars(base)) for base in BASES]
     install()
-    assert {name: vars(DiffusionPipeline)[name] for name in NAMES} == methods, "a second call does nothing"
+    assert [dict(vars(base)) for base in BASES] == attributes, "a second call does nothing"
     pipe.load_erasure(random_erasure(pipe))
     erased = images(pipe)
     for _ in range(2):
         uninstall()
-        assert not any(hasattr(base, name) for base in (DiffusionPipeline, ModularPipeline) for name in NAMES)
+        assert not [name for base in BASES for name in dir(base) if name in bound]
     with pytest.raises(ErasureInputError, match="install"):
         as_erasable(pipe)
     assert equal(images(pipe), erased), "what is loaded stays on"

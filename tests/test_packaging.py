@@ -134,6 +134,11 @@ def test_wheel_contents(built: tuple[Path, Path]) -> None:
     (metadata_folder,) = metadata_folders
     shipped = {name for name in names if not name.startswith(metadata_folder)}
     assert shipped == expected_files()
+    demo = {name.removeprefix(f"{PACKAGE}/demo/") for name in shipped if name.startswith(f"{PACKAGE}/demo/")}
+    modules = {name for name in demo if name.endswith(".py")}
+    assert modules == {"__init__.py", "dataset.py", "drawing.py", "judge.py", "words.py"}, (
+        "what trains the model is in tools/"
+    )
     assert f"{metadata_folder}/licenses/LICENSE" in names
     assert f"{metadata_folder}/licenses/NOTICE" in names  # the attribution that CC-BY asks for
 
@@ -167,6 +172,7 @@ def test_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path) ->
         "docs/index.md",
         "mkdocs.yml",
         "tests/conftest.py",
+        "tools/demo_model/rebuild.py",
     }
     assert needed <= names
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())

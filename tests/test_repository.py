@@ -3,7 +3,7 @@
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -99,6 +99,49 @@ def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, ".".join(path)
 
 
+def own_members(trees: Iterable[ast.AST]) -> set[str]:
+    """The private names that classes of these modules define: in their bodies, or on `self` and `cls`."""
+    names: set[str] = set()
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                for part in node.body:
+                    if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+                        names.add(part.name)
+                    targets = [part.target] if isinstance(part, ast.AnnAssign) else getattr(part, "targets", [])
+                    names.update(target.id for target in targets if isinstance(target, ast.Name))
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                    names.add(node.attr)
+    return {name for name in names if is_private(name)}
+
+
+def private_attributes(tree: ast.AST, members: set[str]) -> Iterator[tuple[int, str]]:
+    """Private attributes, also by `getattr` and the like, that no class has of those which define `members`.
+
+    Those of a module of the library itself, and marks that carry the library's name, are its own.
+    """
+    relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    modules = {alias.asname or alias.name for node in relative for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner, name = node.value, node.attr
+        elif isinstance(node, ast.Call) and dotted(node.func)[-1:] in (
+            ["getattr"],
+            ["hasattr"],
+            ["setattr"],
+            ["delattr"],
+        ):
+            if len(node.args) < 2 or not isinstance(node.args[1], ast.Constant):
+                continue
+            owner, name = node.args[0], str(node.args[1].value)
+        else:
+            continue
+        of_module = isinstance(owner, ast.Name) and owner.id in modules
+        if is_private(name) and name not in members and not of_module and not name.startswith(f"_{PACKAGE.name}"):
+            yield node.lineno, ast.unparse(node)
+
+
 WEIGHTS_ONLY = "torch.load(..., weights_only=True)"
 # Converters read local files that methods' authors publish; `load_erasure` never calls them.
 CONVERTERS = {(PACKAGE / "formats/dumo.py", WEIGHTS_ONLY)}
@@ -148,6 +191,23 @@ def test_private_names_of_other_libraries_are_imported_in_compat_only() -> None:
     assert not found, "move to diffusers_erasure/compat.py:\n" + "\n".join(found)
 
 
+def test_private_attributes_of_other_libraries_are_in_compat_only() -> None:
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for folder in (*PACKAGES, ROOT / "tools")
+        for path in python_files(folder)
+        if path != PACKAGE / "compat.py"
+    }
+    members = own_members(trees.values())
+    assert trees and members
+    found = [
+        f"{place(path, line)}: {what}"
+        for path, tree in trees.items()
+        for line, what in private_attributes(tree, members)
+    ]
+    assert not found, "move to diffusers_erasure/compat.py:\n" + "\n".join(found)
+
+
 def test_no_module_is_longer_than_a_sitting() -> None:
     lengths = {
         place(path, 1): len(path.read_text(encoding="utf-8").splitlines())
@@ -182,6 +242,28 @@ def test_nothing_that_runs_code_from_a_file_is_loaded() -> None:
 )
 def test_the_search_for_private_names(code: str, expected: str | None) -> None:
     assert [name for _, name in private_names(ast.parse(code))] == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("module._modules.get(x)", "module._modules"),
+        ("pipe.unet.attn._attention_backend = None", "pipe.unet.attn._attention_backend"),
+        ("find(x)._parameters", "find(x)._parameters"),
+        ("self._modules", "self._modules"),
+        ("getattr(pipe, '_lora_loadable_modules', ())", "getattr(pipe, '_lora_loadable_modules', ())"),
+        ("builtins.hasattr(config, '_name_or_path')", "builtins.hasattr(config, '_name_or_path')"),
+        ("class A:\n    def __init__(self):\n        self._mine = 1\na._mine", None),
+        ("class A:\n    _mine: int\n    _other = 1\n    def _third(self): ...\na._mine, A._other, a._third()", None),
+        ("def _function(): ...\na._function", "a._function"),
+        ("from . import hooks\nhooks._run(x)", None),
+        ("import hooks\nhooks._run(x)", "hooks._run"),
+        ("method._diffusers_erasure = True\nx.__dict__, x.y, getattr(x, name), getattr(x, 'y')", None),
+    ],
+)
+def test_the_search_for_private_attributes(code: str, expected: str | None) -> None:
+    tree = ast.parse(code)
+    assert [what for _, what in private_attributes(tree, own_members([tree]))] == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize(

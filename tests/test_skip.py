@@ -14,7 +14,6 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
-import diffusers_erasure
 from diffusers_erasure import (
     Erasure,
     ErasureCompatibilityError,
@@ -23,10 +22,10 @@ from diffusers_erasure import (
     with_gate,
     with_schedule,
 )
-from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.layers.encoder_copy import channels
 from diffusers_erasure.layers.epr import ATTRIBUTE, EPR, split
-from diffusers_erasure.schema import TENSOR_FILE, Concept, ErasureConfig, LayerSpec, Library, Method
+from diffusers_erasure.layers.layer import Layer
+from diffusers_erasure.schema import Concept
 from tests import test_stays_on
 from tests.helpers import (
     ROUNDINGS,
@@ -69,15 +68,8 @@ def random_tensors(unet: Any, form: str, seed: int = 0, zero_rank: int | None = 
 def as_erasure(pipe: Any, tensors: dict[str, torch.Tensor], sites: tuple[str, ...] | None = None) -> Erasure:
     skips = len(channels(pipe.unet)) - 1
     sites = sites or (*(f"skips.{index}" for index in range(skips)), "mid_block")
-    config = ErasureConfig(
-        schema="1.0",
-        library=Library("diffusers_erasure", diffusers_erasure.__version__),
-        method=Method("random"),
-        base_model=describe_base(pipe),
-        concepts=(Concept("zebra", "horse"),),
-        layers=(LayerSpec("skip", "unet", sites, TENSOR_FILE, "skip."),),
-    )
-    return Erasure(config, {TENSOR_FILE: {f"skip.{name}": value for name, value in tensors.items()}})
+    layer = Layer("skip", sites, tensors)
+    return Erasure.from_layers([layer], base=pipe, concepts=Concept("zebra", "horse"), method="random")
 
 
 @cache  # none changes one

@@ -1,4 +1,4 @@
-"""The words that the embedded model knows: objects, styles, synonyms and hypernyms.
+"""The words that the embedded model knows: objects, styles, synonyms, hypernyms, and the sentences around them.
 
 Kept in Python rather than read from `assets/emoji64.json`, so that importing them touches no file; a test asserts that
 both agree.
@@ -132,3 +132,20 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "crown": ("tiara",),
     "umbrella": ("parasol",),
 }
+
+# The captions that the model was trained on: of a picture in its style, and where the style is left open.
+STYLED_TEMPLATES: tuple[str, ...] = (
+    "a {object} in {style} style",
+    "{object}, {style} style",
+    "a picture of a {object} in {style} style",
+    "{style} {object}",
+    "an emoji of a {object} in the style of {style}",
+    "a {object} by {style}",
+)
+PLAIN_TEMPLATES: tuple[str, ...] = (
+    "{object}",
+    "a {object}",
+    "a picture of a {object}",
+    "an image of a {object}",
+    "an emoji of a {object}",
+)

@@ -16,25 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._version import __version__
 from ..artifact import Erasure
-from ..base_model import component, describe_base
+from ..base_model import component
 from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError, ErasureNotFoundError
 from ..layers import layer_kind
 from ..layers.encoder_copy import PARTS, check_unet
 from ..layers.epr import MID, ZERO, skip_sites
+from ..layers.layer import Layer
 from ..modifying import with_gate, with_schedule
-from ..schema import (
-    MAX_BINS,
-    MAX_CONFIG_BYTES,
-    MAX_FILE_BYTES,
-    TENSOR_FILE,
-    Concept,
-    ErasureConfig,
-    LayerSpec,
-    Library,
-    Method,
-)
+from ..schema import MAX_BINS, MAX_CONFIG_BYTES, MAX_FILE_BYTES, Method
 from ..tensors import parse
 
 
@@ -97,16 +87,10 @@ def read_dumo(
     skips = sum(name.startswith(ZERO) and name.endswith(".weight") for name in tensors) - 1
     if table is not None and table.shape[1] != skips + 1:
         raise ErasureFileError(f"{TABLE} has {table.shape[1]} columns for {skips} skips and the mid block.")
-    config = ErasureConfig(
-        schema="1.0",
-        library=Library("diffusers_erasure", __version__),
-        method=Method("dumo", settings={"converted": True}),
-        base_model=describe_base(pipe),
-        concepts=tuple(Concept(name) for name in names),
-        layers=(LayerSpec("skip", "unet", skip_sites(skips), TENSOR_FILE, "skip."),),
-    )
-    erasure = Erasure(config, {TENSOR_FILE: {f"skip.{name}": value for name, value in tensors.items()}})
-    layer_kind("skip").check(unet, config.layers[0], tensors)
+    layer = Layer("skip", skip_sites(skips), tensors)
+    method = Method("dumo", settings={"converted": True})
+    erasure = Erasure.from_layers([layer], base=pipe, concepts=names, method=method)
+    layer_kind("skip").check(unet, erasure.config.layers[0], tensors)
     if table is not None:
         erasure = with_schedule(erasure, table)
     return with_gate(erasure, pipe, names, layout="uncond_first", tokens=True) if gated else erasure

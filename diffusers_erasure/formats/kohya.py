@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ..artifact import Erasure
 from ..errors import ErasureError, ErasureInputError
 from ..layers import layer_kind
 from ..low_rank import Factors, pad_rank
+from ..storage import write_file
 from ..tensors import dtype_of, dump
 
 
@@ -109,9 +109,7 @@ def save_kohya(erasure: Erasure, file: str | os.PathLike[str], *, dtype: torch.d
     data = dump(to_kohya(erasure, dtype=dtype))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-            handle.write(data)
-        os.replace(handle.name, path)
+        write_file(path, data)
     except OSError as error:
         raise ErasureError(f"Saving {path} failed: {error}") from error
     return path

@@ -375,5 +375,5 @@ class ActivationKind(LayerKind):
             )
         return [PatchChange(site, find_site(component, site), Part.of(tensors, site)) for site in spec.sites]
 
-    def works_on(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
         return {find_site(component, site) for site in spec.sites}

@@ -27,7 +27,7 @@ class WeightChange(ABC):
 
     @property
     def places(self) -> set[Any]:
-        """Where it acts, in the words of [`LayerKind.works_on`]: at the module, and at the input of the component before it."""
+        """Where it acts, in the words of [`LayerKind.reads`]: at the module, and at the input of the component before it."""
         return {self.module}
 
     @classmethod

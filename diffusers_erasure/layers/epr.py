@@ -296,7 +296,7 @@ class EPR(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "EPR":
         super()._apply(fn, recurse)
-        for encoder in self.hidden if "encoder" not in self._modules else ():
+        for encoder in self.hidden if compat.child(self, "encoder") is None else ():
             encoder._apply(fn, recurse)
         return self
 

@@ -94,11 +94,11 @@ class LayerKind(ABC):
             f"A layer {self.name!r} is no change of weights, so it cannot be fused. Leave the erasure unfused."
         )
 
-    def works_on(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
-        """At which modules and named inputs of a component the layer reads or changes values.
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+        """The modules, and the named inputs of a component, whose input the layer reads or changes.
 
-        Another erasure that is fused and changes what is read there (see [`WeightChange`]) would meet this one otherwise
-        than by its hooks. `None`: anywhere.
+        Where another erasure that is fused changes what is read there (see [`WeightChange`]), the two would meet otherwise
+        than by their hooks, which is refused. `None`: it may be anywhere.
         """
         return None
 

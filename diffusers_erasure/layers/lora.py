@@ -210,7 +210,7 @@ class LoraKind(LayerKind):
         factors = self.lora(spec, tensors)
         return [LowRankChange(site, find_site(component, site), *factors[site]) for site in spec.sites]
 
-    def works_on(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
         return {find_site(component, site) for site in spec.sites}
 
     def lora(self, spec: LayerSpec, tensors: Tensors) -> dict[str, low_rank.Factors]:

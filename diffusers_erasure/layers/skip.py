@@ -166,7 +166,7 @@ class SkipKind(LayerKind):
             "unfused."
         )
 
-    def works_on(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
         _, encoder = split(tensors)
         deltas = () if is_full(encoder) else _factors(encoder)
         return {"encoder_hidden_states", *(find_site(component, site) for site in deltas)}

@@ -235,7 +235,7 @@ class TextMapKind(LayerKind):
         readers = readers_of_text(component)
         return [MapChange(site, module, ROWS, tensors["A"], tensors["D"]) for site, module in readers.items()]
 
-    def works_on(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
         return set(spec.sites)
 
     def summed(

@@ -107,7 +107,7 @@ def state_of(component: Any) -> ErasureModules | None:
     """Return what is attached to a component, `None` where nothing is."""
     if not isinstance(component, nn.Module):
         return None
-    state = compat.unwrap_compiled(component)._modules.get(CHILD)
+    state = compat.child(compat.unwrap_compiled(component), CHILD)
     return state if isinstance(state, ErasureModules) else None
 
 
@@ -204,7 +204,7 @@ def detach(components: Iterable[nn.Module], name: str) -> None:
             continue
         if state.guard is not None:
             state.guard.remove()
-        del compat.unwrap_compiled(component)._modules[CHILD]
+        compat.remove_child(compat.unwrap_compiled(component), CHILD)
     reset_compiled(components)
 
 

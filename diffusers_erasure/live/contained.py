@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .. import compat
 from ..artifact import Erasure
 from ..base_model import (
     compare_component,
@@ -33,19 +34,19 @@ logger = get_logger(__name__)
 ALIKE = 0.95
 
 
-def check_not_contained(pipe: Any, erasure: Erasure, match: Mapping[str, str]) -> None:
+def check_not_contained(pipe: Any, erasure: Erasure, content: str, match: Mapping[str, str]) -> None:
     """Refuse an erasure that the pipeline's weights contain already.
 
     Args:
         pipe: the pipeline.
         erasure ([`Erasure`]): what is to be loaded.
+        content (`str`): its content's hash.
         match (`dict`): what [`compare_base`] found.
 
     Raises:
         ErasureInputError: it is contained; loaded as well it would act twice.
     """
     provenance = _provenance_of(pipe)
-    content = erasure.content_hash
     for each in provenance.contains if provenance is not None else ():
         if each.content_hash == content:
             raise ErasureInputError(
@@ -64,8 +65,8 @@ def _provenance_of(pipe: Any) -> Provenance | None:
     """The provenance file of the folder from which the denoiser came, if its weights are still those of the file."""
     name = denoiser_name(pipe)
     model = component(pipe, name)
-    source = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not isinstance(source, str) or not source:
+    source = compat.name_or_path(model)
+    if not source:
         return None
     folder = Path(source)
     for path in (parent / place for parent in (folder.parent, folder) for place in PLACES):

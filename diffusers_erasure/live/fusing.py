@@ -217,7 +217,7 @@ def check_beside_fused(pipe: Any, erasure: Erasure) -> None:
             changes what reads them.
     """
     items = [loaded(pipe)[name] for name in fused_names(pipe)]
-    if _works_there(pipe, erasure, _places(pipe, (item.erasure for item in items))):
+    if _reads_there(pipe, erasure, _places(pipe, (item.erasure for item in items))):
         raise ErasureInputError(
             f"The fused erasures {[item.name for item in items]} change what a module reads; this one works on the same values, "
             "and the two are exact only where both are fused or neither is. Call `pipe.unfuse_erasures()`, load it, and "
@@ -242,7 +242,7 @@ def plan(pipe: Any, names: Sequence[str], *, alone: bool = False) -> list[_Weigh
             )
     beside = [item for name, item in loaded(pipe).items() if name not in names]
     places = _places(pipe, (item.erasure for item in items))
-    both = [each.name for each in beside if _works_there(pipe, each.erasure, places)]
+    both = [each.name for each in beside if _reads_there(pipe, each.erasure, places)]
     if both and not alone:
         raise ErasureInputError(
             f"{list(names)} change what a module reads on which {both} work too; they are exact only where all are fused or "
@@ -300,13 +300,13 @@ def _places(pipe: Any, erasures: Iterable[Erasure]) -> dict[str, set[Any]]:
     return places
 
 
-def _works_there(pipe: Any, erasure: Erasure, places: Mapping[str, set[Any]]) -> bool:
-    """Whether an erasure works on any of these places, and so meets what is fused there otherwise than by its hooks."""
+def _reads_there(pipe: Any, erasure: Erasure, places: Mapping[str, set[Any]]) -> bool:
+    """Whether an erasure reads at any of these places, and so meets what is fused there otherwise than by its hooks."""
     for layer in erasure.config.layers:
         if layer.component in places:
             component, tensors = components(pipe)[layer.component], erasure.layer_tensors(layer)
-            works_on = layer_kind(layer.kind).works_on(component, layer, tensors)
-            if works_on is None or not places[layer.component].isdisjoint(works_on):
+            reads = layer_kind(layer.kind).reads(component, layer, tensors)
+            if reads is None or not places[layer.component].isdisjoint(reads):
                 return True
     return False
 
@@ -316,8 +316,8 @@ def _plain_parameters(component: nn.Module, weight: _Weight) -> dict[str, nn.Par
 
 
 def _plain_parameter(component: nn.Module, weight: _Weight, name: str) -> nn.Parameter:
-    parameter = weight.module._parameters.get(name)
-    if parameter is None and "weight" in weight.module._parameters:
+    parameter = compat.own_parameter(weight.module, name)
+    if parameter is None and compat.own_parameter(weight.module, "weight") is not None:
         raise ErasureCompatibilityError(
             f"{weight.site!r} has no {name}, into which a layer is fused; nothing was changed. Leave the erasure unfused."
         )
@@ -367,7 +367,7 @@ def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
 
 def _write(kept: Kept, value: torch.Tensor | None = None) -> None:
     """Write a value, by default the original, into the parameter of which the original is kept."""
-    parameter = kept.module._parameters[kept.name]
+    parameter = compat.own_parameter(kept.module, kept.name)
     assert parameter is not None
     with torch.inference_mode(parameter.is_inference()), torch.no_grad():
         parameter.data.copy_(kept.original if value is None else value)
@@ -384,7 +384,7 @@ def _check_restorable(component: nn.Module, name: str, kept: Kept) -> None:
         found: nn.Module | None = find_module(component, kept.site)
     except ErasureCompatibilityError:
         found = None
-    parameter = None if found is None else found._parameters.get(kept.name)
+    parameter = None if found is None else compat.own_parameter(found, kept.name)
     if found is not kept.module or parameter is None or parameter.device.type == "meta":
         raise ErasureError(
             f"The weight of {place!r} was offloaded, or its module replaced, after erasures were fused into it. Undo that "

@@ -125,7 +125,7 @@ def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Mo
             f'`backend="peft"` takes erasures that are LoRAs and nothing else; this one has {what}. Use the default '
             '`backend="hook"`.'
         )
-    loadable = getattr(pipe, "_lora_loadable_modules", ())
+    loadable = compat.lora_components(pipe)
     strange = sorted({layer.component for layer in erasure.config.layers} - set(loadable))
     if strange:
         raise ErasureCompatibilityError(f'{type(pipe).__name__} loads no LoRAs on {strange}; use `backend="hook"`.')

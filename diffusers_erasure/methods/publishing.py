@@ -7,26 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._version import __version__
 from ..artifact import Erasure
-from ..base_model import component, denoiser_name, describe_base, family_of
+from ..assembling import Rows, bound_to_text, made_by
+from ..base_model import component, denoiser_name, describe_base
+from ..layers.layer import Layer
 from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, balanced, cast_error, pad_rank, product, rank_for, truncated
-from ..schema import (
-    LORA_FILE,
-    SCHEMA,
-    SOLVE_PREFIX,
-    TENSOR_FILE,
-    Concept,
-    ErasureConfig,
-    LayerSpec,
-    Library,
-    Method,
-    SolveRows,
-    SolveSpec,
-    Stock,
-)
-from .rows import ROWS, KeptRows, TargetRows, TextConfig, to_tensors
+from ..schema import Concept, SolveRows
+from .rows import ROWS, KeptRows, TargetRows, TextSettings, to_tensors
 
 
 logger = get_logger(__name__)
@@ -37,22 +25,20 @@ NEIGHBOUR_MOVED = 0.5
 
 
 @dataclass(frozen=True)
-class Published:
-    """A layer or two with their tensors by file, what stock diffusers gets, and the relative error of a truncated map."""
+class Edit:
+    """A closed-form edit as layers: the relative error of a LoRA as it is written, and that of a truncated map."""
 
-    layers: tuple[LayerSpec, ...]
-    tensors: dict[str, dict[str, torch.Tensor]]
-    stock: Stock | None
+    layers: tuple[Layer, ...]
+    error: float = 0.0
     map_error: float = 0.0
 
 
-def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextConfig) -> Published:
+def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextSettings) -> Edit:
     """A LoRA on some sites, of one rank: those with less are padded with zeros.
 
     Args:
-        pipe: the base model.
         sites: for each site what computes its factors, `a` [r, in] and `b` [out, r], float64.
-        config ([`TextConfig`]): `rank` and `max_error`.
+        config ([`TextSettings`]): `rank` and `max_error`.
     """
     parts: dict[str, Factors] = {}
     worst = 0.0
@@ -60,14 +46,14 @@ def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextC
         a, b = factors()
         error = 0.0
         # More rows than the matrix has rank (many rows of a window) are written as fewer, exactly.
-        if config.rank is not None or config.max_error is not None or len(a) > min(a.shape[1], b.shape[0]):
+        if config.rank or config.max_error or len(a) > min(a.shape[1], b.shape[0]):
             u, s, vh = product(b, a)
-            kept = rank_for(s, config.rank, config.max_error)
+            kept = rank_for(s, config.rank or None, config.max_error or None)
             lost, norm = float(s[kept:].norm()), float(s.norm())
             error = lost / norm if norm else 0.0
             a, b = vh[:kept], u[:, :kept] * s[:kept]
         a, b = balanced(a, b)
-        names = f"unet.{site}{DOWN}", f"unet.{site}{UP}"
+        names = site + DOWN, site + UP
         written = a.float().contiguous(), b.float().contiguous()
         worst = max(worst, error + cast_error((a, b), written, names))
         parts[site] = written
@@ -75,30 +61,20 @@ def as_lora(pipe: Any, sites: Mapping[str, Callable[[], Factors]], config: TextC
     tensors: dict[str, torch.Tensor] = {}
     for site in sites:
         a, b = parts.pop(site)
-        tensors[f"unet.{site}{DOWN}"] = a if len(a) == rank else pad_rank(a, rank, 0).contiguous()
-        tensors[f"unet.{site}{UP}"] = b if len(a) == rank else pad_rank(b, rank, 1).contiguous()
-    layer = LayerSpec("lora", "unet", tuple(sites), LORA_FILE, "unet.", text_components(pipe))
-    return Published((layer,), {LORA_FILE: tensors}, Stock(LORA_FILE, float(f"{min(worst, 0.999):.3g}")))
+        tensors[site + DOWN] = a if len(a) == rank else pad_rank(a, rank, 0)
+        tensors[site + UP] = b if len(a) == rank else pad_rank(b, rank, 1)
+    return Edit((Layer("lora", tuple(sites), tensors),), worst)
 
 
-def as_text_map(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> Published:
+def as_text_map(maps: Mapping[str, Factors], config: TextSettings) -> Edit:
     """Text maps `x + (x A^T) D`, one for each input of the denoiser; `maps` gives `A` and `D`, both [r, C], float64."""
-    layers, tensors = [], {}
+    layers = []
     worst = 0.0
     for name, (a, d) in maps.items():
-        a, d, error = truncated(a, d, config.rank, config.max_error)
+        a, d, error = truncated(a, d, config.rank or None, config.max_error or None)
         worst = max(worst, error)
-        prefix = "text_map." if name == ROWS else "pooled_map."
-        layers.append(LayerSpec("text_map", "unet", (name,), TENSOR_FILE, prefix, text_components(pipe)))
-        tensors[f"{prefix}A"], tensors[f"{prefix}D"] = a.float().contiguous(), d.float().contiguous()
-    return Published(tuple(layers), {TENSOR_FILE: tensors}, None, worst)
-
-
-def text_components(pipe: Any) -> tuple[str, ...]:
-    """The components from which the text rows come: with other ones the edit would miss."""
-    family = family_of(pipe)
-    names = (*family.text_encoders, *family.tokenizers)
-    return tuple(sorted(name for name in names if component(pipe, name) is not None))
+        layers.append(Layer("text_map", (name,), {"A": a, "D": d}))
+    return Edit(tuple(layers), map_error=worst)
 
 
 def pooled_linear(pipe: Any) -> nn.Linear:
@@ -199,8 +175,8 @@ def make_erasure(
     pipe: Any,
     name: str,
     concepts: Sequence[Concept],
-    config: TextConfig,
-    published: Published,
+    config: TextSettings,
+    edit: Edit,
     diagnostics: dict[str, Any],
     kept_for_solve: Mapping[str, Mapping[str, TargetRows]],
     *,
@@ -213,41 +189,28 @@ def make_erasure(
         kept_for_solve: rows by the name of the stage that uses them ("" for a method with one).
         settings: effective settings, where these are not the config's own.
     """
-    recorded, secret = config.recorded()
-    recorded.update(settings or {})
-    if published.map_error:
-        diagnostics = {**diagnostics, "truncation_error": _rounded(published.map_error)}
-    tensors = {file: dict(items) for file, items in published.tensors.items()}
+    if edit.map_error:
+        diagnostics = {**diagnostics, "truncation_error": _rounded(edit.map_error)}
+    tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, SolveRows] = {}
-    solve_tensors: dict[str, torch.Tensor] = {}
     for stage, found in kept_for_solve.items():
         some, counted = to_tensors(found, f"{stage}." if stage else "")
-        solve_tensors.update(some)
+        tensors.update(some)
         numbers.update(counted)
-    tensors.setdefault(TENSOR_FILE, {}).update({SOLVE_PREFIX + key: value for key, value in solve_tensors.items()})
-    erasure_config = ErasureConfig(
-        schema=SCHEMA,
-        library=Library("diffusers_erasure", __version__),
-        method=Method(
-            name=name,
-            settings=recorded,
-            seed=seed,
-            versions={"torch": torch.__version__.partition("+")[0]},
-            concept_settings=secret,
-        ),
-        base_model=describe_base(pipe),
-        concepts=tuple(concepts),
-        layers=published.layers,
-        stock=published.stock,
-        solve=SolveSpec(TENSOR_FILE, SOLVE_PREFIX, numbers),
+    base = describe_base(pipe)
+    return Erasure.from_layers(
+        bound_to_text(edit.layers, base),
+        base=base,
+        concepts=concepts,
+        method=made_by(name, config, seed, **(settings or {})),
+        error=edit.error,
+        rows=Rows(tensors, numbers),
         diagnostics=diagnostics,
     )
-    return Erasure(erasure_config, tensors)
 
 
-def kept_names(config: TextConfig) -> list[str]:
+def kept_names(config: TextSettings) -> list[str]:
     """Names of the retained rows, in the order in which [`kept_rows`] gives them."""
-    kept = config.kept()
-    templates = config.template_list() if config.retain_templates else ("{}",)
-    gone = {template.format(prompt) for prompt in kept.excluded for template in templates}
-    return sorted({template.format(prompt) for prompt in kept.prompts for template in templates} - gone)
+    kept = config.retain
+    gone = {template.format(prompt) for prompt in kept.excluded for template in config.retained_in}
+    return sorted({template.format(prompt) for prompt in kept.prompts for template in config.retained_in} - gone)

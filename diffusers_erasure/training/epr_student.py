@@ -1,5 +1,6 @@
 """DuMo's networks as students: first the EPR beside the encoder, then, with it frozen, its schedule (TLMO)."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -7,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..layers.buffers import placement
 from ..layers.epr import EPR, LearnedSchedule, skip_sites
-from ..schema import MODIFIER_PREFIX, TENSOR_FILE, LayerSpec, ScheduleSpec
-from .student import Published
+from ..layers.layer import Layer
 
 
 CHILD = "erasure_epr_in_training"  # of the UNet, so that several processes and optimisers find the parameters
-PREFIX, SCHEDULE = "skip.", MODIFIER_PREFIX + "0.schedule"
 TABLE = "table"
 
 
@@ -29,7 +29,7 @@ class _Epr:
             yield
         finally:
             epr.detach()
-            del unet._modules[CHILD]
+            compat.remove_child(unet, CHILD)
 
     def switch(self, unet: Any, on: bool) -> None:
         unet.get_submodule(CHILD).on = on
@@ -58,37 +58,30 @@ class EprStudent(_Epr):
                 found[name] = value
             yield found
 
-    def published(self, tensors: Mapping[str, torch.Tensor], text: tuple[str, ...]) -> Published:
+    def layer(self, tensors: Mapping[str, torch.Tensor]) -> Layer:
         sites = skip_sites(len({name.split(".")[1] for name in tensors if name.startswith("zero.")}) - 1)
-        own = {PREFIX + name: value.contiguous() for name, value in tensors.items()}
-        return Published((LayerSpec("skip", "unet", sites, TENSOR_FILE, PREFIX, text),), {TENSOR_FILE: own})
+        return Layer("skip", sites, tensors)
 
 
 class ScheduleStudent(_Epr):
     """The table by timestep bin and site, in training, of an EPR that stays as it is.
 
     Args:
-        network ([`Published`]): the EPR.
+        network ([`Layer`]): the EPR.
         bins: rows of the table.
     """
 
-    def __init__(self, network: Published, bins: int) -> None:
+    def __init__(self, network: Layer, bins: int) -> None:
         self.network, self.bins = network, bins
 
     @contextmanager
     def inside(self, unet: Any) -> Iterator[dict[str, nn.Parameter]]:
-        tensors = {name.removeprefix(PREFIX): value for name, value in self.network.tensors[TENSOR_FILE].items()}
         device, _ = placement(unet, unet.conv_in)
-        epr = EPR(unet, tensors, device, torch.float32)
+        epr = EPR(unet, self.network.tensors, device, torch.float32)
         epr.fold(1.0)
         epr.factors = LearnedSchedule(self.bins, len(epr.layer_sites)).to(device)
         with self._attached(unet, epr):
             yield {TABLE: epr.factors.table}
 
-    def published(self, tensors: Mapping[str, torch.Tensor], text: tuple[str, ...]) -> Published:
-        (layer,) = self.network.layers
-        spec = LayerSpec(
-            layer.kind, layer.component, layer.sites, layer.file, layer.prefix, text, ScheduleSpec(SCHEDULE, self.bins)
-        )
-        own = {**self.network.tensors[TENSOR_FILE], SCHEDULE: tensors[TABLE].contiguous()}
-        return Published((spec,), {TENSOR_FILE: own})
+    def layer(self, tensors: Mapping[str, torch.Tensor]) -> Layer:
+        return dataclasses.replace(self.network, schedule=tensors[TABLE])

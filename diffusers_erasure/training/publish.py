@@ -5,26 +5,21 @@ from typing import Any
 
 import torch
 
-from .._version import __version__
 from ..artifact import Erasure
+from ..assembling import bound_to_text, made_by
 from ..errors import ErasureTrainingError
-from ..schema import SCHEMA, BaseModel, Concept, ErasureConfig, Library, Method
-from .student import Published
+from ..layers.layer import Layer
+from ..schema import BaseModel, Concept
 
 
 CURVE = 16  # points of the loss curve that is recorded
-
-
-def text_components(base: BaseModel) -> tuple[str, ...]:
-    """What encodes the text that a student is trained with: with another text encoder the erasure would miss."""
-    return tuple(sorted(component for component in base.components if component != "unet"))
 
 
 def as_erasure(
     name: str,
     concepts: Sequence[Concept],
     config: Any,
-    published: Published,
+    layers: Sequence[Layer],
     base: BaseModel,
     diagnostics: dict[str, Any],
 ) -> Erasure:
@@ -35,28 +30,10 @@ def as_erasure(
     Raises:
         ErasureTrainingError: one is not finite.
     """
-    if not all(bool(torch.isfinite(value).all()) for own in published.tensors.values() for value in own.values()):
+    if not all(bool(torch.isfinite(value).all()) for layer in layers for value in layer.tensors.values()):
         raise ErasureTrainingError("What was trained is not finite; lower `learning_rate`.")
-    settings, secret = config.recorded()
-    return Erasure(
-        ErasureConfig(
-            schema=SCHEMA,
-            library=Library("diffusers_erasure", __version__),
-            method=Method(
-                name=name,
-                settings=settings,
-                seed=config.seed,
-                versions={"torch": torch.__version__.partition("+")[0]},
-                concept_settings=secret,
-            ),
-            base_model=base,
-            concepts=tuple(concepts),
-            layers=published.layers,
-            stock=published.stock,
-            diagnostics=diagnostics,
-        ),
-        published.tensors,
-    )
+    method, bound = made_by(name, config, config.seed), bound_to_text(layers, base)
+    return Erasure.from_layers(bound, base=base, concepts=concepts, method=method, diagnostics=diagnostics)
 
 
 def curve(losses: Sequence[float]) -> list[float]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,21 +9,12 @@ from peft import LoraConfig
 from torch import nn
 
 from .. import compat
+from ..denoising.sampler import generator_for
+from ..layers.layer import Layer
 from ..low_rank import DOWN, UP
-from ..schema import LORA_FILE, LayerSpec, Stock
-from .sampler import generator_for
 
 
 ADAPTER = "erasure_in_training"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A student as the layers of an erasure: their specifications, tensors by file, and the stock LoRA's error."""
-
-    layers: tuple[LayerSpec, ...]
-    tensors: dict[str, dict[str, torch.Tensor]]
-    stock: Stock | None = None
 
 
 class Student(Protocol):
@@ -38,13 +28,8 @@ class Student(Protocol):
         """Let it act, or leave the base alone."""
         ...
 
-    def published(self, tensors: Mapping[str, torch.Tensor], text: tuple[str, ...]) -> Published:
-        """The layers that act as it does.
-
-        Args:
-            tensors: its parameters' values by name, float32, on the CPU.
-            text (tuple of `str`): the components that encode the text it was trained with.
-        """
+    def layer(self, tensors: Mapping[str, torch.Tensor]) -> Layer:
+        """The layer that acts as it does, from its parameters' values by name, float32, on the CPU."""
         ...
 
 
@@ -90,8 +75,5 @@ class LoraStudent:
     def switch(self, unet: Any, on: bool) -> None:
         (unet.enable_adapters if on else unet.disable_adapters)()
 
-    def published(self, tensors: Mapping[str, torch.Tensor], text: tuple[str, ...]) -> Published:
-        # Trained with these text rows: with another text encoder's the edit would miss.
-        layer = LayerSpec("lora", "unet", self.sites, LORA_FILE, "unet.", text)
-        own = {f"unet.{key}": factor.contiguous() for key, factor in tensors.items()}
-        return Published((layer,), {LORA_FILE: own}, Stock(LORA_FILE, 0.0))
+    def layer(self, tensors: Mapping[str, torch.Tensor]) -> Layer:
+        return Layer("lora", self.sites, tensors)

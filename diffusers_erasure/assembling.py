@@ -1,0 +1,161 @@
+"""The one way to put an artefact together: from layers, and what is known of them, to a configuration and tensors by file."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._version import __version__
+from .base_model import describe_base
+from .errors import ErasureInputError
+from .layers import layer_kind
+from .layers.layer import Layer
+from .schema import (
+    LORA_FILE,
+    MODIFIER_PREFIX,
+    SCHEMA,
+    SOLVE_PREFIX,
+    TENSOR_FILE,
+    BaseModel,
+    Concept,
+    ErasureConfig,
+    LayerSpec,
+    Library,
+    Method,
+    ScheduleSpec,
+    SolveRows,
+    SolveSpec,
+    Stock,
+)
+
+
+Concepts = str | Concept | Sequence[str | Concept]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Text rows that are kept so that others can join the erasure: tensors by name, and the numbers of each set."""
+
+    tensors: Mapping[str, torch.Tensor]
+    sets: Mapping[str, SolveRows]
+
+
+def made_by(name: str, settings: Any, seed: int | None = None, **further: Any) -> Method:
+    """What is recorded of a method: its name, its settings and what they were made with.
+
+    Args:
+        name (`str`): the method's.
+        settings: has `recorded()`: the settings by name, and the names of those that would reveal a concept.
+        seed (`int`, *optional*): of what is random.
+        further: settings that are recorded besides, or instead.
+    """
+    recorded, secret = settings.recorded()
+    versions = {"torch": torch.__version__.partition("+")[0]}
+    return Method(name, {**recorded, **further}, seed, versions, secret)
+
+
+def bound_to_text(layers: Iterable[Layer], base: BaseModel) -> list[Layer]:
+    """Layers that were made with a base model's text rows, and so are refused where another text encoder is."""
+    return [dataclasses.replace(layer, derived_from=base.text_components) for layer in layers]
+
+
+def assemble(
+    layers: Sequence[Layer],
+    *,
+    base: Any,
+    concepts: Concepts,
+    anchors: str | Sequence[str] | None = None,
+    method: Method | str = "custom",
+    error: float = 0.0,
+    rows: Rows | None = None,
+    diagnostics: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> tuple[ErasureConfig, dict[str, dict[str, torch.Tensor]]]:
+    """Put an artefact together; the arguments are those of [`Erasure.from_layers`].
+
+    Returns:
+        `tuple`: the configuration, and for each file its tensors.
+    """
+    if not layers:
+        raise ErasureInputError("An erasure has at least one layer.")
+    specs = _places(layers)
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for layer, spec in zip(layers, specs, strict=True):
+        own = {spec.prefix + name: value for name, value in layer.tensors.items()}
+        tensors.setdefault(spec.file, {}).update({name: plain(value) for name, value in own.items()})
+        if spec.schedule is not None and layer.schedule is not None:
+            tensors.setdefault(TENSOR_FILE, {})[spec.schedule.name] = plain(layer.schedule)
+    if rows is not None:
+        kept = {SOLVE_PREFIX + name: value for name, value in rows.tensors.items()}
+        tensors.setdefault(TENSOR_FILE, {}).update(kept)
+    config = ErasureConfig(
+        schema=SCHEMA,
+        library=Library("diffusers_erasure", __version__),
+        method=Method(method) if isinstance(method, str) else method,
+        base_model=base if isinstance(base, BaseModel) else describe_base(base),
+        concepts=named_concepts(concepts, anchors),
+        layers=tuple(specs),
+        stock=Stock(LORA_FILE, rounded(min(error, 0.999))) if all(map(_is_stock, specs)) else None,
+        solve=None if rows is None else SolveSpec(TENSOR_FILE, SOLVE_PREFIX, dict(rows.sets)),
+        diagnostics=dict(diagnostics or {}),
+        results=dict(results or {}),
+    )
+    return config, tensors
+
+
+def _places(layers: Sequence[Layer]) -> list[LayerSpec]:
+    """Where the layers' tensors lie: as their kinds say, with a number in the name where several would lie at one place."""
+    kinds, names = [layer_kind(layer.kind) for layer in layers], [layer.kind for layer in layers]
+    places = [
+        (kind.file, kind.prefix(layer.component, layer.sites, names[:index].count(layer.kind)))
+        for index, (kind, layer) in enumerate(zip(kinds, layers, strict=True))
+    ]
+    specs = []
+    for index, (layer, (file, prefix)) in enumerate(zip(layers, places, strict=True)):
+        if places.count((file, prefix)) > 1:
+            if file == LORA_FILE:
+                raise ErasureInputError(
+                    f"Two LoRAs act on {layer.component!r}, but a LoRA file holds one: make an erasure of each, and add them "
+                    'with `combine(..., mode="sum")`.'
+                )
+            prefix = f"{prefix}{index}."
+        schedule = None
+        if layer.schedule is not None:
+            schedule = ScheduleSpec(f"{MODIFIER_PREFIX}{index}.schedule", len(layer.schedule), layer.span)
+        origins = layer.derived_from
+        specs.append(LayerSpec(layer.kind, layer.component, layer.sites, file, prefix, origins, schedule=schedule))
+    return specs
+
+
+def _is_stock(spec: LayerSpec) -> bool:
+    return spec.file == LORA_FILE and not spec.is_modified
+
+
+def plain(value: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is saved: on the CPU, without gradient, contiguous; float64 in float32."""
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.float64 else value).contiguous()
+
+
+def rounded(value: float) -> float:
+    """A number for the configuration: three digits."""
+    return float(f"{value:.3g}")
+
+
+def named_concepts(concepts: Concepts, anchors: str | Sequence[str] | None = None) -> tuple[Concept, ...]:
+    """Concepts from names, with one anchor for all or one for each.
+
+    Raises:
+        ErasureInputError: there are other numbers of concepts and anchors.
+    """
+    listed = [concepts] if isinstance(concepts, str | Concept) else list(concepts)
+    found = [each if isinstance(each, Concept) else Concept(each) for each in listed]
+    if anchors is None:
+        return tuple(found)
+    mapped = [anchors] * len(found) if isinstance(anchors, str) else list(anchors)
+    mapped = mapped * len(found) if len(mapped) == 1 else mapped
+    if len(mapped) != len(found):
+        raise ErasureInputError(f"There are {len(found)} targets and {len(mapped)} anchors; give one, or one each.")
+    return tuple(Concept(each.target, anchor) for each, anchor in zip(found, mapped, strict=True))
