@@ -81,7 +81,8 @@ def test_push_pull_card(hub: Hub, folder: Path, tmp_path: Path) -> None:
     assert 'DiffusionPipeline.from_pretrained("user/zoo")' in files["README.md"].decode()
     half = hub.files("alice/no-zebra", "refs/pr/1")["pytorch_lora_weights.safetensors"]
     assert len(half) < 0.7 * os.path.getsize(folder / "pytorch_lora_weights.safetensors")
-    assert not any(b"zebra" in data for data in hub.files("alice/secret", "quiet").values())
+    secret = hub.files("alice/secret", "quiet")
+    assert set(secret) == set(files) and not any(b"zebra" in data for data in secret.values())
     for answer in (refused, missing):
         assert answer["error"] == "ErasureNotFoundError" and "hf auth login" in answer["text"]
     assert not (tmp_path / "not").exists()

@@ -414,9 +414,9 @@ def test_pipelines_that_cannot_be_trained(pipe: Any) -> None:
     with pytest.raises(ErasureInputError, match="LoRA"):
         make(pipe)
     pipe.unload_lora_weights()
+    half = tiny_sd_pipe()
+    half.unet.half()
     with pytest.raises(ErasureInputError, match="bfloat16"):
-        half = tiny_sd_pipe()
-        half.unet.half()
         make(half)
     with pytest.raises(ErasureInputError, match="closed form"):
         erase(pipe, "cat", method="uce", training=TrainingRun())
