@@ -1,9 +1,9 @@
 """What ActErase's paper does not tell, measured on the embedded model: tau, importance, sites, top, timesteps, guidance.
 
-    python benchmarks/acterase_ablation.py [--concepts cat airplane noto] [--only TABLE ...] [--images 24]
+    python -m benchmarks.acterase_ablation [--concepts cat airplane noto] [--only TABLE ...] [--images 24]
 
-Objects and a style of the development half (see efficacy_plan.py) are erased one at a time, by settings that differ from
-`BASE` in one thing each, and drawn by the prompts of efficacy.py. The calibration of a concept is shared by all settings
+Objects and a style of the development half (see benchmarks/efficacy/plan.py) are erased one at a time, by settings that differ from
+`BASE` in one thing each, and drawn by the prompts of `benchmarks.efficacy`. The calibration of a concept is shared by all settings
 that only read it otherwise. The report half is not touched.
 """
 
@@ -15,9 +15,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from common import arguments, finish, print_table, start
-from efficacy_plan import (
+from benchmarks.command import arguments, finish, print_table, start
+from benchmarks.drawing import draw_shots
+from benchmarks.efficacy.numbers import Seen, harmonic, is_seen
+from benchmarks.efficacy.plan import (
     ONE_OBJECT,
     SINGLES,
     STYLE_HALVES,
@@ -28,17 +29,16 @@ from efficacy_plan import (
     object_job,
     style_job,
 )
-from efficacy_report import Seen, harmonic, is_seen
-
 from diffusers_erasure import Erasure, demo, erasures_disabled
 from diffusers_erasure.base_model import describe_base
-from diffusers_erasure.demo.command import BATCH, GUIDANCE_SCALE, STEPS, fast_pipeline
+from diffusers_erasure.demo.drawing import GUIDANCE_SCALE, fast_pipeline
 from diffusers_erasure.demo.words import HYPERNYMS, STYLES
+from diffusers_erasure.layers.activation import MASK
+from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.methods import acterase
 from diffusers_erasure.methods.acterase_pairs import pairs_for
 from diffusers_erasure.methods.probes import inputs_seen
 from diffusers_erasure.schema import Concept
-from diffusers_erasure.training.publish import as_erasure, text_components
 
 
 # As the embedded model is drawn, and every step stored, so that pooling over timesteps can be read from it too.
@@ -123,9 +123,10 @@ class Bench:
         if key not in self.scores:
             concept = self.concept(name, anchored)
             calibration, _ = self.calibration(concept, config)
-            layer = calibration.tensors(config)
-            published = acterase.published_layers([layer], text_components(self.base))
-            erasure = as_erasure("acterase", [concept], config, published, self.base, {})
+            tensors = calibration.tensors(config)
+            sites = tuple(sorted(name.removesuffix(MASK) for name in tensors if name.endswith(MASK)))
+            layer = Layer("activation", sites, tensors)
+            erasure = Erasure.from_layers([layer], base=self.base, concepts=concept, method="acterase")
             self.pipe.load_erasure(erasure, "one")
             erased, kept = self.draw(self.jobs[name])
             self.pipe.unload_erasure("one")
@@ -134,17 +135,8 @@ class Bench:
 
     def draw(self, job: Job) -> tuple[float, float]:
         """The judge's accuracy on what was erased and on what is kept."""
-        seen: list[Seen] = []
-        for begin in range(0, len(job.shots), BATCH):
-            chunk = job.shots[begin : begin + BATCH]
-            drawn = self.pipe(
-                [shot.prompt for shot in chunk],
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE_SCALE,
-                generator=[torch.Generator().manual_seed(shot.seed) for shot in chunk],
-            ).images
-            found = self.judge.predict(drawn)
-            seen += [Seen(*each, 1.0, 1.0) for each in zip(found.objects, found.styles, strict=True)]
+        found = self.judge.predict(draw_shots(self.pipe, job.shots))
+        seen = [Seen(*each, 1.0, 1.0) for each in zip(found.objects, found.styles, strict=True)]
         cells = ([is_seen(job, job.shots[i], seen[i]) for i in job.cell(cell)] for cell in ("erased", "kept"))
         erased, kept = (statistics.fmean(cell) for cell in cells)
         return erased, kept

@@ -1,6 +1,6 @@
 """What one busy process beside it costs `diffusers-erasure demo`, on two cores.
 
-    python benchmarks/busy_machine.py [--repeats 3] [--threads 2]
+    python -m benchmarks.busy_machine [--repeats 3] [--threads 2]
 
 Everything is bound to two cores. The demo runs alone, and beside a process that never waits; by default the command line
 chooses its threads by what is free, with `--threads` it takes so many.
@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 
-from common import arguments, finish, print_table, spread, start, summary
+from benchmarks.command import finish, print_table, start, timed_arguments
+from benchmarks.timing import spread, summary
 
 
 BUSY = "while True: pass"
@@ -31,7 +32,7 @@ def demo(threads: int | None) -> float:
 
 def main() -> None:
     """The command line."""
-    parser = arguments(__doc__)
+    parser = timed_arguments(__doc__)
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # also for the processes that are started
     threads = options.threads

@@ -1,9 +1,9 @@
 """SPEED, RECE and UCE: time, memory and file size, in Stable Diffusion 1.5's (or SDXL's) shapes with random weights.
 
-    python benchmarks/closed_form.py [--only speed erase rece combine memory files] [--model sdxl] [--cpu-time]
+    python -m benchmarks.closed_form [--only speed erase rece combine memory files] [--model sdxl] [--cpu-time]
 
 `speed`    SPEED (V only, 16 layers) from 1,734 rows to retain that are known to the LoRA's float32 factors, against the
-           published way (per-layer SVDs, mini-batches of 8, batched outer products, float32; `tests/dense_closed_form.py`)
+           published way (per-layer SVDs, mini-batches of 8, batched outer products, float32; `benchmarks/dense_closed_form.py`)
            on the same rows and draws. The published way is timed on one layer of each width, weighted by how many there
            are (`--whole-baseline`: on all); it needs up to 3.3 GB, and twice that for the float64 oracle of one layer.
 `erase`    `erase(pipe, 100 targets, retain=100 names, method="speed", preset="celebrity", published=True)`, whole: with
@@ -30,44 +30,30 @@ import functools
 import json
 import logging
 import os
-import resource
-import runpy
-import subprocess
-import sys
 import tempfile
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
-from common import (
+
+from benchmarks.builders import (
     UNetOnly,
-    arguments,
-    clock,
-    finish,
-    interleave,
+    forget_vocabulary,
     made_up_names,
     make_pipeline,
     make_sdxl_text_readers,
     make_unet,
-    name_tokenizer,
-    print_table,
-    ratios,
-    seconds,
-    spread,
-    start,
-    summary,
 )
-
-from diffusers_erasure import Erasure, base_model, cache, combine, combining, encoding, erase
+from benchmarks.command import finish, in_process, print_table, start, timed_arguments
+from benchmarks.dense_closed_form import dense_speed
+from benchmarks.timing import interleave, peak_bytes, profiled, ratios, seconds, spread, summary
+from diffusers_erasure import Erasure, base_model, cache, combine, encoding, erase
 from diffusers_erasure.low_rank import DOWN, UP
-from diffusers_erasure.methods import base_sums, publishing, rece, speed, uce
+from diffusers_erasure.methods import base_sums, rece, speed, uce
 from diffusers_erasure.methods.rows import POOLED, ROWS, KeptRows, TargetRows
-from diffusers_erasure.schema import LORA_FILE, Concept
 
 
 TABLES = {"sd15": ("speed", "erase", "rece", "combine", "memory", "files"), "sdxl": ("speed", "rece")}
@@ -79,7 +65,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uce": {"method": "uce"},
 }
 AIMS_S = {"empty cache": 5.0, "warm cache": 2.0, "rece": 1.0, "combine speed": 1.0}
-AIM_BYTES = 200e6
 AIMS_MB = {1: 0.06, 100: 5.0}
 
 
@@ -98,92 +83,38 @@ class Size:
         return cls(tuple(counts or few.counts), few.retain_rows, few.many, few.some)
 
 
-# --------------------------------------------------------------------------------------------- the parts of a call
-
-
-# What a part names counts without those parts that it calls itself.
-PARTS: dict[str, list[tuple[Any, str]]] = {
-    "reading files": [(Erasure, "from_pretrained")],
-    "encoding": [(encoding, "_short"), (encoding, "_full")],
-    "checksum of the text encoder": [(encoding, "fingerprint")],
-    "checksum of the projections": [(base_sums, "checksum")],
-    "fingerprint of the base": [(publishing, "describe_base"), (combining, "compare_base")],
-    "reading and writing the cache": [(cache, "_read"), (cache, "_write")],
-    "least directions": [(base_sums, "least_direction")],
-    "sum of W^T W": [(base_sums, "weight_gram")],
-    "setting up": [(speed, "Problem"), (combining, "_joined_rows"), (rece, "target_rows"), (uce, "target_rows")],
-    "W times rows": [(speed, "weight_times"), (uce, "weight_times")],
-    "filter and augmentation": [(speed, "refine")],
-    "null space": [(speed, "kept_directions")],
-    "edit": [(speed, "edit"), (rece, "solve"), (uce, "solve_all")],
-    "solving, else": [(speed, "solve_sites")],
-    "publishing": [(speed, "as_lora"), (rece, "publish"), (uce, "publish"), (combining, "_sum")],
-    "report": [(speed, "report"), (rece, "report"), (uce, "report")],
-    "checks of the erasure": [(speed, "make_erasure"), (rece, "make_erasure"), (uce, "make_erasure")],
-}
-ELSE = "all else"
-
-
-def parts_of(call: Callable[[], Any]) -> dict[str, float]:
-    """Run a call and return the seconds that it spends in each part."""
-    spent = dict.fromkeys([*PARTS, ELSE], 0.0)
-    within = [ELSE]
-    last = clock()
-
-    def switch() -> None:
-        nonlocal last
-        now = clock()
-        spent[within[-1]] += now - last
-        last = now
-
-    def timed(part: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def inner(*args: Any, **kwargs: Any) -> Any:
-            switch()
-            within.append(part)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                switch()
-                within.pop()
-
-        return inner
-
-    with contextlib.ExitStack() as patches:
-        for part, places in PARTS.items():
-            for owner, name in places:
-                if name == "Problem":  # a class, made by its `of`
-                    owner, name = speed.Problem, "of"
-                patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
-        last = clock()
-        call()
-        switch()
-    return spent
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call that is timed, from an empty cache or from a warm one."""
-
-    name: str
-    function: Callable[[], Any]
-    fresh: bool = False
-    aim: float | None = None
-
-    def run(self) -> dict[str, float]:
-        """The seconds of its parts."""
-        if not self.fresh:
-            return parts_of(self.function)
-        with empty_cache():
-            base_model._vocabularies.clear()  # as in a new process
-            return parts_of(self.function)
+# ------------------------------------------------------------------------------------------------------- calls
 
 
 @contextlib.contextmanager
 def empty_cache() -> Iterator[None]:
     """An empty folder for the library's cache."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {cache.VARIABLE: folder}):
-        yield
+    before = os.environ.get(cache.VARIABLE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[cache.VARIABLE] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(cache.VARIABLE)
+            os.environ.update({} if before is None else {cache.VARIABLE: before})
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that is timed: from a warm cache, or with `fresh` from an empty one, as in a new process."""
+
+    name: str
+    function: Callable[[], Any]
+    fresh: bool = False
+    aim: float | None = None
+    pipe: Any = None
+
+    def run(self, measure: Callable[[Callable[[], Any]], Any] = seconds) -> Any:
+        """What is measured of it: its seconds, or those of its parts."""
+        if self.fresh and self.pipe is not None:
+            forget_vocabulary(self.pipe)
+        with empty_cache() if self.fresh else contextlib.nullcontext():
+            return measure(self.function)
 
 
 def time_calls(title: str, calls: Sequence[Call], repeats: int) -> list[dict[str, Any]]:
@@ -191,18 +122,11 @@ def time_calls(title: str, calls: Sequence[Call], repeats: int) -> list[dict[str
     for call in calls:
         if not call.fresh:
             call.run()
-    parts: dict[str, list[dict[str, float]]] = {call.name: [] for call in calls}
-
-    def run(call: Call) -> float:
-        parts[call.name].append(call.run())
-        return sum(parts[call.name][-1].values())
-
-    times = interleave({call.name: functools.partial(run, call) for call in calls}, repeats, warmup=0)
-    rows = []
-    for call in calls:
-        timed = parts[call.name]
-        middles = {part: median(one[part] for one in timed) for part in timed[0]}
-        rows.append({"call": call.name, "s": summary(times[call.name]), "aim_s": call.aim, "parts_s": middles})
+    times = interleave({call.name: call.run for call in calls}, repeats, warmup=0)
+    rows = [
+        {"call": call.name, "s": summary(times[call.name]), "aim_s": call.aim, "parts_s": call.run(profiled)}
+        for call in calls
+    ]
     print_table(
         f"{title}, seconds: median [quartiles]",
         ("", "seconds", "aim"),
@@ -213,15 +137,18 @@ def time_calls(title: str, calls: Sequence[Call], repeats: int) -> list[dict[str
 
 
 def print_parts(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """The parts that any of the rows spends time in, largest first."""
-    largest = {part: max(row["parts_s"][part] for row in rows) for part in rows[0]["parts_s"]}
+    """The functions in which any of the rows spends three hundredths of its time, the largest first."""
+    shares = [{part: spent / sum(row["parts_s"].values()) for part, spent in row["parts_s"].items()} for row in rows]
+    shown = {
+        part: max(each.get(part, 0) for each in shares) for part in dict.fromkeys(p for each in shares for p in each)
+    }
     print_table(
-        "Of it, milliseconds (medians)",
+        "Of it by function, without what it calls, milliseconds (one further call, in the profiler)",
         ("", *names),
         (
-            (part, *(f"{row['parts_s'][part] * 1e3:.0f}" for row in rows))
-            for part in sorted(largest, key=lambda part: -largest[part])
-            if largest[part] >= 5e-4
+            (part, *(f"{row['parts_s'].get(part, 0) * 1e3:.0f}" for row in rows))
+            for part in sorted(shown, key=lambda part: -shown[part])
+            if shown[part] >= 0.03
         ),
     )
 
@@ -254,20 +181,29 @@ def problem_rows(
 # -------------------------------------------------------------------------------------------------------- speed
 
 
-def speed_factors(pipe: Any, rows: TargetRows, kept: KeptRows, config: speed.Config) -> dict[str, torch.Tensor]:
-    """SPEED from rows to float32 factors."""
-    problems = {ROWS: speed.Problem.of(rows, kept, config)}
-    sites = speed.sites_of(pipe, config, problems)
-    factors, _ = speed.solve_sites(pipe, problems, sites, config)
-    lazy = {site.name: (lambda site=site: factors[site.name]) for site in sites}
-    return speed.as_lora(pipe, lazy, config).tensors[LORA_FILE]
+def from_rows(kind: str, pipe: Any, found: Mapping[str, tuple[TargetRows, KeptRows]], config: Any) -> Any:
+    """What a method makes of known rows, up to the layers' tensors: without encoding, report and fingerprints."""
+    if kind == "speed":
+        problems = {name: speed.Problem.of(*pair, config) for name, pair in found.items()}
+        sites = speed.sites_of(pipe, config, problems)
+        factors, _ = speed.solve_sites(pipe, problems, sites, config)
+
+        def of_site(site: speed.Site) -> tuple[torch.Tensor, torch.Tensor]:
+            return speed.padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]
+
+        return speed.as_lora({site.name: functools.partial(of_site, site) for site in sites}, config)
+    if kind == "uce":
+        return uce.publish(pipe, uce.solve_all(found, config), config)
+    maps = {}
+    for name, (rows, kept) in found.items():
+        weights = base_sums.weight_gram(rece.readers_of(pipe, name), rows.targets.shape[1])
+        scales = rece.Scales.of(config, rows, rows, kept, weights)
+        maps[name] = rece.solve(rows, rows, kept, weights, scales, config.epochs, bool(config.keep_erased))
+    return uce.publish(pipe, maps, config)
 
 
 def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> list[dict[str, Any]]:
     """The table `speed` of Stable Diffusion 1.5."""
-    dense_speed = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tests" / "dense_closed_form.py"))[
-        "dense_speed"
-    ]
     pipe = UNetOnly(make_unet(options.smoke))
     width = pipe.unet.config.cross_attention_dim
     config = speed.Config(preset="style", published=True)
@@ -305,20 +241,14 @@ def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> l
                     total += taken if options.whole_baseline else taken * len(names)
             return total
 
-        ours = functools.partial(speed_factors, pipe, rows, kept, config)
+        ours = functools.partial(from_rows, "speed", pipe, {ROWS: (rows, kept)}, config)
         warm, cold = Call("warm", ours), Call("cold", ours, fresh=True)
-        parts: list[dict[str, float]] = []
-
-        def run_warm() -> float:
-            parts.append(warm.run())
-            return sum(parts[-1].values())
-
-        functions = {"ours": run_warm, "first": lambda: sum(cold.run().values()), "baseline": published_way}
-        run_warm()  # fills the cache
+        warm.run()  # fills the cache
+        functions = {"ours": warm.run, "first": cold.run, "baseline": published_way}
         times = interleave(functions, repeats, warmup=0)
 
-        lora = ours()
-        edits = {n: lora[f"unet.{n}{UP}"].double() @ lora[f"unet.{n}{DOWN}"].double() for n in found}
+        lora = ours().layers[0].tensors
+        edits = {n: lora[n + UP].double() @ lora[n + DOWN].double() for n in found}
         apart = {n: float((edits[n] - dw.double()).norm() / dw.double().norm()) for n, dw in found.items()}
         name = groups[min(groups)][0]
         exact = dense(name, torch.float64)
@@ -336,7 +266,7 @@ def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> l
                 "baseline_s": summary(times["baseline"]),
                 "speedup": ratios(times["baseline"], times["ours"]),
                 "speedup_first": ratios(times["baseline"], times["first"]),
-                "parts_s": {part: median(one[part] for one in parts[1:]) for part in parts[0]},
+                "parts_s": warm.run(profiled),
                 "apart": apart,
                 "error": error,
             }
@@ -377,13 +307,6 @@ def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> l
 # ------------------------------------------------------------------------------------------- whole calls, SD 1.5
 
 
-def pipeline(smoke: bool) -> Any:
-    """The pipeline, with a tokenizer that knows the names."""
-    pipe = make_pipeline(smoke)
-    pipe.tokenizer = name_tokenizer(smoke)
-    return pipe
-
-
 def fitter(pipe: Any, size: Size, smoke: bool) -> Callable[..., Erasure]:
     """`fit(kind, start, stop)` erases those targets."""
     names = made_up_names(2 * size.many + 1, smoke)
@@ -411,15 +334,9 @@ def combinations(pipe: Any, fit: Callable[..., Erasure], size: Size, folder: Pat
 # ------------------------------------------------------------------------------------------------ memory, files
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return value if sys.platform == "darwin" else 1024 * value
-
-
 def measure_in_child(kind: str, smoke: bool, size: Size) -> None:
     """In a process of its own: load, encode once, then erase; print how much the peak rose."""
-    pipe = pipeline(smoke)
+    pipe = make_pipeline(smoke)
     fit = fitter(pipe, size, smoke)
     encoding.all_rows(pipe, ["a photo"])
     with contextlib.suppress(OSError):  # Linux: forget the peak of loading
@@ -435,10 +352,8 @@ def measure_memory(options: Any, size: Size) -> list[dict[str, Any]]:
     for kind in ("speed", "rece", "uce"):
         with empty_cache():
             for cached in (False, True):
-                command = [sys.executable, __file__, "--child", kind, "--threads", str(torch.get_num_threads())]
-                command += ["--smoke"] * options.smoke
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                numbers = json.loads(done.stdout.splitlines()[-1])
+                command = ["-m", "benchmarks.closed_form", "--child", kind, "--threads", str(torch.get_num_threads())]
+                numbers = in_process(*command, *["--smoke"] * options.smoke)
                 rows.append({"method": kind, "cached": cached, "bytes": numbers["after"] - numbers["before"]})
     print_table(
         f"Peak memory above the loaded pipeline, {size.many} targets and as many names retained, MB (aim <= 200)",
@@ -477,24 +392,19 @@ def measure_files(fit: Callable[..., Erasure], size: Size) -> list[dict[str, Any
 # --------------------------------------------------------------------------------------------------------- SDXL
 
 
-def refit_call(name: str, method: Any, pipe: Any, count: int, retain: int, config: Any, fresh: bool = False) -> Call:
-    """`refit` on made-up rows, up to the layers' tensors: without encoding and without fingerprints."""
+def known_rows_calls(kind: str, pipe: Any, size: Size, config: Any) -> list[Call]:
+    """A method on made-up rows of both inputs of SDXL's UNet; where it uses the cache, first from an empty one."""
     pooled = pipe.unet.add_embedding.linear_1.in_features - 6 * pipe.unet.config.addition_time_embed_dim
-    gram = method is not speed
-    pairs = {
-        ROWS: problem_rows(count, retain, pipe.unet.config.cross_attention_dim, with_gram=gram),
-        POOLED: problem_rows(count, retain, pooled, empty=1, with_gram=gram),
-    }
-    kept = {name: pair[1] for name, pair in pairs.items()}
-    rows = {"": {name: pair[0] for name, pair in pairs.items()}}
-    concepts = [Concept(f"name {i}", "anchor") for i in range(count)]
-
-    def run() -> None:
-        stubs = {"kept_rows": lambda *_, **__: kept, "make_erasure": lambda *_, **__: None}
-        with mock.patch.multiple(method, **stubs):
-            method.refit(pipe, concepts, config, rows)
-
-    return Call(name, run, fresh)
+    calls = []
+    for count, fresh in [(size.counts[0], True)] * (kind != "uce") + [(count, False) for count in size.counts]:
+        gram = kind != "speed"
+        found = {
+            ROWS: problem_rows(count, size.retain_rows, pipe.unet.config.cross_attention_dim, with_gram=gram),
+            POOLED: problem_rows(count, size.retain_rows, pooled, empty=1, with_gram=gram),
+        }
+        name = f"{kind}, {count}" + ", empty cache" * fresh
+        calls.append(Call(name, functools.partial(from_rows, kind, pipe, found, config), fresh))
+    return calls
 
 
 def sdxl(options: Any, size: Size, repeats: int, only: Sequence[str]) -> dict[str, Any]:
@@ -502,23 +412,13 @@ def sdxl(options: Any, size: Size, repeats: int, only: Sequence[str]) -> dict[st
     pipe = UNetOnly(make_sdxl_text_readers(options.smoke))
     numbers: dict[str, Any] = {}
     if "speed" in only:
-        style = speed.PUBLISHED["style"]
-        relative = {"threshold": style["threshold"] / SQUARED_NORM, "ridge": style["ridge"] / SQUARED_NORM}
+        relative = {name: speed.PUBLISHED["style"][name] / SQUARED_NORM for name in ("threshold", "ridge")}
         config = speed.Config(preset="style", published=True, units="relative", **relative)
-        first = size.counts[0]
-        calls = [refit_call(f"{first}, empty cache", speed, pipe, first, size.retain_rows, config, fresh=True)]
-        calls += [refit_call(str(n), speed, pipe, n, size.retain_rows, config) for n in size.counts]
         title = f"SDXL: SPEED with {size.retain_rows} known rows to retain"
-        numbers["speed"] = time_calls(title, calls, repeats)
+        numbers["speed"] = time_calls(title, known_rows_calls("speed", pipe, size, config), repeats)
     if "rece" in only:
-        settings = {"rece": (rece, rece.Config(preset="nudity")), "uce": (uce, uce.Config())}
-        calls = []
-        for kind, (method, config) in settings.items():
-            if kind == "rece":
-                name = f"rece, {size.counts[0]}, empty cache"
-                calls.append(refit_call(name, method, pipe, size.counts[0], size.retain_rows, config, fresh=True))
-            for n in size.counts:
-                calls.append(refit_call(f"{kind}, {n}", method, pipe, n, size.retain_rows, config))
+        calls = known_rows_calls("rece", pipe, size, rece.Config(preset="nudity"))
+        calls += known_rows_calls("uce", pipe, size, uce.Config())
         numbers["rece"] = time_calls("SDXL: RECE (3 epochs) and UCE on known rows", calls, repeats)
     return numbers
 
@@ -529,7 +429,7 @@ def sdxl(options: Any, size: Size, repeats: int, only: Sequence[str]) -> dict[st
 @torch.no_grad()
 def main() -> None:
     """The command line."""
-    parser = arguments(__doc__)
+    parser = timed_arguments(__doc__)
     parser.add_argument("--model", choices=sorted(TABLES), default="sd15", help="whose shapes; sd15 by default")
     parser.add_argument("--only", nargs="+", choices=TABLES["sd15"], help="some of the tables; all by default")
     parser.add_argument("--targets", type=int, nargs="+", help="numbers of targets of `speed`; 1 10 100 by default")
@@ -546,10 +446,7 @@ def main() -> None:
     only = options.only or TABLES[options.model]
     numbers: dict[str, Any] = {"model": options.model}
     with empty_cache():
-        if options.model == "sdxl":
-            numbers |= sdxl(options, size, repeats, only)
-        else:
-            numbers |= sd15(options, size, repeats, only)
+        numbers |= (sdxl if options.model == "sdxl" else sd15)(options, size, repeats, only)
     finish(options, "closed_form", numbers)
 
 
@@ -562,11 +459,13 @@ def sd15(options: Any, size: Size, repeats: int, only: Sequence[str]) -> dict[st
         numbers["memory"] = measure_memory(options, size)  # before this process holds a pipeline, too
     if not {"erase", "rece", "combine", "files"} & set(only):
         return numbers
-    pipe = pipeline(options.smoke)
+    pipe = make_pipeline(options.smoke)
     fit = fitter(pipe, size, options.smoke)
     if "erase" in only:
         whole = functools.partial(fit, "speed", 0, size.many)
-        calls = [Call(name, whole, name == "empty cache", AIMS_S[name]) for name in ("empty cache", "warm cache")]
+        calls = [
+            Call(name, whole, name == "empty cache", AIMS_S[name], pipe) for name in ("empty cache", "warm cache")
+        ]
         numbers["erase"] = time_calls(f"erase: SPEED, {size.many} targets, {size.many} retained", calls, repeats)
     if "rece" in only:
         calls = [

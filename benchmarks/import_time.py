@@ -1,18 +1,15 @@
 """What `import diffusers_erasure` costs over `from diffusers import DiffusionPipeline`, which a user has paid already.
 
-    python benchmarks/import_time.py [--repeats 7]
+    python -m benchmarks.import_time [--repeats 7]
 
 Every import runs in a fresh process. The difference is measured twice: between processes that import the one or the
 other, and within a process that imports diffusers first and the library then, which is less noisy.
 """
 
-import json
 import statistics
-import subprocess
-import sys
-from typing import Any
 
-from common import arguments, finish, print_table, spread, start, summary
+from benchmarks.command import finish, in_process, print_table, start, timed_arguments
+from benchmarks.timing import interleave, spread, summary
 
 
 CHILD = """
@@ -28,28 +25,30 @@ print(json.dumps({"seconds": times, "modules": modules}))
 DIFFUSERS = "from diffusers import DiffusionPipeline"
 LIBRARY = "import diffusers_erasure"
 # Importing the library must not pay for these.
-LAZY = ("methods.uce", "training", "evaluation", "cli", "demo", "hub", "plain_lora")
-
-
-def child(*statements: str) -> dict[str, Any]:
-    """Run import statements in a fresh process."""
-    done = subprocess.run([sys.executable, "-c", CHILD, *statements], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+LAZY = (
+    "methods.uce",
+    "training",
+    "evaluation",
+    "cli",
+    "demo",
+    "hub.client",
+    "hub.transfer",
+    "formats.dumo",
+    "formats.plain_lora",
+)
 
 
 def main() -> None:
     """The command line."""
-    options = arguments(__doc__).parse_args()
+    options = timed_arguments(__doc__).parse_args()
     start(options)
     repeats = options.repeats or (1 if options.smoke else 7)
     cases = {"library": (LIBRARY,), "diffusers": (DIFFUSERS, LIBRARY)}  # diffusers first, so its time is its own
     if not options.smoke:
-        child(DIFFUSERS, LIBRARY)  # the files come into the system's cache, the bytecode is compiled
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
-    for index in range(repeats):
-        for name in cases if index % 2 == 0 else reversed(cases):
-            runs[name].append(child(*cases[name]))
-
+        in_process("-c", CHILD, DIFFUSERS, LIBRARY)  # the files come into the system's cache, the bytecode is compiled
+    runs = interleave(
+        {name: lambda case=case: in_process("-c", CHILD, *case) for name, case in cases.items()}, repeats, warmup=0
+    )
     diffusers = [run["seconds"][DIFFUSERS] for run in runs["diffusers"]]
     library = [run["seconds"][LIBRARY] for run in runs["library"]]
     over = summary([b - a for a, b in zip(diffusers, library, strict=True)])

@@ -1,6 +1,6 @@
 """`pipe.load_erasure(folder)` against stock `pipe.load_lora_weights(folder, weight_name=...)` of the very same file.
 
-    python benchmarks/load_erasure.py [--ranks 4 16] [--repeats 15]
+    python -m benchmarks.load_erasure [--ranks 4 16] [--repeats 15]
 
 In Stable Diffusion 1.5's shapes; unloading in between is not timed. `load_erasure` also checks the file's hash and
 every value, and compares the pipeline's weights and vocabulary with the fingerprint of the base model; the parts are
@@ -14,45 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    arguments,
-    finish,
-    interleave,
-    make_erasure,
-    make_pipeline,
-    print_table,
-    ratios,
-    seconds,
-    spread,
-    start,
-    summary,
-)
 from diffusers.utils import logging
 
-from diffusers_erasure import Erasure, base_model
-from diffusers_erasure.base_model import compare_component, describe_base
-from diffusers_erasure.live import attachment
-from diffusers_erasure.live.attachment import Loaded
+from benchmarks.builders import UNetOnly, forget_vocabulary, make_pipeline, random_erasure
+from benchmarks.command import finish, print_table, start, timed_arguments
+from benchmarks.timing import interleave, ratios, seconds, spread, summary
+from diffusers_erasure import Erasure, load_erasure, unload_erasure
+from diffusers_erasure.base_model import compare_component, describe_base, text_readers
 from diffusers_erasure.schema import LORA_FILE
 
 
-def parts(pipe: Any, folder: str) -> dict[str, Callable[[], float]]:
-    """What `load_erasure` does, one after the other."""
+def parts(pipe: Any, folder: str, plain: Erasure) -> dict[str, Callable[[], float]]:
+    """What `load_erasure` does, one after the other; `plain` is the erasure without fingerprints of the base."""
     erasure = Erasure.from_pretrained(folder)
     stored = erasure.config.base_model.components
 
     def attach() -> float:
-        item = Loaded("part", erasure, 1.0, {}, erasure.content_hash)
-        taken = seconds(lambda: attachment.attach({"unet": pipe.unet}, ["unet"], item))
-        attachment.detach([pipe.unet], "part")
+        unet = UNetOnly(pipe.unet)
+        taken = seconds(lambda: load_erasure(unet, plain, "part"))
+        unload_erasure(unet, "part")
         return taken
 
     def compare(*names: str) -> float:
         return seconds(lambda: [compare_component(name, stored[name], getattr(pipe, name)) for name in names])
 
     def compare_first(*names: str) -> float:
-        if "tokenizer" in names:
-            base_model._vocabularies.clear()
+        forget_vocabulary(pipe)
         return compare(*names)
 
     functions: dict[str, Callable[[], float]] = {
@@ -62,14 +49,12 @@ def parts(pipe: Any, folder: str) -> dict[str, Callable[[], float]]:
         "fingerprint, first time": lambda: compare_first(*stored),
         "fingerprint, again": lambda: compare(*stored),
     }
-    for name in stored:
-        functions[f"  {name}"] = lambda name=name: compare_first(name)
-    return functions
+    return functions | {f"  {name}": lambda name=name: compare_first(name) for name in stored}
 
 
 def main() -> None:
     """The command line."""
-    parser = arguments(__doc__)
+    parser = timed_arguments(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", help="ranks of the LoRA; 4 16 by default")
     options = parser.parse_args()
     start(options)
@@ -78,13 +63,17 @@ def main() -> None:
     repeats = options.repeats or (3 if options.smoke else 15)
     pipe = make_pipeline(options.smoke)
     base = describe_base(pipe)
+    sites = [f"unet.{name}" for name in text_readers(pipe)]
     rows: list[dict[str, Any]] = []
     for rank in ranks:
         with tempfile.TemporaryDirectory() as folder:
-            make_erasure(pipe.unet, "lora", rank, base_model=base).save_pretrained(folder)
+            random_erasure(pipe, "lora", sites, rank, base=base, size=0.01, concepts="a concept").save_pretrained(
+                folder
+            )
+            plain = random_erasure(pipe, "lora", sites, rank, size=0.01, concepts="a concept")
 
             def first(folder: str = folder) -> float:
-                base_model._vocabularies.clear()
+                forget_vocabulary(pipe)
                 return again(folder)
 
             def again(folder: str = folder) -> float:
@@ -99,7 +88,7 @@ def main() -> None:
 
             with torch.no_grad():
                 times = interleave({"first": first, "again": again, "stock": stock}, repeats)
-                inner = interleave(parts(pipe, folder), repeats)
+                inner = interleave(parts(pipe, folder, plain), repeats)
             rows.append(
                 {
                     "rank": rank,

@@ -1,38 +1,36 @@
 """What stays of the image? Methods at equal erasure, by the distance to the un-erased image in low and high frequencies.
 
-    python benchmarks/structure.py [--methods esd dumo] [--concepts dog fish] [--images 40] [--json PATH]
+    python -m benchmarks.structure [--methods esd dumo] [--concepts dog fish] [--images 40] [--json PATH]
 
 DuMo claims to keep an image's structure where it removes the concept. Both methods erase the same objects of the embedded
-model with the settings of `efficacy.py`; each erasure is drawn at several strengths, so that the methods can be compared
+model with the settings of `benchmarks.efficacy`; each erasure is drawn at several strengths, so that the methods can be compared
 where they erase equally much. Images of the same prompt and seed are compared with the un-erased ones: the difference is
 divided by a Gaussian filter (sigma of two pixels) into low frequencies, that is structure, and high ones, that is detail,
 and each part is a root mean square over pixels from 0 to 1.
 
-Made erasures are kept in `build/structure`; they do not notice changes of the library's code: give `--fresh` after one.
+Made erasures are kept in `--store`; they do not notice changes of the library's code: give `--fresh` after one.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from common import arguments, finish, print_table, start
-from efficacy_methods import ENTRIES
-from efficacy_plan import find_neighbours, make_jobs, retained
 from PIL import Image, ImageFilter
 
-from diffusers_erasure import Erasure
-from diffusers_erasure.demo import load_judge, load_pipeline
-from diffusers_erasure.demo.command import BATCH, GUIDANCE_SCALE, STEPS, fast_pipeline
+from benchmarks.command import add_store_arguments, arguments, finish, print_table, start, store_of
+from benchmarks.drawing import draw_shots
+from benchmarks.efficacy.methods import ENTRIES, Fit, make_fit
+from benchmarks.efficacy.plan import find_neighbours, make_jobs
+from benchmarks.store import do_all
+from diffusers_erasure.demo import load_judge
+from diffusers_erasure.demo.drawing import fast_pipeline
 from diffusers_erasure.pictures import contact_sheet
 
 
-STORE = Path(__file__).resolve().parents[1] / "build" / "structure"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 SIGMA = 2.0  # pixels of 64
 
@@ -50,33 +48,11 @@ def parts_of(image: Image.Image, base: Image.Image) -> tuple[float, float]:
     return float(np.sqrt(np.mean(blurred**2))), float(np.sqrt(np.mean((difference - blurred) ** 2)))
 
 
-def made(method: str, concept: str) -> Erasure:
-    """The erasure, made or read."""
-    folder = STORE / method / concept
-    if not folder.is_dir():
-        entry = ENTRIES[method]
-        anchors = entry.anchors([concept])
-        erasure = entry.make(load_pipeline(), [concept], anchors, retained([concept], anchors))
-        assert erasure is not None
-        erasure.save_pretrained(folder)
-    return Erasure.from_pretrained(folder)
-
-
-def draw(pipe: Any, shots: Sequence[Any]) -> list[Image.Image]:
-    images: list[Image.Image] = []
-    for begin in range(0, len(shots), BATCH):
-        chunk = shots[begin : begin + BATCH]
-        images += pipe(
-            [shot.prompt for shot in chunk],
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=[torch.Generator().manual_seed(shot.seed) for shot in chunk],
-        ).images
-    return images
-
-
 def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each method, concept and strength."""
+    store = store_of(options)
+    fits = [Fit(method, concept) for concept in options.concepts for method in options.methods]
+    do_all(fits, make_fit, store, label="erasures")
     judge, plain = load_judge(), fast_pipeline()
     jobs = {job.targets[0]: job for job in make_jobs("report", find_neighbours(plain)) if len(job.targets) == 1}
     rows, sheet = [], []
@@ -85,20 +61,20 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
             [shot for shot in jobs[concept].shots if shot.cell == cell][: options.images]
             for cell in ("erased", "kept")
         )
-        base = draw(plain, shots)
+        base = draw_shots(plain, shots)
         sheet.append((f"{concept}, un-erased", base[:8]))
         for method in options.methods:
             pipe = fast_pipeline()
-            pipe.load_erasure(made(method, concept), "erasure")
+            pipe.load_erasure(store.files_of(Fit(method, concept)), "erasure")
             for strength in options.strengths:
                 pipe.set_erasures("erasure", strength)
-                images = draw(pipe, shots)
+                images = draw_shots(pipe, shots)
                 seen = judge.predict(images).objects
                 distances = [parts_of(image, before) for image, before in zip(images, base, strict=True)]
                 low, high = (float(np.mean(part)) for part in zip(*distances, strict=True))
                 acc_e, acc_r = sum(name == concept for name in seen) / len(seen), None
                 if strength == 1:
-                    kept = judge.predict(draw(pipe, others)).objects
+                    kept = judge.predict(draw_shots(pipe, others)).objects
                     acc_r = sum(shot.concept == name for shot, name in zip(others, kept, strict=True)) / len(others)
                     sheet.append((f"{concept}, {method}", images[:8]))
                 found = {"method": method, "concept": concept, "strength": strength, "acc_e": acc_e, "acc_r": acc_r}
@@ -126,19 +102,18 @@ def at_equal(rows: Sequence[dict[str, Any]], methods: Sequence[str], concept: st
 
 def main() -> None:
     """The command line."""
-    parser = arguments(__doc__)
-    parser.add_argument("--methods", nargs="+", default=["esd", "dumo"], choices=sorted(ENTRIES), metavar="METHOD")
+    parser = arguments(__doc__, smoke="uce, one concept, two images: to see that it runs")
+    add_store_arguments(parser, "structure")
+    known = sorted(name for name, entry in ENTRIES.items() if entry.erases)
+    parser.add_argument("--methods", nargs="+", default=["esd", "dumo"], choices=known, metavar="METHOD")
     parser.add_argument("--concepts", nargs="+", default=["dog", "fish", "cherry"], metavar="OBJECT")
     parser.add_argument("--images", type=int, default=40, help="of each concept, method and strength")
     parser.add_argument("--grid", type=Path, help="write a picture of some images")
-    parser.add_argument("--fresh", action="store_true", help="make the erasures anew")
     options = parser.parse_args()
     start(options)
     options.strengths = (1.0,) if options.smoke else STRENGTHS
     if options.smoke:
         options.images, options.concepts, options.methods = 2, options.concepts[:1], ["uce"]
-    if options.fresh:
-        shutil.rmtree(STORE, ignore_errors=True)
     rows = measured(options)
     print_table(
         f"{options.images} images each; distance to the un-erased image (root mean square, pixels 0 to 1)",

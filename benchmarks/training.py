@@ -1,6 +1,6 @@
 """ESD's trainer against the plain way, and what a run costs.
 
-    python benchmarks/training.py [--only compare memory run] [--steps 300] [--concepts cat pizza]
+    python -m benchmarks.training [--only compare memory run] [--steps 300] [--concepts cat pizza]
 
 `compare`  The library's ESD (a pool of the base's trajectories, the teacher's predictions kept along them, one forward pass a
            step) against a plain on-policy implementation of the paper, written here: every noisy latent is denoised anew by
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,18 +29,21 @@ from random import Random
 from typing import Any
 
 import torch
-from common import arguments, finish, make_pipeline, make_unet, print_table, start
 from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 
+from benchmarks.builders import made_up_names, make_pipeline, make_unet
+from benchmarks.command import arguments, finish, in_process, print_table, start
+from benchmarks.drawing import draw
+from benchmarks.timing import peak_bytes
 from diffusers_erasure import Erasure, demo, erase
-from diffusers_erasure.demo.command import BATCH, GUIDANCE_SCALE, STEPS, fast_pipeline
+from diffusers_erasure.demo.drawing import fast_pipeline
 from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS
+from diffusers_erasure.denoising.prompts import nearest
 from diffusers_erasure.encoding import last_rows
 from diffusers_erasure.methods import esd
 from diffusers_erasure.training import TrainingRun
-from diffusers_erasure.training.prompts import nearest
 from diffusers_erasure.training.sites import find_sites
 
 
@@ -138,16 +140,8 @@ def judged(pipe: Any, target: str, images: int) -> tuple[float, float]:
     others = [name for name in OBJECTS if name != target]
     shots = [(target, style) for style in (demo.STYLES * images)[:images]]
     shots += [(others[i % len(others)], demo.STYLES[i % len(demo.STYLES)]) for i in range(images)]
-    drawn = []
-    for begin in range(0, len(shots), BATCH):
-        chunk = shots[begin : begin + BATCH]
-        drawn += pipe(
-            [f"an emoji of a {name} in the style of {style}" for name, style in chunk],
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=[torch.Generator().manual_seed(begin + i) for i in range(len(chunk))],
-        ).images
-    seen = demo.load_judge().predict(drawn).objects
+    prompts = [f"an emoji of a {name} in the style of {style}" for name, style in shots]
+    seen = demo.load_judge().predict(draw(pipe, prompts, range(len(shots)))).objects
     right = [name == shown for (name, _), shown in zip(shots, seen, strict=True)]
     return sum(right[:images]) / images, sum(right[images:]) / images
 
@@ -223,38 +217,24 @@ def memory_of(case: str, smoke: bool) -> dict[str, float]:
     """Train in this process, and tell the most memory it has held."""
     pipe = make_pipeline(smoke, make_unet(smoke, dtype=torch.bfloat16))
     pipe.text_encoder.to(torch.bfloat16)
-    loaded = peak()
+    loaded = peak_bytes()
     # One step after one of a sampler of one: the memory of these is that of all.
     settings: dict[str, Any] = {
         **{"train_set": "x", "templates": "none", "steps": 1, "trajectories": 1, "num_inference_steps": 1},
         **CASES[case],
     }
     begin = time.perf_counter()
-    erase(pipe, "w1", method="esd", retain=["w2"], training=TrainingRun(release=True, progress=False), **settings)
-    return {"loaded_gb": loaded, "peak_gb": peak(), "seconds": time.perf_counter() - begin}
-
-
-def peak() -> float:
-    """The most memory that this process has held, in GB."""
-    value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return value / 1e9 if sys.platform == "darwin" else value * 1024 / 1e9
+    target, kept = made_up_names(2, smoke)
+    erase(pipe, target, method="esd", retain=[kept], training=TrainingRun(release=True, progress=False), **settings)
+    return {"loaded_gb": loaded / 1e9, "peak_gb": peak_bytes() / 1e9, "seconds": time.perf_counter() - begin}
 
 
 def measure_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The table `memory`."""
     found = []
     for case in CASES:
-        command = [
-            sys.executable,
-            __file__,
-            "--only",
-            "memory",
-            "--case",
-            case,
-            *(["--smoke"] if options.smoke else []),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found.append({"case": case, **json.loads(done.stdout.splitlines()[-1])})
+        numbers = in_process("-m", "benchmarks.training", "--case", case, *["--smoke"] * options.smoke)
+        found.append({"case": case, **numbers})
     print_table(
         "Peak resident memory of an ESD-x run, Stable Diffusion 1.5's shapes, bfloat16 base, 64 x 64 latents, 1 concept and 1 "
         "retained prompt, GB (aim <= 6)",
@@ -272,21 +252,10 @@ def measure_run(options: argparse.Namespace) -> dict[str, Any]:
     few = ["--set=steps=2", "--set=trajectories=2", "--set=num_inference_steps=3"] if options.smoke else []
     with tempfile.TemporaryDirectory() as folder:
         retain = [f"--retain={name}" for name in OBJECTS if name != "cat"]
-        command = [
-            "erase",
-            "cat",
-            "-o",
-            f"{folder}/out",
-            "--method",
-            "esd",
-            "--anchor",
-            HYPERNYMS["cat"],
-            *retain,
-            *few,
-        ]
+        command = ["erase", "cat", f"--output={folder}/out", "--method=esd", f"--anchor={HYPERNYMS['cat']}"]
         begin = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "diffusers_erasure.cli", *command],
+            [sys.executable, "-m", "diffusers_erasure.cli", *command, *retain, *few],
             check=True,
             capture_output=True,
             env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},

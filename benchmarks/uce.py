@@ -1,6 +1,6 @@
 """UCE as the library computes it, against the published way: one float32 GEMM and one `torch.linalg.solve` a layer.
 
-    python benchmarks/uce.py [--targets 1 10 100] [--retain 1000]
+    python -m benchmarks.uce [--targets 1 10 100] [--retain 1000]
 
 For the 32 projections of Stable Diffusion 1.5's UNet and random text rows with |x|^2 = 750; encoding is left out on
 both sides. Ours is `solve` and `publish` of `diffusers_erasure.methods.uce`, float64 throughout, up to the float32
@@ -10,29 +10,17 @@ form: the sums are W N with one matrix N for all layers. N and M are made once, 
 Errors are of the edit, |dW - exact dW| / |exact dW|, the largest over the layers, against a dense float64 solution.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import (
-    UNetOnly,
-    arguments,
-    finish,
-    interleave,
-    make_unet,
-    print_table,
-    ratios,
-    seconds,
-    spread,
-    start,
-    summary,
-)
 
+from benchmarks.builders import UNetOnly, make_unet
+from benchmarks.command import finish, print_table, start, timed_arguments
+from benchmarks.timing import interleave_calls, ratios, spread, summary
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods.rows import ROWS, KeptRows, TargetRows
 from diffusers_erasure.methods.uce import Config, publish, solve
-from diffusers_erasure.schema import LORA_FILE
 
 
 LAMB, SQUARED_NORM = 0.5, 750.0
@@ -66,7 +54,7 @@ def dense(
 @torch.no_grad()
 def main() -> None:
     """The command line."""
-    parser = arguments(__doc__)
+    parser = timed_arguments(__doc__)
     parser.add_argument("--targets", type=int, nargs="+", help="numbers of targets; 1 10 100 by default")
     parser.add_argument("--retain", type=int, help="rows to retain; 1000 by default")
     options = parser.parse_args()
@@ -85,14 +73,12 @@ def main() -> None:
             return solve(*rows, erase_scale=1.0, retain_scale=1.0, lamb=LAMB)
 
         def ours(rows: tuple[TargetRows, KeptRows] = rows) -> dict[str, torch.Tensor]:
-            return publish(pipe, {ROWS: solved(rows)}, config).tensors[LORA_FILE]
+            return publish(pipe, {ROWS: solved(rows)}, config).layers[0].tensors
 
         def baseline(rows: tuple[TargetRows, KeptRows] = rows) -> dict[str, torch.Tensor]:
             return dense(weights, rows, torch.float32)
 
-        functions: dict[str, Callable[[], Any]] = {"ours": ours, "baseline": baseline, "solve": solved}
-        times = interleave({n: lambda f=f: seconds(f) for n, f in functions.items()}, repeats)
-
+        times = interleave_calls({"ours": ours, "baseline": baseline, "solve": solved}, repeats)
         lora, dense32 = ours(), baseline()
         a, d = solved()
         errors = {"ours": 0.0, "ours_before_cast": 0.0, "baseline": 0.0}
@@ -100,7 +86,7 @@ def main() -> None:
             new = dense({name: weight}, rows, torch.float64)[name]
             exact = new - weight.double()
             edits = {
-                "ours": lora[f"unet.{name}{UP}"].double() @ lora[f"unet.{name}{DOWN}"].double(),
+                "ours": lora[name + UP].double() @ lora[name + DOWN].double(),
                 "ours_before_cast": weight.double() @ d.T @ a,
                 "baseline": dense32[name].double() - weight.double(),
             }

@@ -1,7 +1,7 @@
 """What erasures in the UNet's activations and skip connections add to one step of it: the layers `activation` and `skip`.
 
-    python benchmarks/unet_layers.py --cpu-time [--size 32]
-    python benchmarks/unet_layers.py --device cuda
+    python -m benchmarks.unet_layers --cpu-time [--size 32]
+    python -m benchmarks.unet_layers --device cuda
 
 Steps of the bare UNet, with an `activation` erasure (made-up masks of 5 % of the units, 50 timesteps, the 16 feed-forwards),
 with one that is the same at all timesteps and fused, with DuMo's network in its full and its compact form, and with a stock
@@ -9,36 +9,23 @@ with one that is the same at all timesteps and fused, with DuMo's network in its
 50 timesteps are counted on a UNet of one block, whose graphs have the same parts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import (
-    SMALL_UNET,
-    UNetOnly,
-    arguments,
-    finish,
-    interleave,
-    make_unet,
-    print_table,
-    ratios,
-    seconds,
-    share_weights,
-    spread,
-    start,
-    summary,
-)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from unet_step import BATCH, TOKENS, inputs
 
-from diffusers_erasure import Erasure, __version__
+from benchmarks.builders import SMALL_UNET, UNetOnly, make_unet, share_weights
+from benchmarks.command import add_unet_arguments, finish, print_table, start, timed_arguments, unet_settings
+from benchmarks.timing import interleave_calls, ratios, spread, summary
+from benchmarks.unet_step import BATCH, TOKENS, inputs
+from diffusers_erasure import Erasure, fuse_erasures, load_erasure
 from diffusers_erasure.layers.activation import BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from diffusers_erasure.layers.encoder_copy import channels, empty_copy
 from diffusers_erasure.layers.epr import fresh_tensors, skip_sites
-from diffusers_erasure.live.fusing import fuse_erasures
-from diffusers_erasure.pipeline import load_erasure
-from diffusers_erasure.schema import TENSOR_FILE, BaseModel, ErasureConfig, LayerSpec, Library, Method
+from diffusers_erasure.layers.layer import Layer
+from diffusers_erasure.schema import BaseModel
 
 
 VARIANTS = ("activation", "folded", "full", "controlnet", "compact")
@@ -46,17 +33,10 @@ DENSITY, STEPS = 0.05, 50
 FULL_SIZE = 64
 
 
-def erasure_of(layer: LayerSpec, tensors: dict[str, torch.Tensor]) -> Erasure:
-    """An erasure of one layer."""
-    config = ErasureConfig(
-        schema="1.0",
-        library=Library("diffusers_erasure", __version__),
-        method=Method("benchmark"),
-        base_model=BaseModel("stable-diffusion"),
-        concepts=(),
-        layers=(layer,),
-    )
-    return Erasure(config, {TENSOR_FILE: {layer.prefix + name: value for name, value in tensors.items()}})
+def of_one_layer(kind: str, sites: Sequence[str], tensors: dict[str, torch.Tensor]) -> Erasure:
+    """An erasure of one layer on the UNet."""
+    layer = Layer(kind, tuple(sites), tensors)
+    return Erasure.from_layers([layer], base=BaseModel("stable-diffusion"), concepts="a concept")
 
 
 def activation(unet: Any, timesteps: int, seed: int = 0) -> Erasure:
@@ -68,7 +48,7 @@ def activation(unet: Any, timesteps: int, seed: int = 0) -> Erasure:
         mask = torch.rand(timesteps, width, generator=generator) < DENSITY
         tensors[site + MASK] = pack(mask)
         tensors[site + MEANS] = torch.randn(int(mask.sum()), generator=generator)
-    return erasure_of(LayerSpec("activation", "unet", tuple(sites), TENSOR_FILE, "activation."), tensors)
+    return of_one_layer("activation", tuple(sites), tensors)
 
 
 @torch.no_grad()
@@ -86,7 +66,7 @@ def skip(unet: Any, form: str) -> Erasure:
     for name, value in tensors.items():
         if name.startswith("zero."):
             value.fill_(1e-4)
-    return erasure_of(LayerSpec("skip", "unet", skip_sites(len(channels(unet)) - 1), TENSOR_FILE, "skip."), tensors)
+    return of_one_layer("skip", skip_sites(len(channels(unet)) - 1), tensors)
 
 
 @torch.no_grad()
@@ -193,24 +173,18 @@ def main() -> None:
     """The command line."""
     from diffusers.utils import logging
 
-    parser = arguments(__doc__)
-    parser.add_argument("--size", type=int, help="height and width of the latents; 64 by default")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float16 on cuda, else float32")
+    parser = timed_arguments(__doc__)
+    add_unet_arguments(parser)
     parser.add_argument("--no-compile", action="store_true", help="do not count graphs")
     options = parser.parse_args()
     start(options)
     logging.set_verbosity_error()  # it warns of each change of device
-    smoke, device = options.smoke, options.device
-    dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
-    size = options.size or (8 if smoke else FULL_SIZE)
-    repeats = options.repeats or (2 if smoke else 5)
-
+    smoke, device, dtype, size, repeats = unet_settings(options)
     base = make_unet(smoke, device, dtype)
     counted = {name: flops(base, name, 8 if smoke else FULL_SIZE) for name in ("bare", *VARIANTS)}
     batch = inputs(base, size, device, dtype)
     steps = {name: step_of(made(base, name), name, batch) for name in ("bare", *VARIANTS)}
-    times = interleave({name: lambda f=step: seconds(f, device) for name, step in steps.items()}, repeats)
+    times = interleave_calls(steps, repeats, device)
     rows: list[dict[str, Any]] = []
     for name in VARIANTS:
         row: dict[str, Any] = {"variant": name, "seconds": summary(times[name])}

@@ -1,7 +1,7 @@
 """What a loaded erasure adds to one step of the UNet, against the bare UNet and against a stock LoRA of the same rank.
 
-    python benchmarks/unet_step.py [--size 64] [--ranks 1 4 16] [--counts 1 10]
-    python benchmarks/unet_step.py --device cuda --compile
+    python -m benchmarks.unet_step [--size 64] [--ranks 1 4 16] [--counts 1 10]
+    python -m benchmarks.unet_step --device cuda --compile
 
 Kernels and FLOPs are counted exactly, on the meta device and always at `--size`; times are medians of ratios round by
 round. The erasure is random: a `lora` on the 32 `to_k` and `to_v` of the cross-attentions, or a `text_map`; the stock
@@ -19,27 +19,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import (
-    UNetOnly,
-    arguments,
-    finish,
-    interleave,
-    make_erasure,
-    make_unet,
-    print_table,
-    ratios,
-    seconds,
-    share_weights,
-    spread,
-    start,
-    summary,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.builders import UNetOnly, make_unet, random_erasure, share_weights
+from benchmarks.command import add_unet_arguments, finish, print_table, start, timed_arguments, unet_settings
+from benchmarks.timing import interleave_calls, ratios, spread, summary
+from diffusers_erasure import load_erasure
 from diffusers_erasure.base_model import text_readers
-from diffusers_erasure.live.attachment import state_of
-from diffusers_erasure.pipeline import load_erasure
+from diffusers_erasure.layers.text_map import TextMap
 from diffusers_erasure.schema import LORA_FILE
 
 
@@ -60,10 +48,12 @@ class CountKernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def attach(unet: Any, variant: str, rank: int, count: int) -> None:
-    """Load `count` erasures, or the LoRAs of their files in the stock way."""
+def attach(unet: Any, like: Any, variant: str, rank: int, count: int) -> None:
+    """Load `count` erasures made for a UNet that is not on the meta device, or the LoRAs of their files in the stock way."""
+    sites = [f"unet.{name}" for name in text_readers(UNetOnly(like))]
     for index in range(count):
-        erasure = make_erasure(unet, "text_map" if variant == "text_map" else "lora", rank, seed=index)
+        kind = "text_map" if variant == "text_map" else "lora"
+        erasure = random_erasure(UNetOnly(like), kind, sites, rank, seed=index, size=0.01, concepts="a concept")
         if variant != "stock":
             load_erasure(UNetOnly(unet), erasure, f"erasure{index}")
             continue
@@ -86,11 +76,11 @@ def inputs(unet: Any, size: int, device: str, dtype: torch.dtype) -> dict[str, t
 
 
 @torch.no_grad()
-def count(meta_unet: Any, variant: str | None, rank: int, number: int, size: int) -> tuple[int, int]:
+def count(meta_unet: Any, like: Any, variant: str | None, rank: int, number: int, size: int) -> tuple[int, int]:
     """Kernels and FLOPs of one step, counted on the meta device."""
     unet = share_weights(meta_unet)
     if variant is not None:
-        attach(unet, variant, rank, number)
+        attach(unet, like, variant, rank, number)
         unet.to("meta")
     batch = inputs(unet, size, "meta", torch.float32)
     with FlopCounterMode(display=False) as flops, CountKernels() as kernels:
@@ -119,8 +109,7 @@ def compiled(unet: Any) -> Callable[..., Any]:
 def projections(unet: Any, rows: torch.Tensor) -> Callable[[], None]:
     """The 32 projections of the text rows alone, with the text map before them where there is one."""
     sites = [unet.get_submodule(site) for site in text_readers(UNetOnly(unet))]
-    state = state_of(unet)
-    maps = [] if state is None or "text_map" not in state.layers else list(state.layers["text_map"].maps.values())
+    maps = [module for module in unet.modules() if isinstance(module, TextMap)]
 
     def run() -> None:
         mapped = maps[0](rows) if maps else rows
@@ -133,27 +122,20 @@ def projections(unet: Any, rows: torch.Tensor) -> Callable[[], None]:
 @torch.no_grad()
 def main() -> None:
     """The command line."""
-    parser = arguments(__doc__)
-    parser.add_argument("--size", type=int, help="height and width of the latents; 64 by default")
+    parser = timed_arguments(__doc__)
+    add_unet_arguments(parser)
     parser.add_argument("--ranks", type=int, nargs="+", help="ranks of an erasure; 1 4 16 by default")
     parser.add_argument("--counts", type=int, nargs="+", help="numbers of erasures loaded; 1 10 by default")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float16 on cuda, else float32")
     parser.add_argument("--compile", action="store_true", help="time compiled steps too; minutes each on a CPU")
     parser.add_argument("--no-steps", action="store_true", help="count, and time the projections alone")
     options = parser.parse_args()
     start(options)
-    smoke, device = options.smoke, options.device
-    dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
-    size = options.size or (8 if smoke else 64)
+    smoke, device, dtype, size, repeats = unet_settings(options)
     ranks = options.ranks or ([4] if smoke else [1, 4, 16])
     counts = options.counts or ([1, 2] if smoke else [1, 10])
-    repeats = options.repeats or (2 if smoke else 5)
-
-    meta = make_unet(smoke, device="meta")
-    bare_kernels, bare_flops = count(meta, None, 0, 0, size)
+    meta, base = make_unet(smoke, device="meta"), make_unet(smoke, device, dtype)
+    bare_kernels, bare_flops = count(meta, base, None, 0, 0, size)
     rows: list[dict[str, Any]] = []
-    base = make_unet(smoke, device, dtype)
     batch = inputs(base, size, device, dtype)
     steps: dict[str, Callable[[], Any]] = {"bare": lambda: base(**batch)}
     alone: dict[str, Callable[[], Any]] = {"bare": projections(base, batch["encoder_hidden_states"])}
@@ -165,7 +147,7 @@ def main() -> None:
         for number in counts:
             for variant in VARIANTS:
                 name = f"{variant} r{rank} x{number}"
-                kernels, flops = count(meta, variant, rank, number, size)
+                kernels, flops = count(meta, base, variant, rank, number, size)
                 rows.append(
                     {
                         "name": name,
@@ -178,24 +160,19 @@ def main() -> None:
                     }
                 )
                 unet = share_weights(base)
-                attach(unet, variant, rank, number)
+                attach(unet, base, variant, rank, number)
                 alone[name] = projections(unet, batch["encoder_hidden_states"])
                 steps[name] = lambda unet=unet: unet(**batch)
                 if options.compile:
                     function = compiled(unet)
                     compiled_steps[name] = lambda function=function: function(**batch)
 
-    def timed(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-        return interleave(
-            {name: lambda f=function: seconds(f, device) for name, function in functions.items()}, rounds
-        )
-
     numbers: dict[str, Any] = {
         "settings": {"size": size, "batch": BATCH, "tokens": TOKENS, "dtype": str(dtype), "repeats": repeats},
         "bare": {"kernels": bare_kernels, "flops": bare_flops},
         "rows": rows,
     }
-    times = timed(alone, 5 * repeats)
+    times = interleave_calls(alone, 5 * repeats, device)
     numbers["bare"]["projections_s"] = summary(times["bare"])
     for row in rows:
         own = [a - b for a, b in zip(times[row["name"]], times["bare"], strict=True)]
@@ -203,7 +180,7 @@ def main() -> None:
     for key, functions in (("step", steps), ("compiled", compiled_steps)):
         if options.no_steps or not functions:
             continue
-        times = timed(functions, repeats)
+        times = interleave_calls(functions, repeats, device)
         numbers["bare"][f"{key}_s"] = summary(times["bare"])
         for row in rows:
             own = times[row["name"]]

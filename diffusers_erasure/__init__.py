@@ -36,10 +36,12 @@ from .pipeline import (
     unfuse_erasures,
     unload_erasure,
 )
+from .registry import Citation, MethodDeclaration, register_method
 
 
 __all__ = [
     "ActEraseAttnProcessor",
+    "Citation",
     "ErasablePipeline",
     "Erasure",
     "ErasureCompatibilityError",
@@ -52,6 +54,7 @@ __all__ = [
     "ErasureInputError",
     "ErasureNotFoundError",
     "ErasureTrainingError",
+    "MethodDeclaration",
     "__version__",
     "as_erasable",
     "combine",
@@ -65,6 +68,7 @@ __all__ = [
     "prompt_embeds_are_erased",
     "push_erased_model",
     "push_erasure_to_hub",
+    "register_method",
     "save_erasure",
     "save_kohya",
     "set_erasures",

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -15,6 +15,8 @@ from .cards import check_repo_id, render_card
 from .errors import ErasureConfigError, ErasureFileError, ErasureInputError, ErasureNotFoundError
 from .hub.beside import RECORD_FILE, FolderOrigin, Origin, Withheld, beside_of
 from .hub.joining import beside_files, check_side
+from .hub.options import CommitOptions, PushOptions, ReadOptions, SaveOptions, takes
+from .hub.transfer import fetch, push
 from .layers import layer_kind
 from .layers.layer import Layer
 from .layers.lora_keys import lora_layers
@@ -32,12 +34,11 @@ from .schema import (
     Method,
 )
 from .showing import as_html, as_text, erasure_rows
-from .storage import local_folder, read_folder, write_folder
+from .storage import Contents, check_file, local_folder, read_folder, write_folder
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from PIL import Image
 
 logger = get_logger(__name__)
 
@@ -76,7 +77,10 @@ class Erasure:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the layers' tensors in float32: the same for a copy under another name."""
+        """SHA-256 over the layers' tensors in float32: the same for a copy under another name.
+
+        It is computed at each call, as the tensors may be changed at any time, in ways that PyTorch does not count.
+        """
         parts = {f"{file}/{key}": value for file, items in self.tensors.items() for key, value in items.items()}
         return tensor_io.content_hash(parts)
 
@@ -202,26 +206,27 @@ class Erasure:
         Raises:
             ErasureFileError: what was written does not read back equal.
         """
-        erasure = self if dtype is None else self.cast(dtype)
-        erasure = erasure.redacted() if redact_concepts else erasure
-        files = {name: tensor_io.dump(items) for name, items in sorted(erasure.tensors.items())}
-        records = {name: FileRecord(tensor_io.sha256(data), len(data)) for name, data in files.items()}
-        config = dataclasses.replace(erasure.config, files=records)
-        files[CONFIG_FILE] = config.to_json().encode()
-        back = Erasure.from_files(files)
-        if back.config != config or back.content_hash != erasure.content_hash:
-            raise ErasureFileError("What was written does not read back equal; nothing was saved. Please report this.")
-        files[CARD_FILE] = render_card(config).encode()
-        return files
+        config, files = self._as_saved(dtype, redact_concepts)._serialised()
+        return {**files, CARD_FILE: render_card(config).encode()}
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | str | None = None,
-        redact_concepts: bool = False,
-        card: Literal["local", "hub"] | None = None,
-    ) -> list[Path]:
+    def _as_saved(self, dtype: torch.dtype | str | None, redact_concepts: bool) -> "Erasure":
+        erasure = self if dtype is None else self.cast(dtype)
+        return erasure.redacted() if redact_concepts else erasure
+
+    def _serialised(self) -> tuple[ErasureConfig, dict[str, bytes]]:
+        """The configuration as it is saved, and all files but the card, after a look at what they read back as."""
+        files = {name: tensor_io.dump(items) for name, items in sorted(self.tensors.items())}
+        records = {name: FileRecord(tensor_io.sha256(data), len(data)) for name, data in files.items()}
+        config = dataclasses.replace(self.config, files=records)
+        text = config.to_json().encode()
+        back = Erasure._of(Contents(ErasureConfig.from_json(text), files))
+        same = [tensor_io.equal(back.tensors[name], items) for name, items in self.tensors.items()]
+        if back.config != config or not all(same):
+            raise ErasureFileError("What was written does not read back equal; nothing was saved. Please report this.")
+        return config, {**files, CONFIG_FILE: text}
+
+    @takes(SaveOptions)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Unpack[SaveOptions]) -> list[Path]:
         """Save the erasure to a folder: `README.md`, `erasure_config.json` and one or two safetensors files.
 
         The folder appears whole or not at all. An erasure that is already there is replaced; other files stay, and so does
@@ -229,11 +234,7 @@ class Erasure:
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
-            dtype (`torch.dtype` or `str`, *optional*): dtype of the tensors; as they are by default (float32).
-            redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names, and with them what
-                was written into the card by hand, and its pictures.
-            card (`"local"` or `"hub"`, *optional*): which card holds where the folder's and that of the place that this
-                erasure was read from were edited differently.
+            options: see [`SaveOptions`].
 
         Returns:
             `list` of `Path`: the files.
@@ -242,32 +243,18 @@ class Erasure:
             ErasureInputError: both cards were edited, or a card edited by hand lies where a redacted erasure is to be
                 saved; then nothing is changed.
         """
+        card = options.get("card")
         check_side(card)
-        files = self.to_files(dtype=dtype, redact_concepts=redact_concepts)
-        del files[CARD_FILE]
-        redacts = isinstance(self.origin, Withheld) or (redact_concepts and not self.config.redacted)
-        config = ErasureConfig.from_json(files[CONFIG_FILE])
+        saved = self._as_saved(options.get("dtype"), options.get("redact_concepts", False))
+        redacts = isinstance(saved.origin, Withheld)
+        config, files = saved._serialised()
         folder = Path(save_directory)
-        files |= beside_files(config, beside_of(self.origin), folder, card=card, redacts=redacts)
+        files |= beside_files(config, beside_of(saved.origin), folder, card=card, redacts=redacts)
         written = write_folder(folder, files, without=(RECORD_FILE,) if redacts else ())
         return [path for path in written if path.name != RECORD_FILE]
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        redact_concepts: bool = False,
-        grid: "Image.Image | None" = None,
-        license: str | None = None,
-        base_model: str | None = None,
-        card: Literal["local", "hub"] | None = None,
-    ) -> "CommitInfo":
+    @takes(CommitOptions, SaveOptions, PushOptions)
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> "CommitInfo":
         """Push the erasure to the Hub in one commit: all of it becomes visible, or nothing.
 
         A tensor file of an earlier erasure that this one does not have is deleted in the same commit; nothing else is.
@@ -276,18 +263,7 @@ class Erasure:
 
         Args:
             repo_id (`str`): the repository, such as `"user/no-cat"`; it is created where it does not exist.
-            private (`bool`, *optional*): whether a repository that is created is private; the account's default
-                otherwise. `True` with a repository that exists and is public is refused.
-            token (`str` or `bool`, *optional*): the token; the stored one by default.
-            revision (`str`, *optional*): the branch, created from the main one where it does not exist; main by default.
-            create_pr (`bool`, *optional*, defaults to `False`): propose the commit as a pull request.
-            commit_message (`str`, *optional*): the commit's message.
-            dtype (`torch.dtype` or `str`, *optional*): dtype of the tensors; as they are by default (float32).
-            redact_concepts (`bool`, *optional*, defaults to `False`): leave out the concepts' names.
-            grid (`PIL.Image.Image`, *optional*): a picture for the card, of images before and after.
-            license (`str`, *optional*): identifier of the licence, for the card's metadata.
-            base_model (`str`, *optional*): the base model's repository; see [`Erasure.with_base_model`].
-            card (`"local"` or `"hub"`, *optional*): which card holds where both were edited differently.
+            options: see [`PushOptions`].
 
         Returns:
             [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.
@@ -297,23 +273,10 @@ class Erasure:
             ErasureInputError: the base model has no id; the card was edited here and on the Hub; or the repository's
                 name, or what it holds, does not allow it.
         """
-        from .hub.transfer import push
-
-        return push(
-            self,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            dtype=dtype,
-            redact_concepts=redact_concepts,
-            grid=grid,
-            license=license,
-            base_model=base_model,
-            card=card,
-        )
+        base_model = options.get("base_model")
+        erasure = self if base_model is None else self.with_base_model(base_model)
+        erasure = erasure._as_saved(options.get("dtype"), options.get("redact_concepts", False))
+        return push(*erasure._serialised(), erasure.origin, repo_id, options)
 
     # ------------------------------------------------------------------------------------------------- making
 
@@ -423,71 +386,44 @@ class Erasure:
         """
         if CONFIG_FILE not in files:
             raise ErasureNotFoundError(f"There is no {CONFIG_FILE}.")
-        config = ErasureConfig.from_json(files[CONFIG_FILE])
-        needed = config.tensor_files
-        if set(config.files) != needed:
-            raise ErasureConfigError(f"`files` names {sorted(config.files)}, but the tensors lie in {sorted(needed)}.")
-        tensors = {}
-        for name in sorted(needed):
+
+        def read(name: str, record: FileRecord) -> bytes:
             if name not in files:
                 raise ErasureFileError(f"{name} is missing; {CONFIG_FILE} names it.")
-            data, record = files[name], config.files[name]
-            if len(data) != record.size or tensor_io.sha256(data) != record.sha256:
-                raise ErasureFileError(
-                    f"{name} is not the file that {CONFIG_FILE} names: {len(data)} bytes instead of {record.size}, or "
-                    "another SHA-256. It was cut short or changed; download or save it again."
-                )
-            tensors[name] = tensor_io.parse(data, name)
-        return cls(config, tensors, source)
+            return check_file(name, files[name], record)
+
+        return cls._of(Contents.read(files[CONFIG_FILE], read), source)
 
     @classmethod
+    def _of(
+        cls, contents: Contents, source: str | None = None, revision: str | None = None, origin: Origin | None = None
+    ) -> "Erasure":
+        tensors = {name: tensor_io.parse(data, name) for name, data in contents.tensors.items()}
+        return cls(contents.config, tensors, source, revision, origin)
+
+    @classmethod
+    @takes(ReadOptions)
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Unpack[ReadOptions]
     ) -> "Erasure":
         """Read an erasure from a folder or from the Hub, and validate all of it.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a local folder, a file in it, or a repository id on
                 the Hub.
-            subfolder (`str`, *optional*): a folder within it.
-            revision (`str`, *optional*): branch, tag or commit. It is resolved once, and all files come from there.
-            token (`str` or `bool`, *optional*): token for private and gated repositories; the stored one by default.
-            cache_dir (`str` or `os.PathLike`, *optional*): cache folder, the Hub's default otherwise.
-            force_download (`bool`, *optional*, defaults to `False`): download again what is cached.
-            local_files_only (`bool`, *optional*, defaults to `False`): use the cache alone.
+            options: see [`ReadOptions`].
 
         Raises:
             ErasureNotFoundError: the folder or repository holds no erasure.
             ErasureHubError: the Hub refused access or gave no answer.
             ErasureConfigError, ErasureFileError: what it holds is not valid.
         """
-        folder, commit = local_folder(pretrained_model_name_or_path), None
+        folder = local_folder(pretrained_model_name_or_path)
         source = str(folder or pretrained_model_name_or_path)
-        origin: Origin
-        if folder is not None:
-            files = read_folder(folder, subfolder)
-            origin = FolderOrigin(folder.resolve() / (subfolder or ""))
-        else:
-            from .hub.transfer import fetch
-
-            files, snapshot = fetch(
-                source,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
-            origin, commit = snapshot, snapshot.commit
-        erasure = cls.from_files(files, source=source)
-        erasure.revision, erasure.origin = commit, origin
-        return erasure
+        if folder is None:
+            contents, snapshot = fetch(source, options)
+            return cls._of(contents, source, snapshot.commit, snapshot)
+        subfolder = options.get("subfolder")
+        return cls._of(
+            read_folder(folder, subfolder), source, None, FolderOrigin(folder.resolve() / (subfolder or ""))
+        )

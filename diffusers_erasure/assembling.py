@@ -1,6 +1,7 @@
 """The one way to put an artefact together: from layers, and what is known of them, to a configuration and tensors by file."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,11 @@ def made_by(name: str, settings: Any, seed: int | None = None, **further: Any) -
     return Method(name, {**recorded, **further}, seed, versions, secret)
 
 
+def bound_to_text(layers: Iterable[Layer], base: BaseModel) -> list[Layer]:
+    """Layers that were made with a base model's text rows, and so are refused where another text encoder is."""
+    return [dataclasses.replace(layer, derived_from=base.text_components) for layer in layers]
+
+
 def assemble(
     layers: Sequence[Layer],
     *,
@@ -101,9 +107,8 @@ def assemble(
 
 def _places(layers: Sequence[Layer]) -> list[LayerSpec]:
     """Where the layers' tensors lie: as their kinds say, with a number in the name where several would lie at one place."""
-    places = [
-        (kind.file, kind.prefix(layer.component, layer.sites)) for layer in layers for kind in [layer_kind(layer.kind)]
-    ]
+    kinds = [layer_kind(layer.kind) for layer in layers]
+    places = [(kind.file, kind.prefix(each.component, each.sites)) for kind, each in zip(kinds, layers, strict=True)]
     specs = []
     for index, (layer, (file, prefix)) in enumerate(zip(layers, places, strict=True)):
         if places.count((file, prefix)) > 1:

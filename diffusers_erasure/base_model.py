@@ -400,12 +400,16 @@ def readable_weight(module: nn.Linear, name: str) -> torch.Tensor:
 
 
 def text_readers(pipe: Any) -> dict[str, nn.Linear]:
+    """Return the Linears of a pipeline's UNet that read the text rows. See [`readers_of_text`]."""
+    return readers_of_text(component(pipe, denoiser_name(pipe)))
+
+
+def readers_of_text(unet: nn.Module) -> dict[str, nn.Linear]:
     """Return the Linears of a UNet that read the text rows: each cross-attention's `to_k` and `to_v`, in model order.
 
     Raises:
         ErasureCompatibilityError: the denoiser has none, or its attention projections are fused.
     """
-    unet = component(pipe, denoiser_name(pipe))
     readers: dict[str, nn.Linear] = {}
     for name, module in unet.named_modules():
         if not name.endswith(".attn2") or name.startswith("erasure_modules"):

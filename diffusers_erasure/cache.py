@@ -8,7 +8,6 @@ so that one that a disk or a lost power supply has damaged is noticed. A folder 
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from . import tensors as tensor_io
 from .errors import ErasureFileError
 from .logging import get_logger
+from .storage import write_file
 
 
 logger = get_logger(__name__)
@@ -124,20 +124,12 @@ def _read(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:24]}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
         with contextlib.suppress(FileNotFoundError):  # `clear` in another process took the temporary file
-            os.replace(temporary, path)
+            write_file(path, data)
     except OSError as error:
         _tell(path, f"written ({len(data)} bytes)", error)
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def _tell(path: Path, what: str, error: OSError) -> None:

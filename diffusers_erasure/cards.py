@@ -9,7 +9,9 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from .demo import is_embedded
 from .errors import ErasureInputError
+from .registry import find
 from .schema import GRID_FILE, LORA_FILE, ErasureConfig
 
 
@@ -108,6 +110,12 @@ def check_repo_id(repo_id: str) -> None:
         )
 
 
+def check_licence(license: str | None) -> None:
+    """Raise `ErasureInputError` for what is no identifier of a licence."""
+    if license is not None and not _LICENCE.fullmatch(license):
+        raise ErasureInputError(f"`license` must be an identifier such as 'apache-2.0', not {license!r}.")
+
+
 def base_repo(config: ErasureConfig) -> str | None:
     """The id of the base model's repository on the Hub, where one is recorded."""
     repo = config.base_model.repo
@@ -131,17 +139,15 @@ def render_card(
     Returns:
         `str`: front matter for the Hub, and text for people. Concept strings are escaped for YAML and Markdown.
     """
-    from .demo import is_embedded
-    from .methods.citations import CITATIONS
 
-    if license is not None and not _LICENCE.fullmatch(license):
-        raise ErasureInputError(f"`license` must be an identifier such as 'apache-2.0', not {license!r}.")
+    check_licence(license)
     source = resources.files("diffusers_erasure.hub_cards").joinpath("erasure.md.j2").read_text(encoding="utf-8")
     named = [escape_markdown(concept.target) for concept in config.concepts[:MAX_NAMED]]
     if len(config.concepts) > MAX_NAMED:
         named.append(f"and {len(config.concepts) - MAX_NAMED} more")
     target = config.concepts[0].target if config.concepts and not config.redacted else None
     plain = config.method.name == "lora" and not config.concepts
+    method = find(config.method.name)
     text = (
         card_environment()
         .from_string(source)
@@ -161,7 +167,8 @@ def render_card(
             results=_rows(config.results),
             stock_results=_rows(config.stock.results) if config.stock else [],
             in_two_forms=any(layer.file != LORA_FILE for layer in config.layers),
-            citation=CITATIONS.get(config.method.name),
+            summary=method.summary if method else None,
+            citation=method.citation if method else None,
             grid=GRID_FILE if grid else None,
             license=license,
         )

@@ -5,21 +5,19 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-
-from . import low_rank
-from ._version import __version__
 from .artifact import Erasure
+from .assembling import rounded
 from .base_model import compare_base, same_component
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
+from .layers import Layer, Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .low_rank import DOWN, UP, balanced, pad_rank, product, rank_for, truncated
-from .methods import get_method, make_config, method_names
+from .methods import MethodEntry, get_method, make_config
 from .methods.rows import TargetRows, TextConfig, from_tensors, join
-from .schema import LORA_FILE, SCHEMA, TENSOR_FILE, Concept, ErasureConfig, LayerSpec, Library, Method, Stock
+from .registry import method_names
+from .schema import LORA_FILE, Concept, Method
 
 
 logger = get_logger(__name__)
@@ -75,6 +73,7 @@ def combine(
     if modified:
         raise ErasureInputError(f"Erasure number {modified[0]} has a schedule or a gate, which no combined edit has.")
     TextConfig(rank=rank, max_error=max_error)  # checks them
+    rank, max_error = rank or None, max_error or None  # 0 is no limit
     _check_one_base(parts)
     names = [concept.target for part in parts for concept in part.concepts if concept.target is not None]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -143,6 +142,7 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
 def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
     """The method and the settings that all parts share."""
     first = parts[0].config.method
+    common: dict[str, Any] = {}
     # Only what is retained is encoded again: without templates of its own, those of the targets may differ.
     free = FREE if first.settings.get("retain_templates") else (*FREE, "templates")
     for index, part in enumerate(parts, start=1):
@@ -161,17 +161,25 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
                 f"A joint solve needs one method: the first erasure is by {first.name}, number {index} by {method.name}; "
                 "use mode='sum'."
             )
-        for key in sorted({*first.settings, *method.settings} - set(free)):
-            if first.settings.get(key) != method.settings.get(key):
-                raise ErasureInputError(
-                    f"A joint solve needs the same settings: `{key}` is {first.settings.get(key)!r} in the first erasure and "
-                    f"{method.settings.get(key)!r} in number {index}; use mode='sum'."
-                )
+        own = _effective(get_method(method.name), method.settings, free)
+        common = common or own
+        for key in sorted(key for key in own if own[key] != common[key]):
+            raise ErasureInputError(
+                f"A joint solve needs the same settings: `{key}` is {common[key]!r} in the first erasure and {own[key]!r} in "
+                f"number {index}; use mode='sum'."
+            )
     if "templates" not in free and "templates" not in first.settings:
         raise ErasureInputError(
             "The erasures are redacted and do not say in which templates the retained prompts stood; use mode='sum'."
         )
-    return first.name, {key: value for key, value in first.settings.items() if key not in free}
+    return first.name, common
+
+
+def _effective(entry: MethodEntry, recorded: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """Recorded settings with what was left out, as erasures of earlier versions do, filled in; without some."""
+    given = {key: value for key, value in recorded.items() if key not in free}
+    settings, _ = entry.resolved(make_config(entry, given)).recorded()
+    return {key: value for key, value in settings.items() if key not in free}
 
 
 def _all_retained(parts: Sequence[Erasure], targets: Sequence[str]) -> Retained:
@@ -224,37 +232,19 @@ def _joined_rows(parts: Sequence[Erasure]) -> dict[str, dict[str, TargetRows]]:
 
 
 def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) -> Erasure:
-    loras: dict[str, list[tuple[Erasure, LayerSpec]]] = {}
-    maps: dict[tuple[str, str], list[tuple[Erasure, LayerSpec]]] = {}
-    for index, part in enumerate(parts, start=1):
-        for layer in part.config.layers:
-            if layer.kind == "lora":
-                loras.setdefault(layer.component, []).append((part, layer))
-            elif layer.kind == "text_map":
-                maps.setdefault((layer.component, layer.sites[0]), []).append((part, layer))
-            else:
-                raise ErasureInputError(
-                    f"Erasure number {index} has a layer of kind {layer.kind!r}, which cannot be added."
-                )
-    layers: list[LayerSpec] = []
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    error, map_error = 0.0, 0.0
-    for component, members in loras.items():
-        added, worst = _sum_of_loras(component, members, rank, max_error)
-        error = max(error, worst)
-        tensors.setdefault(LORA_FILE, {}).update(added)
-        sites = dict.fromkeys(site for _, layer in members for site in layer.sites)
-        layers.append(LayerSpec("lora", component, tuple(sites), LORA_FILE, f"{component}.", _origins(members)))
-    for (component, site), members in maps.items():
-        a = torch.cat([part.layer_tensors(layer)["A"].double() for part, layer in members])
-        d = torch.cat([part.layer_tensors(layer)["D"].double() for part, layer in members])
-        a, d, lost = truncated(a, d, rank, max_error)
-        map_error = max(map_error, lost)
-        prefix = "text_map." if site == "encoder_hidden_states" else f"{site}_map."
-        own = {f"{prefix}A": a.float().contiguous(), f"{prefix}D": d.float().contiguous()}
-        tensors.setdefault(TENSOR_FILE, {}).update(own)
-        layers.append(LayerSpec("text_map", component, (site,), TENSOR_FILE, prefix, _origins(members)))
-    first = parts[0].config
+    members: dict[str, list[Summand]] = {}
+    for number, part in enumerate(parts, start=1):
+        stated = part.config.stock.error if part.config.stock else 0.0
+        for spec in part.config.layers:
+            error = stated if spec.file == LORA_FILE else 0.0
+            member = Summand(f"Erasure number {number}", spec, part.layer_tensors(spec), error)
+            members.setdefault(spec.kind, []).append(member)
+    layers: list[Layer] = []
+    worst = 0.0
+    for kind, own in members.items():
+        for layer, error in layer_kind(kind).summed(own, rank, max_error):
+            layers.append(layer)
+            worst = max(worst, error)
     described = [
         {
             "method": part.config.method.name,
@@ -263,55 +253,15 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
         }
         for part in parts
     ]
-    config = ErasureConfig(
-        schema=SCHEMA,
-        library=Library("diffusers_erasure", __version__),
+    concepts = [concept for part in parts for concept in part.concepts]
+    if any(part.config.redacted for part in parts):
+        concepts = [dataclasses.replace(concept, target=None, anchor=None) for concept in concepts]
+    whole = all(layer_kind(layer.kind).file == LORA_FILE for layer in layers)  # then the LoRA file states the error
+    return Erasure.from_layers(
+        layers,
+        base=parts[0].config.base_model,
+        concepts=concepts,
         method=Method("sum", {"parts": described, "rank": rank, "max_error": max_error}),
-        base_model=first.base_model,
-        concepts=tuple(concept for part in parts for concept in part.concepts)
-        if not any(part.config.redacted for part in parts)
-        else tuple(dataclasses.replace(c, target=None, anchor=None) for part in parts for c in part.concepts),
-        layers=tuple(layers),
-        stock=None if maps else Stock(LORA_FILE, float(f"{min(error, 0.999):.3g}")),
-        diagnostics={"truncation_error": float(f"{map_error:.3g}")} if map_error else {},
+        error=worst,
+        diagnostics={"truncation_error": rounded(worst)} if worst and not whole else {},
     )
-    return Erasure(config, tensors)
-
-
-def _origins(members: Sequence[tuple[Erasure, LayerSpec]]) -> tuple[str, ...]:
-    return tuple(sorted({name for _, layer in members for name in layer.derived_from}))
-
-
-def _sum_of_loras(
-    component: str, members: Sequence[tuple[Erasure, LayerSpec]], rank: int | None, max_error: float | None
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Concatenate factors on rank, site by site; `(tensors, largest relative error over the sites)`."""
-    own: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
-    for part, layer in members:
-        tensors: Mapping[str, torch.Tensor] = part.layer_tensors(layer)
-        stated = part.config.stock.error if part.config.stock else 0.0
-        for site in layer.sites:
-            own.setdefault(site, []).append((tensors[site + DOWN], tensors[site + UP], stated))
-    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    worst = 0.0
-    for site, factors in own.items():
-        a = torch.cat([down for down, _, _ in factors]).double()
-        b = torch.cat([up for _, up, _ in factors], dim=1).double()
-        norm, lost = (
-            low_rank.norm(a, b),
-            sum(stated * low_rank.norm(down.double(), up.double()) for down, up, stated in factors),
-        )
-        if rank is not None or max_error is not None:
-            u, s, vh = product(b.flatten(1), a.flatten(1))
-            kept = rank_for(s, rank, max_error)
-            lost += float(s[kept:].norm())
-            small = balanced(vh[:kept], u[:, :kept] * s[:kept])
-            a, b = small[0].reshape(kept, *a.shape[1:]), small[1].reshape(b.shape[0], kept, *b.shape[2:])
-        worst = max(worst, lost / norm if norm else 0.0)
-        found[site] = a.float(), b.float()
-    full = max(len(a) for a, _ in found.values())
-    result = {}
-    for site, (a, b) in found.items():
-        result[f"{component}.{site}{DOWN}"] = pad_rank(a, full, 0)
-        result[f"{component}.{site}{UP}"] = pad_rank(b, full, 1)
-    return result, worst

@@ -75,7 +75,7 @@ def has_fused_projections(attention: nn.Module) -> bool:
     if not getattr(attention, "fused_projections", False):
         return False
     flag_is_reset = hasattr(attention, "unfuse_projections")
-    return flag_is_reset or type(getattr(attention, "processor", None)).__name__.startswith("Fused")
+    return flag_is_reset or getattr(attention, "processor", None).__class__.__name__.startswith("Fused")
 
 
 def is_group_offloaded(module: nn.Module) -> bool:

@@ -5,17 +5,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .artifact import Erasure
+from .base_model import family_of
 from .encoding import one_fit
-from .errors import ErasureInputError
+from .errors import ErasureCompatibilityError, ErasureInputError
 from .lists import expand, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .methods import check_names, get_method, make_config, method_names
+from .methods import check_names, get_method, make_config
+from .registry import MethodDeclaration, method_names
 from .schema import Concept
 
 
 if TYPE_CHECKING:
-    from .training import TrainingRun
+    from .runs.options import TrainingRun
 
 logger = get_logger(__name__)
 
@@ -88,15 +90,33 @@ def erase(
     if retain is not None:
         settings["retain"] = retained(retain, names)
     config = make_config(entry, settings)
-    if training is not None and not entry.resumable:
+    resumable = entry.declared.resumable
+    if training is not None and not resumable:
         raise ErasureInputError(
-            f"`training` is for methods that can be interrupted and resumed; {method!r} solves a closed form."
+            f"`training` is for methods that can be interrupted and resumed; {method!r} cannot be."
         )
+    check_family(entry.declared, pipe)
     with erasures_disabled(pipe), one_fit():
-        erasure = entry.fit(pipe, concepts, config, *([training] if entry.resumable else []))
-    assert isinstance(erasure, Erasure)
+        erasure = entry.fit(pipe, concepts, config, *([training] if resumable else []))
+    if not isinstance(erasure, Erasure):
+        raise TypeError(f"The method {method!r} gave {type(erasure).__name__}; expected an Erasure.")
     logger.info("Made an erasure of %d concepts by %s.", len(concepts), method)
     return erasure
+
+
+def check_family(declared: MethodDeclaration, pipe: Any) -> None:
+    """Refuse a base model on which a method does not work.
+
+    Raises:
+        ErasureCompatibilityError: its family is none of those that the method declares.
+    """
+    family = family_of(pipe).name
+    if family not in declared.families:
+        raise ErasureCompatibilityError(
+            f"The method {declared.name!r} works on {' and '.join(declared.families)}, but this pipeline "
+            f"({type(pipe).__name__}) is of the family {family}. Choose another method, or another base model; "
+            "`diffusers-erasure methods METHOD` tells what a method works on."
+        )
 
 
 def recipe_of(erasure: Erasure) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from .artifact import Erasure
 from .base_model import denoiser_name
 from .encoding import all_rows
 from .errors import ErasureInputError
+from .layers import layer_kind
 from .live.blocks import erasures_disabled
 from .schema import MODIFIER_PREFIX, TENSOR_FILE, GateSpec, LayerSpec, ScheduleSpec
 
@@ -30,7 +31,8 @@ def with_schedule(
         [`Erasure`]: it needs this library to be loaded, also where its layers are a LoRA: the LoRA's file has no schedule.
 
     Raises:
-        ErasureInputError: the table has another shape or is not finite, or no layer acts on the denoiser.
+        ErasureInputError: the table has another shape or is not finite, no layer acts on the denoiser, or one of its kind can
+            have no schedule.
 
     Examples:
 
@@ -46,15 +48,18 @@ def with_schedule(
         )
     chosen = _denoising(erasure, layer)
     for index in chosen:
+        spec = erasure.config.layers[index]
+        _refuse(index, spec, "schedule", layer_kind(spec.kind).why_no_schedule(spec))
+    for index in chosen:
         sites = len(erasure.config.layers[index].sites)
         if values.shape[1] not in (1, sites):
             raise ErasureInputError(f"The schedule has {values.shape[1]} columns; layer {index} has {sites} sites.")
     changes: dict[int, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for index in chosen:
-        spec = ScheduleSpec(f"{MODIFIER_PREFIX}{index}.schedule", len(values), float(span))
-        changes[index] = {"schedule": spec}
-        tensors[spec.name] = values.contiguous()
+        schedule = ScheduleSpec(f"{MODIFIER_PREFIX}{index}.schedule", len(values), float(span))
+        changes[index] = {"schedule": schedule}
+        tensors[schedule.name] = values.contiguous()
     return _changed(erasure, changes, tensors)
 
 
@@ -82,7 +87,8 @@ def with_gate(
             the prompt holds. For text that the pipeline's first text encoder was not seen to encode it is 1 then.
 
     Raises:
-        ErasureInputError: the concepts are not named and no `prompts` are given, or a value is out of range.
+        ErasureInputError: the concepts are not named and no `prompts` are given, a value is out of range, or a layer's kind
+            can have no gate.
         ErasureCompatibilityError: the pipeline's text cannot be encoded.
     """
     names = [prompts] if isinstance(prompts, str) else list(prompts or [])
@@ -94,6 +100,12 @@ def with_gate(
         raise ErasureInputError(
             f'`factor` must be a finite number above 0 and `layout` "row" or "uncond_first", not {factor!r} and {layout!r}.'
         )
+    chosen = _denoising(erasure, None)
+    for index in chosen:
+        layer = erasure.config.layers[index]
+        if layer.component != denoiser_name(pipe):
+            raise ErasureInputError("The erasure acts on another denoiser than this pipeline has.")
+        _refuse(index, layer, "gate", layer_kind(layer.kind).why_no_gate(layer))
     with erasures_disabled(pipe):
         rows, _ = all_rows(pipe, names)
     ids = None
@@ -102,9 +114,7 @@ def with_gate(
         ids = tuple(tuple(each) for each in encoded)
     changes: dict[int, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for index in _denoising(erasure, None):
-        if erasure.config.layers[index].component != denoiser_name(pipe):
-            raise ErasureInputError("The erasure acts on another denoiser than this pipeline has.")
+    for index in chosen:
         spec = GateSpec(f"{MODIFIER_PREFIX}{index}.gate", float(factor), layout, ids)
         changes[index] = {"gate": spec}
         tensors[spec.name] = rows.to(torch.float16).contiguous()
@@ -130,6 +140,11 @@ def _denoising(erasure: Erasure, layer: int | None) -> list[int]:
             f"act; layers are {[f'{spec.kind} on {spec.component}' for spec in layers]}."
         )
     return found
+
+
+def _refuse(index: int, spec: LayerSpec, word: str, reason: str | None) -> None:
+    if reason is not None:
+        raise ErasureInputError(f"Layer {index}, of the kind {spec.kind!r}, can have no {word}: {reason}.")
 
 
 def _changed(erasure: Erasure, changes: dict[int, dict[str, Any]], added: dict[str, torch.Tensor]) -> Erasure:

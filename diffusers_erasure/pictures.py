@@ -1,7 +1,8 @@
 """Contact sheets: rows of pictures with labels, as one PNG."""
 
+import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -38,3 +39,10 @@ def contact_sheet(
                 picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (margin + j * (width + 4), y)
             )
     return sheet
+
+
+def as_png(image: "Image.Image", metadata: Any = None) -> bytes:
+    """A picture as the content of a PNG file, with PIL's `PngInfo` if any."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=metadata)
+    return buffer.getvalue()

@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast
 
 from .artifact import Erasure
 from .base_model import compare_base, denoiser_name
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .formats.erased_model import export_erased, push_erased_model
+from .hub.options import CommitOptions, PushOptions, ReadOptions, SaveOptions, takes
 from .live import attachment, fusing, peft_backend, prompt_guard
 from .live.attachment import Loaded
 from .live.blocks import erasures_disabled, training_through_erasures
@@ -80,15 +81,10 @@ class ErasablePipeline(Protocol):
         strength: float = 1.0,
         strict_base: StrictBase = "warn",
         method: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
         weight_name: str | None = None,
         backend: Backend = "hook",
         peft_guard: PeftGuard = "reactivate",
+        **options: Unpack[ReadOptions],
     ) -> ErasureInfo: ...
 
     def list_erasures(self) -> list[ErasureInfo]: ...
@@ -110,24 +106,15 @@ class ErasablePipeline(Protocol):
     ) -> list[Path]: ...
 
     def push_erased_model(
-        self, repo_id: str, names: str | Sequence[str] | None = None, **kwargs: Any
+        self, repo_id: str, names: str | Sequence[str] | None = None, **options: Unpack[CommitOptions]
     ) -> "CommitInfo": ...
 
     def save_erasure(
-        self, save_directory: str | os.PathLike[str], adapter_name: str | None = None, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], adapter_name: str | None = None, **options: Unpack[SaveOptions]
     ) -> list[Path]: ...
 
     def push_erasure_to_hub(
-        self,
-        repo_id: str,
-        adapter_name: str | None = None,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        **kwargs: Any,
+        self, repo_id: str, adapter_name: str | None = None, **options: Unpack[PushOptions]
     ) -> "CommitInfo": ...
 
 
@@ -187,6 +174,7 @@ def _default_name(src: Any, taken: Mapping[str, Loaded]) -> str:
 # ------------------------------------------------------------------------------------------------- the functions
 
 
+@takes(ReadOptions)
 def load_erasure(
     pipe: Any,
     src: "str | os.PathLike[str] | Erasure",
@@ -195,15 +183,10 @@ def load_erasure(
     strength: float = 1.0,
     strict_base: StrictBase = "warn",
     method: str | None = None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
     weight_name: str | None = None,
     backend: Backend = "hook",
     peft_guard: PeftGuard = "reactivate",
+    **options: Unpack[ReadOptions],
 ) -> ErasureInfo:
     """Load an erasure into a pipeline. It stays on until it is unloaded, whatever is done with LoRAs.
 
@@ -217,13 +200,13 @@ def load_erasure(
         strict_base (`"warn"`, `"error"` or `"ignore"`, *optional*, defaults to `"warn"`): what to do where the denoiser
             has the right architecture, but other weights than the one that the erasure was made for (a fine-tune of it).
         method (`str`, *optional*): `"lora"` loads a plain LoRA file as an erasure; otherwise leave it out.
-        subfolder, revision, token, cache_dir, force_download, local_files_only: see [`Erasure.from_pretrained`].
         weight_name (`str`, *optional*): the LoRA's file, with `method="lora"` alone.
         backend (`"hook"`, `"merge"` or `"peft"`, *optional*, defaults to `"hook"`): how it acts. `"merge"` is loading and
             then [`fuse_erasures`]; `"peft"` makes a stock LoRA an adapter of the pipeline, which `set_adapters` governs.
         peft_guard (`"reactivate"` or `"error"`, *optional*, defaults to `"reactivate"`): with `backend="peft"`, what a
             forward pass does where other calls have switched the adapter off: switch it on again, with one warning, or
             raise [`ErasureInactiveError`].
+        options: see [`ReadOptions`].
 
     Returns:
         [`ErasureInfo`]: what was loaded and how its base model matched.
@@ -256,22 +239,14 @@ def load_erasure(
             f"An erasure {name!r} is loaded already. Give another `adapter_name`, or unload it with "
             f"`pipe.unload_erasure({name!r})` first."
         )
-    hub: dict[str, Any] = {
-        "subfolder": subfolder,
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "force_download": force_download,
-        "local_files_only": local_files_only,
-    }
     if isinstance(src, Erasure):
         erasure = src
     elif method == "lora":
         from .formats.plain_lora import read_plain_lora
 
-        erasure = read_plain_lora(pipe, src, weight_name=weight_name, **hub)
+        erasure = read_plain_lora(pipe, src, weight_name=weight_name, **options)
     else:
-        erasure = Erasure.from_pretrained(src, **hub)
+        erasure = Erasure.from_pretrained(src, **options)
 
     content = erasure.content_hash
     twin = next((item.name for item in taken.values() if item.content_hash == content), None)
@@ -280,7 +255,7 @@ def load_erasure(
             f"This erasure is loaded already, as {twin!r}; twice it would act at twice the strength. "
             f"Use `pipe.set_erasures({twin!r}, strength)`."
         )
-    match = _check_base(pipe, erasure, strict_base)
+    match = _check_base(pipe, erasure, content, strict_base)
     fusing.check_beside_fused(pipe, erasure)
     components = _components(pipe)
     on_text = any(layer.component.startswith("text_encoder") for layer in erasure.config.layers)
@@ -300,13 +275,13 @@ def load_erasure(
     return _info(pipe, item)
 
 
-def _check_base(pipe: Any, erasure: Erasure, strict_base: StrictBase) -> dict[str, str]:
+def _check_base(pipe: Any, erasure: Erasure, content: str, strict_base: StrictBase) -> dict[str, str]:
     layers = erasure.config.layers
     needed = {layer.component for layer in layers}
     derived = {name for layer in layers for name in layer.derived_from}
     base = erasure.config.base_model
     match = compare_base(base, pipe, needed=needed, derived_from=derived)
-    check_not_contained(pipe, erasure, match)
+    check_not_contained(pipe, erasure, content, match)
     changed = [name for name, value in match.items() if value == "different weights" and name not in derived]
     if changed and strict_base != "ignore":
         message = (
@@ -391,8 +366,9 @@ def unload_erasure(pipe: Any, name: str | None = None) -> None:
         prompt_guard.remove(pipe)
 
 
+@takes(SaveOptions)
 def save_erasure(
-    pipe: Any, save_directory: str | os.PathLike[str], adapter_name: str | None = None, **kwargs: Any
+    pipe: Any, save_directory: str | os.PathLike[str], adapter_name: str | None = None, **options: Unpack[SaveOptions]
 ) -> list[Path]:
     """Save a loaded erasure, at its present strength: other than 1 rescales the tensors and is recorded.
 
@@ -400,25 +376,17 @@ def save_erasure(
         pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
         save_directory (`str` or `os.PathLike`): the folder.
         adapter_name (`str`, *optional*): the erasure; may be left out where only one is loaded.
-        kwargs: `dtype`, `redact_concepts` and `card` of [`Erasure.save_pretrained`].
+        options: see [`SaveOptions`].
 
     Returns:
         `list` of `Path`: the files.
     """
-    return _one(pipe, adapter_name).save_pretrained(save_directory, **kwargs)
+    return _one(pipe, adapter_name).save_pretrained(save_directory, **options)
 
 
+@takes(CommitOptions, SaveOptions, PushOptions)
 def push_erasure_to_hub(
-    pipe: Any,
-    repo_id: str,
-    adapter_name: str | None = None,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    **kwargs: Any,
+    pipe: Any, repo_id: str, adapter_name: str | None = None, **options: Unpack[PushOptions]
 ) -> "CommitInfo":
     """Push a loaded erasure to the Hub, at its present strength: other than 1 rescales the tensors and is recorded.
 
@@ -426,8 +394,7 @@ def push_erasure_to_hub(
         pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
         repo_id (`str`): the repository, such as `"user/no-cat"`; it is created where it does not exist.
         adapter_name (`str`, *optional*): the erasure; may be left out where only one is loaded.
-        private, token, revision, create_pr, commit_message: see [`Erasure.push_to_hub`].
-        kwargs: `dtype`, `redact_concepts`, `grid`, `license`, `base_model` and `card` of [`Erasure.push_to_hub`].
+        options: see [`PushOptions`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: the commit, with its address and that of the pull request.
@@ -436,9 +403,7 @@ def push_erasure_to_hub(
         ErasureHubError: the Hub refused it or gave no answer, or somebody else pushed meanwhile.
         ErasureInputError: the erasure's or the repository's name, or what it holds, does not allow it.
     """
-    erasure = _one(pipe, adapter_name)
-    hub: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
-    return erasure.push_to_hub(repo_id, commit_message=commit_message, **hub, **kwargs)
+    return _one(pipe, adapter_name).push_to_hub(repo_id, **options)
 
 
 def _one(pipe: Any, adapter_name: str | None) -> Erasure:

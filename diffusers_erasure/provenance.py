@@ -5,10 +5,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ErasureConfigError
 from .schema import CONFIG_FILE, SCHEMA, BaseModel, Component, ErasureConfig, Library
-from .schema import _check_json as check_json
-from .schema import _read as read_as
+from .strict_json import load_json, read_as, require
 
 
 KIND = "erased-model"
@@ -58,16 +56,10 @@ class Provenance:
         Raises:
             ErasureConfigError: it is not valid, or no provenance file.
         """
-        if len(data) > MAX_BYTES:
-            raise ErasureConfigError(f"The provenance file has {len(data)} bytes, more than {MAX_BYTES}.")
-        try:
-            raw = json.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ErasureConfigError(f"The provenance file is not valid JSON: {str(error)[:200]}") from error
-        check_json(raw, 0)
-        found: Provenance = read_as(cls, raw, "provenance")
-        if found.kind != KIND or found.schema.split(".")[0] != SCHEMA.split(".")[0]:
-            raise ErasureConfigError(f"Kind {found.kind[:40]!r} of schema {found.schema[:40]!r} is not known here.")
+        name = "The provenance file"
+        found: Provenance = read_as(cls, load_json(data, name, MAX_BYTES), name)
+        known = found.kind == KIND and found.schema.split(".")[0] == SCHEMA.split(".")[0]
+        require(known, f"Kind {found.kind[:40]!r} of schema {found.schema[:40]!r} is not known here.")
         return found
 
 

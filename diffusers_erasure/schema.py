@@ -1,7 +1,6 @@
-"""`erasure_config.json`: the dataclasses of schema 1.1, and a strict reader for them.
+"""`erasure_config.json`: the dataclasses of schema 1.1, which `strict_json` reads and whose ranges they check themselves.
 
-The reader takes nothing on trust: size, nesting, duplicate and unknown keys, types and ranges are all checked, and
-no string of the file is ever used as an import path, a file name outside the schema, or a regular expression.
+No string of the file is ever used as an import path, a file name outside the schema, or a regular expression.
 """
 
 import base64
@@ -10,13 +9,11 @@ import dataclasses
 import json
 import math
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ErasureConfigError
 from .showing import as_html, as_text, base_repr, config_rows
+from .strict_json import load_json, read_as, require
 
 
 SCHEMA = "1.1"
@@ -30,7 +27,6 @@ SOLVE_PREFIX = "solve."
 MODIFIER_PREFIX = "modifiers."
 
 MAX_CONFIG_BYTES = 256 * 1024
-MAX_DEPTH = 12
 MAX_FILE_BYTES = 4 * 2**30
 MAX_LAYERS = 64
 MAX_SITES = 8192
@@ -54,16 +50,11 @@ _FLOATS = (
 )
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ErasureConfigError(message)
-
-
 def _require_names(**names: str | None) -> None:
     """Names go into messages and logs: short, and without what would steer a terminal."""
     for key, name in names.items():
         plain = name is None or (len(name) <= 200 and name.isprintable())
-        _require(plain, f"`{key}` must be at most 200 printable characters, not {str(name)[:80]!r}.")
+        require(plain, f"`{key}` must be at most 200 printable characters, not {str(name)[:80]!r}.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ class Method:
     concept_settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(0 < len(self.name) <= 64, "`method.name` must have 1 to 64 characters.")
+        require(0 < len(self.name) <= 64, "`method.name` must have 1 to 64 characters.")
         _require_names(method=self.name)
 
 
@@ -109,16 +100,16 @@ class Component:
     values: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        _require(bool(_SHA256.fullmatch(self.architecture)), "`architecture` must be a SHA-256 in hexadecimal.")
+        require(bool(_SHA256.fullmatch(self.architecture)), "`architecture` must be a SHA-256 in hexadecimal.")
         _require_names(class_name=self.class_name)
-        _require((self.dtype is None) == (self.values is None), "`dtype` and `values` go together.")
-        _require(self.dtype is None or self.dtype in _FLOATS, f"`dtype` must be one of {_FLOATS}.")
-        _require(self.values is None or len(self.values) <= 96 * 1024, "`values` holds too many samples.")
+        require((self.dtype is None) == (self.values is None), "`dtype` and `values` go together.")
+        require(self.dtype is None or self.dtype in _FLOATS, f"`dtype` must be one of {_FLOATS}.")
+        require(self.values is None or len(self.values) <= 96 * 1024, "`values` holds too many samples.")
         try:
             size = len(base64.b64decode(self.values or "", validate=True))
         except (binascii.Error, ValueError):
             size = -1
-        _require(size >= 0 and size % 4 == 0, "`values` must be float32 numbers in base64.")
+        require(size >= 0 and size % 4 == 0, "`values` must be float32 numbers in base64.")
 
 
 @dataclass(frozen=True)
@@ -142,7 +133,7 @@ class BaseModel:
         _require_names(family=self.family, repo=self.repo, revision=self.revision)
         for name in self.components:
             known = bool(COMPONENT.fullmatch(name))
-            _require(known, f"`base_model.components` has an unknown component {name[:80]!r}.")
+            require(known, f"`base_model.components` has an unknown component {name[:80]!r}.")
 
 
 @dataclass(frozen=True)
@@ -155,7 +146,7 @@ class Concept:
 
 def _require_modifier_name(name: str) -> None:
     valid = name.startswith(MODIFIER_PREFIX) and len(name) <= 128 and bool(_SITE.fullmatch(name))
-    _require(valid, f"A modifier's tensor must be named {MODIFIER_PREFIX}…, not {name[:80]!r}.")
+    require(valid, f"A modifier's tensor must be named {MODIFIER_PREFIX}…, not {name[:80]!r}.")
 
 
 @dataclass(frozen=True)
@@ -174,8 +165,8 @@ class ScheduleSpec:
 
     def __post_init__(self) -> None:
         _require_modifier_name(self.name)
-        _require(0 < self.bins <= MAX_BINS, f"A schedule must have 1 to {MAX_BINS} `bins`.")
-        _require(0 < self.span <= 1e6, "A schedule's `span` must be above 0, and at most a million.")
+        require(0 < self.bins <= MAX_BINS, f"A schedule must have 1 to {MAX_BINS} `bins`.")
+        require(0 < self.span <= 1e6, "A schedule's `span` must be above 0, and at most a million.")
 
 
 @dataclass(frozen=True)
@@ -201,12 +192,12 @@ class GateSpec:
 
     def __post_init__(self) -> None:
         _require_modifier_name(self.name)
-        _require(0 < self.factor < math.inf, "A gate's `factor` must be a finite number above 0.")
-        _require(self.layout in ("row", "uncond_first"), "A gate's `layout` must be 'row' or 'uncond_first'.")
+        require(0 < self.factor < math.inf, "A gate's `factor` must be a finite number above 0.")
+        require(self.layout in ("row", "uncond_first"), "A gate's `layout` must be 'row' or 'uncond_first'.")
         for ids in self.tokens or ():
             plain = 0 < len(ids) <= 1000 and all(0 <= each < 2**24 for each in ids)
-            _require(plain, "A gate's `tokens` must be lists of token ids.")
-        _require(self.tokens is None or len(self.tokens) > 0, "A gate's `tokens` must not be empty; leave it out.")
+            require(plain, "A gate's `tokens` must be lists of token ids.")
+        require(self.tokens is None or len(self.tokens) > 0, "A gate's `tokens` must not be empty; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -235,22 +226,20 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         known = bool(COMPONENT.fullmatch(self.component))
-        _require(known, f"A layer acts on unknown component {self.component[:80]!r}.")
-        _require(self.file in TENSOR_FILES, f"A layer's `file` must be one of {TENSOR_FILES}, not {self.file[:80]!r}.")
-        _require(0 < len(self.sites) <= MAX_SITES, f"A layer must have 1 to {MAX_SITES} `sites`.")
-        _require(len(set(self.sites)) == len(self.sites), "A layer names one of its `sites` twice.")
+        require(known, f"A layer acts on unknown component {self.component[:80]!r}.")
+        require(self.file in TENSOR_FILES, f"A layer's `file` must be one of {TENSOR_FILES}, not {self.file[:80]!r}.")
+        require(0 < len(self.sites) <= MAX_SITES, f"A layer must have 1 to {MAX_SITES} `sites`.")
+        require(len(set(self.sites)) == len(self.sites), "A layer names one of its `sites` twice.")
         for site in self.sites:
-            _require(len(site) <= 256 and bool(_SITE.fullmatch(site)), f"{site[:80]!r} cannot be the name of a site.")
+            require(len(site) <= 256 and bool(_SITE.fullmatch(site)), f"{site[:80]!r} cannot be the name of a site.")
             parts = site.split(".")
             dunder = any(part.startswith("__") for part in parts)
-            _require(not dunder and not set(parts) & set(_FOREIGN), f"{site[:80]!r} is not a site of a base model.")
-        _require(
-            len(self.prefix) <= 128 and bool(_SITE.fullmatch(self.prefix + "x")), "A layer's `prefix` is invalid."
-        )
+            require(not dunder and not set(parts) & set(_FOREIGN), f"{site[:80]!r} is not a site of a base model.")
+        require(len(self.prefix) <= 128 and bool(_SITE.fullmatch(self.prefix + "x")), "A layer's `prefix` is invalid.")
         for name in self.derived_from:
-            _require(bool(COMPONENT.fullmatch(name)), f"`derived_from` names unknown component {name[:80]!r}.")
+            require(bool(COMPONENT.fullmatch(name)), f"`derived_from` names unknown component {name[:80]!r}.")
         denoises = self.component in ("unet", "transformer")
-        _require(denoises or not self.is_modified, "Only a layer on the denoiser can have a `schedule` or a `gate`.")
+        require(denoises or not self.is_modified, "Only a layer on the denoiser can have a `schedule` or a `gate`.")
 
     @property
     def is_modified(self) -> bool:
@@ -281,10 +270,10 @@ class Stock:
     results: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(self.file == LORA_FILE, f"`stock.file` must be {LORA_FILE!r}.")
-        _require(self.form in ("exact", "approximate"), "`stock.form` must be 'exact' or 'approximate'.")
+        require(self.file == LORA_FILE, f"`stock.file` must be {LORA_FILE!r}.")
+        require(self.form in ("exact", "approximate"), "`stock.form` must be 'exact' or 'approximate'.")
         largest = 1.0 if self.is_exact else math.inf
-        _require(0 <= self.error < largest, f"`stock.error` must be at least 0 and below {largest:g}.")
+        require(0 <= self.error < largest, f"`stock.error` must be at least 0 and below {largest:g}.")
 
     @property
     def is_exact(self) -> bool:
@@ -301,8 +290,8 @@ class SolveRows:
     prompts: int
 
     def __post_init__(self) -> None:
-        _require(self.squares >= 0, "`squares` must be at least 0.")
-        _require(0 < self.prompts <= self.count < 2**40, "`prompts` and `count` must be above 0.")
+        require(self.squares >= 0, "`squares` must be at least 0.")
+        require(0 < self.prompts <= self.count < 2**40, "`prompts` and `count` must be above 0.")
 
 
 @dataclass(frozen=True)
@@ -321,11 +310,11 @@ class SolveSpec:
     rows: dict[str, SolveRows]
 
     def __post_init__(self) -> None:
-        _require(self.file == TENSOR_FILE, f"`solve.file` must be {TENSOR_FILE!r}.")
-        _require(self.prefix == SOLVE_PREFIX, f"`solve.prefix` must be {SOLVE_PREFIX!r}.")
-        _require(0 < len(self.rows) <= 8, "`solve.rows` must name 1 to 8 sets.")
+        require(self.file == TENSOR_FILE, f"`solve.file` must be {TENSOR_FILE!r}.")
+        require(self.prefix == SOLVE_PREFIX, f"`solve.prefix` must be {SOLVE_PREFIX!r}.")
+        require(0 < len(self.rows) <= 8, "`solve.rows` must name 1 to 8 sets.")
         for name in self.rows:
-            _require(len(name) <= 64 and bool(_SITE.fullmatch(name)), f"`solve.rows` has a set {name[:80]!r}.")
+            require(len(name) <= 64 and bool(_SITE.fullmatch(name)), f"`solve.rows` has a set {name[:80]!r}.")
 
 
 @dataclass(frozen=True)
@@ -336,8 +325,8 @@ class FileRecord:
     size: int
 
     def __post_init__(self) -> None:
-        _require(bool(_SHA256.fullmatch(self.sha256)), "`sha256` must have 64 hexadecimal digits.")
-        _require(0 < self.size <= MAX_FILE_BYTES, f"A tensor file must have 1 to {MAX_FILE_BYTES} bytes.")
+        require(bool(_SHA256.fullmatch(self.sha256)), "`sha256` must have 64 hexadecimal digits.")
+        require(0 < self.size <= MAX_FILE_BYTES, f"A tensor file must have 1 to {MAX_FILE_BYTES} bytes.")
 
 
 @dataclass(frozen=True)
@@ -365,25 +354,25 @@ class ErasureConfig:
         return as_html("ErasureConfig", config_rows(self))
 
     def __post_init__(self) -> None:
-        _require(0 < len(self.layers) <= MAX_LAYERS, f"An erasure must have 1 to {MAX_LAYERS} `layers`.")
-        _require(len(self.concepts) <= MAX_CONCEPTS, f"An erasure may name at most {MAX_CONCEPTS} `concepts`.")
-        _require(0 < self.published_strength < math.inf, "`published_strength` must be a finite number above 0.")
-        _require(set(self.files) <= set(TENSOR_FILES), f"`files` may name only {TENSOR_FILES}.")
-        _require(
+        require(0 < len(self.layers) <= MAX_LAYERS, f"An erasure must have 1 to {MAX_LAYERS} `layers`.")
+        require(len(self.concepts) <= MAX_CONCEPTS, f"An erasure may name at most {MAX_CONCEPTS} `concepts`.")
+        require(0 < self.published_strength < math.inf, "`published_strength` must be a finite number above 0.")
+        require(set(self.files) <= set(TENSOR_FILES), f"`files` may name only {TENSOR_FILES}.")
+        require(
             not self.redacted or all(c.target is None and c.anchor is None for c in self.concepts),
             "`redacted` is set, but `concepts` are named.",
         )
         modified = any(layer.is_modified for layer in self.layers)
-        _require(
+        require(
             self.stock is None or not self.stock.is_exact or not modified,
             "`stock` is exact, but a layer has a schedule or a gate, which no LoRA has.",
         )
         prefixes = [(layer.file, layer.prefix) for layer in self.layers]
         prefixes += [(self.solve.file, self.solve.prefix)] if self.solve else []
-        _require(len(set(prefixes)) == len(prefixes), "Two layers have the same `file` and `prefix`.")
+        require(len(set(prefixes)) == len(prefixes), "Two layers have the same `file` and `prefix`.")
         reserved = any(prefix.startswith(MODIFIER_PREFIX) for _, prefix in prefixes)
         names = [name for layer in self.layers for name in layer.modifier_names]
-        _require(
+        require(
             not reserved and len(set(names)) == len(names), "Modifiers share a tensor, or a layer has their prefix."
         )
 
@@ -409,23 +398,24 @@ class ErasureConfig:
         Raises:
             ErasureConfigError: it is no valid configuration of schema 1.x.
         """
-        raw = _load_json(data)
-        _require(isinstance(raw, dict), "The configuration must be a JSON object.")
-        _require(
+        raw = load_json(data, CONFIG_FILE, MAX_CONFIG_BYTES)
+        require(isinstance(raw, dict), "The configuration must be a JSON object.")
+        require(
             raw.get("kind") != "erased-model",
             "This is the provenance of a whole erased model, which holds no erasure: load it with "
             "`DiffusionPipeline.from_pretrained`.",
         )
         schema = raw.get("schema")
         match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", schema, re.ASCII) if isinstance(schema, str) else None
-        _require(match is not None, f"`schema` must look like {SCHEMA!r}, not {str(schema)[:80]!r}.")
+        require(match is not None, f"`schema` must look like {SCHEMA!r}, not {str(schema)[:80]!r}.")
         assert match is not None
-        _require(
+        require(
             int(match[1]) == int(SCHEMA.split(".")[0]),
             f"The erasure has schema {schema}, this version of diffusers-erasure reads {SCHEMA}. "
             "Upgrade diffusers-erasure.",
         )
-        return _read(cls, _upgraded(raw, int(match[2])), "")
+        config: ErasureConfig = read_as(cls, _upgraded(raw, int(match[2])), CONFIG_FILE)
+        return config
 
 
 def _upgraded(raw: dict[str, Any], minor: int) -> dict[str, Any]:
@@ -435,79 +425,6 @@ def _upgraded(raw: dict[str, Any], minor: int) -> dict[str, Any]:
     stock = raw.get("stock")
     if stock is not None:
         old = isinstance(stock, dict) and set(stock) == {"file", "max_error"}
-        _require(old, "`stock` of schema 1.0 must be an object with the keys 'file' and 'max_error'.")
+        require(old, "`stock` of schema 1.0 must be an object with the keys 'file' and 'max_error'.")
         stock = {"file": stock["file"], "error": stock["max_error"]}
     return {**raw, "schema": SCHEMA, "stock": stock}
-
-
-def _load_json(data: bytes) -> Any:
-    _require(len(data) <= MAX_CONFIG_BYTES, f"{CONFIG_FILE} has {len(data)} bytes, more than {MAX_CONFIG_BYTES}.")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        _require(len(result) == len(pairs), f"{CONFIG_FILE} has a key twice in one object.")
-        return result
-
-    def constant(name: str) -> Any:
-        raise ErasureConfigError(f"{CONFIG_FILE} has the number {name}; numbers must be finite.")
-
-    try:
-        raw = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except ErasureConfigError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ErasureConfigError(f"{CONFIG_FILE} is not valid JSON: {str(error)[:200]}") from error
-    _check_json(raw, 0)
-    return raw
-
-
-def _check_json(value: Any, depth: int) -> None:
-    _require(depth <= MAX_DEPTH, f"{CONFIG_FILE} is nested more than {MAX_DEPTH} deep.")
-    if isinstance(value, dict | list):
-        for item in (*value, *value.values()) if isinstance(value, dict) else value:
-            _check_json(item, depth + 1)
-    elif isinstance(value, str):
-        # Half of a surrogate pair, written as an escape: such a string can be neither saved nor printed.
-        _require(not re.search("[\ud800-\udfff]", value), f"{CONFIG_FILE} has text that is not valid Unicode.")
-    elif isinstance(value, float):
-        _require(math.isfinite(value), f"{CONFIG_FILE} has a number that is not finite.")
-    elif isinstance(value, int):
-        _require(abs(value) < 2**63, f"{CONFIG_FILE} has a whole number that is too large.")
-
-
-def _read(kind: Any, value: Any, path: str) -> Any:
-    """Read `value` as the type `kind`, strictly: no unknown keys, no conversions but int to float."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, dict), f"`{path}` must be an object.")
-        return _read_dataclass(kind, value, path)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _read(next(argument for argument in arguments if argument is not type(None)), value, path)
-    if origin is tuple:
-        _require(isinstance(value, list), f"`{path}` must be a list.")
-        return tuple(_read(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        _require(isinstance(value, dict), f"`{path}` must be an object.")
-        return {key: _read(arguments[1], item, f"{path}.{key}"[:200]) for key, item in value.items()}
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if kind in (None, type(None)):
-        _require(value is None, f"`{path}` must be null in schema {SCHEMA}: this version knows no such thing.")
-        return None
-    _require(type(value) is kind, f"`{path}` must be of type {getattr(kind, '__name__', kind)}.")
-    return value
-
-
-def _read_dataclass(kind: Any, value: dict[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    unknown = [key for key in value if key not in hints]
-    where = f"`{path}`" if path else CONFIG_FILE
-    _require(not unknown, f"{where} has an unknown key {str(unknown[:1])[1:-1][:80]}; known are {sorted(hints)}.")
-    for item in dataclasses.fields(kind):
-        optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
-        _require(optional or item.name in value, f"{where} lacks the key {item.name!r}.")
-    return kind(**{key: _read(hints[key], item, f"{path}.{key}".lstrip(".")) for key, item in value.items()})

@@ -51,14 +51,14 @@ def dump(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def parse(data: bytes, name: str) -> dict[str, torch.Tensor]:
-    """Read tensors from a safetensors file's content and check that they are plain, finite numbers.
+    """Read tensors from a safetensors file's content and check that they are plain numbers; see `check_finite` too.
 
     Args:
         data (`bytes`): the file's content.
         name (`str`): the file's name, for messages.
 
     Raises:
-        ErasureFileError: the header lies, or a tensor has another dtype, no elements, or a value that is not finite.
+        ErasureFileError: the header lies, or a tensor has another dtype, or no elements.
     """
     check_header(data, name)
     try:
@@ -74,9 +74,29 @@ def parse(data: bytes, name: str) -> dict[str, torch.Tensor]:
             )
         if tensor.numel() == 0 or tensor.ndim > 4:
             raise ErasureFileError(f"{name}: {key[:200]!r} has the shape {tuple(tensor.shape)}.")
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Check the values of a file's tensors.
+
+    Args:
+        tensors: the tensors by name.
+        name (`str`): the file's name, for messages.
+
+    Raises:
+        ErasureFileError: one is not finite.
+    """
+    for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ErasureFileError(f"{name}: {key[:200]!r} has values that are not finite.")
-    return tensors
+
+
+def equal(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two sets of tensors have the same names, dtypes, shapes and values."""
+    return left.keys() == right.keys() and all(
+        value.dtype == right[name].dtype and torch.equal(value, right[name].cpu()) for name, value in left.items()
+    )
 
 
 def check_header(data: bytes, name: str) -> None:
@@ -109,5 +129,5 @@ def content_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().to(torch.float32).contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()

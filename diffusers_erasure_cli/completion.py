@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,25 @@ def _library() -> Path:
 
 @cache
 def catalogue() -> dict[str, Any]:
-    """The methods by name, with their settings; made by `python -m diffusers_erasure.methods.catalogue`."""
+    """The library's methods by name, with their settings; made by `python -m diffusers_erasure.methods.catalogue`."""
     return json.loads((_library() / "methods" / "catalogue.json").read_text(encoding="utf-8"))
+
+
+@cache
+def offered() -> dict[str, str]:
+    """The methods of other packages, with a line about each: from what is known of the packages, without importing them."""
+    found: dict[str, str] = {}
+    for point in entry_points(group="diffusers_erasure.methods"):
+        about = point.dist.metadata if point.dist else None
+        summary = about["Summary"] if about is not None and "Summary" in about else "a method"
+        if point.name not in catalogue():
+            found.setdefault(point.name, f"{summary} (package {point.dist.name if point.dist else point.value})")
+    return found
+
+
+def summaries() -> dict[str, str]:
+    """All methods by name, with a line about each."""
+    return {name: entry["summary"] for name, entry in catalogue().items()} | offered()
 
 
 def of(*values: str) -> Callable[[str], list[str]]:
@@ -37,9 +55,9 @@ def of(*values: str) -> Callable[[str], list[str]]:
 
 def methods(incomplete: str) -> Iterator[tuple[str, str]]:
     """The methods' names."""
-    for name, entry in catalogue().items():
+    for name, summary in summaries().items():
         if name.startswith(incomplete):
-            yield name, entry["summary"]
+            yield name, summary
 
 
 def lists(incomplete: str) -> list[str]:

@@ -31,7 +31,7 @@ from .report import print_made
 
 
 if TYPE_CHECKING:
-    from diffusers_erasure.training import TrainingRun
+    from diffusers_erasure.runs.options import TrainingRun
 
 
 def erase(
@@ -122,7 +122,7 @@ def erase(
     entry = get_method(recipe["method"])
     check_names(entry, [*settings, *(["retain"] if recipe["retain"] else [])])
     make_config(entry, settings)  # wrong settings are told before a model is loaded
-    resumable, trains = entry.resumable, entry.trains
+    resumable, trains = entry.declared.resumable, entry.declared.trains
     folder = checkpoints or _beside(output)
     run = _run(folder, checkpoint_every, resume, sample_every, sample_prompt or ()) if resumable else None
     if not resumable and (checkpoints or resume or sample_every or sample_prompt):
@@ -147,7 +147,7 @@ def erase(
     erasure = erasure if base_model is None else erasure.with_base_model(base_model)
     files = erasure.save_pretrained(output, dtype=save_dtype(half), redact_concepts=redact)
     if resumable:
-        from diffusers_erasure.training.checkpoint import clear
+        from diffusers_erasure.runs.checkpoint import clear
 
         clear(folder)  # the erasure is saved: they have done their work
     print_made(erasure, output, files, redact=redact, as_json=as_json)
@@ -162,7 +162,7 @@ def _beside(output: Path) -> Path:
 def _run(
     folder: Path, every: int, resume: bool, sample_every: int | None, sample_prompts: Sequence[str]
 ) -> "TrainingRun":
-    from diffusers_erasure.training import TrainingRun
+    from diffusers_erasure.runs.options import TrainingRun
 
     return TrainingRun(
         checkpoint_dir=folder,

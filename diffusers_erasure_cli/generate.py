@@ -76,6 +76,9 @@ def generate(
         )
     import torch
 
+    from diffusers_erasure.pictures import as_png
+    from diffusers_erasure.storage import write_file
+
     output.mkdir(parents=True, exist_ok=True)
     extra: dict[str, Any] = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
     from diffusers_erasure.demo import GUIDANCE_SCALE
@@ -89,7 +92,7 @@ def generate(
             generator = torch.Generator().manual_seed(own_seed)
             image = pipe(prompt, num_inference_steps=steps, generator=generator, **extra).images[0]
             told = {"prompt": prompt, "seed": own_seed, "steps": steps, **extra, "base": base, "erasures": loaded}
-            image.save(path, pnginfo=_metadata(told))
+            write_file(path, as_png(image, _metadata(told)))
             drawn.append({"file": str(path), "prompt": prompt, "seed": own_seed})
             shown.advance(task)
     if as_json:

@@ -20,23 +20,53 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods by which an erasure can be made, or tell one's settings: meaning, range, presets."""
-    catalogue = completion.catalogue()
-    if name is not None and name not in catalogue:
-        raise typer.BadParameter(f"there is no method {name!r}; methods are {', '.join(catalogue)}.")
-    if as_json:
-        print(json.dumps(catalogue if name is None else catalogue[name], indent=2, ensure_ascii=False))
-    elif name is None:
-        width = max(map(len, catalogue))
-        for each, entry in catalogue.items():
-            out.print(Text(f"{each:<{width}}  {entry['summary']}"), soft_wrap=True)
+    known = completion.summaries()
+    if name is not None and name not in known:
+        raise typer.BadParameter(f"there is no method {name!r}; methods are {', '.join(known)}.")
+    if name is not None:
+        entry = _entry(name)
+        if as_json:
+            print(json.dumps(entry, indent=2, ensure_ascii=False))
+        else:
+            _print_method(name, entry)
+    elif as_json:
+        print(json.dumps(completion.catalogue() | _entries_of_others(), indent=2, ensure_ascii=False))
     else:
-        _print_method(name, catalogue[name])
+        width = max(map(len, known))
+        for each, summary in known.items():
+            out.print(Text(f"{each:<{width}}  {summary}"), soft_wrap=True)
+
+
+def _entry(name: str) -> dict[str, Any]:
+    """What there is to tell about a method; those of other packages are imported for it."""
+    if name in completion.catalogue():
+        return completion.catalogue()[name]
+    from diffusers_erasure.methods import get_method
+    from diffusers_erasure.methods.catalogue import describe
+
+    return describe(get_method(name))
+
+
+def _entries_of_others() -> dict[str, Any]:
+    """The same of all methods of other packages; what is broken is warned of and left out."""
+    if not completion.offered():
+        return {}
+    from diffusers_erasure.registry import declarations
+
+    return {name: _entry(name) for name in declarations().keys() & completion.offered().keys()}
 
 
 def _print_method(name: str, entry: dict[str, Any]) -> None:
     from rich.table import Table
 
     out.print(Text(f"{name}: {entry['summary']}", style="bold"))
+    how = "it trains" if entry["trains"] else "nothing is trained"
+    needs = "all of the base model" if entry["needs"] == "base weights" else "the text encoders alone"
+    out.print(
+        Text(f"For {', '.join(entry['families'])}; {how}; it reads {needs}; layers: {', '.join(entry['makes'])}.")
+    )
+    if entry["citation"]:
+        out.print(Text("{title} ({year}), {url}".format_map(entry["citation"])))
     if not entry["retains"]:
         out.print(Text(f"It takes no --retain. {entry['instead_of_retain']}"))
     if entry["presets"]:
@@ -81,13 +111,15 @@ def info(
     config = erasure.config
     if plot is not None:
         from diffusers_erasure.errors import ErasureInputError
+        from diffusers_erasure.pictures import as_png
+        from diffusers_erasure.storage import write_file
 
         from .plotting import plot_schedules
 
         picture = plot_schedules(erasure)
         if picture is None:
             raise ErasureInputError("There is nothing to plot: no layer of this erasure has a schedule.")
-        picture.save(plot, format="PNG")
+        write_file(plot, as_png(picture))
     if as_json:
         print(json.dumps(_as_dict(config, fingerprints), indent=2, sort_keys=True, ensure_ascii=False))
         return
@@ -95,14 +127,15 @@ def info(
 
     from diffusers_erasure.cards import flattened
     from diffusers_erasure.demo import is_embedded
+    from diffusers_erasure.registry import find
     from diffusers_erasure.showing import size_text
 
-    table = Table(show_header=False)
+    table, declared = Table(show_header=False), find(config.method.name)
     here = "demo" if is_embedded(config.base_model) else "local"
     concepts = ", ".join(f"{c.target} → {c.anchor or '(empty prompt)'}" for c in config.concepts)
     rows = {
         "removes": f"{len(config.concepts)} concepts, not named" if config.redacted else concepts or "not stated",
-        "method": config.method.name,
+        "method": f"{config.method.name}: {declared.summary}" if declared else config.method.name,
         "settings": json.dumps(config.method.settings, ensure_ascii=False),
         "base model": f"{config.base_model.repo or here} ({config.base_model.family})",
         "commit": erasure.revision,

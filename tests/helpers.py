@@ -1,29 +1,29 @@
 """A tiny pipeline with random weights, random erasures for it, and the dense edit that they are compared with."""
 
 import copy
-from collections.abc import Callable, Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffusers_erasure
-from diffusers_erasure import Erasure
+from benchmarks import builders
+from benchmarks.builders import random_factors, site_of
+from diffusers_erasure import Erasure, cards, tensors
 from diffusers_erasure.base_model import family_of
-from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.low_rank import DOWN, UP
-from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE, BaseModel, Concept, Method
+from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE, BaseModel, Concept, ErasureConfig, Method
 
 
 TOKENIZER = Path(diffusers_erasure.__file__).parent / "demo" / "assets" / "model" / "tokenizer"
@@ -98,19 +98,7 @@ def tiny_sd_pipe(
             norm_num_groups=4,
             sample_size=16,
         )
-    pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return builders.sd_pipeline(unet.eval(), text_encoder.eval(), tokenizer, vae.eval())
 
 
 def tiny_sdxl_pipe(seed: int = 0) -> Any:
@@ -242,25 +230,6 @@ def assert_like(
 # --------------------------------------------------------------------------------------------------- erasures
 
 
-def site_of(pipe: Any, name: str) -> nn.Module:
-    """The module of a site that is named with its component, as in `unet.conv_in`."""
-    component, _, site = name.partition(".")
-    model = getattr(pipe, component)
-    try:
-        return model.get_submodule(site)
-    except AttributeError:
-        return model.get_submodule(site.removeprefix("text_model."))
-
-
-def random_factors(module: nn.Module, rank: int, generator: torch.Generator, size: float) -> tuple[torch.Tensor, ...]:
-    """`down` and `up` for a module, so large that |up down| is about `size` |W|."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    down = torch.randn(rank, *weight.shape[1:], generator=generator)
-    up = torch.randn(weight.shape[0], rank, *(1,) * (weight.ndim - 2), generator=generator)
-    return down, up * (size * float(weight.detach().float().std()) / rank**0.5)
-
-
 def random_erasure(
     pipe: Any,
     kind: str = "lora",
@@ -275,24 +244,14 @@ def random_erasure(
     method: Method | None = None,
 ) -> Erasure:
     """An erasure with random tensors. Sites are named with their component; a `text_map` has none."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = []
-    if kind == "text_map":
-        width = pipe.unet.config.cross_attention_dim
-        a = torch.randn(rank, width, generator=generator) * size / width**0.5
-        d = torch.randn(rank, width, generator=generator) * size
-        layers.append(Layer(kind, ("encoder_hidden_states",), {"A": a, "D": d}, derived_from=derived_from))
-    else:
-        for component in ("unet", "text_encoder"):
-            names = [name.removeprefix(f"{component}.") for name in sites if name.startswith(f"{component}.")]
-            tensors: dict[str, torch.Tensor] = {}
-            for name in names:
-                factors = random_factors(site_of(pipe, f"{component}.{name}"), rank, generator, size)
-                tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"] = factors
-            if names:
-                layers.append(Layer(kind, tuple(names), tensors, component, derived_from))
-    method = method or Method("random", settings={"seed": seed}, seed=seed)
-    return Erasure.from_layers(layers, base=pipe if base is None else base, concepts=concepts, method=method)
+    return builders.random_erasure(
+        *(pipe, kind, sites, rank, seed),
+        size=size,
+        derived_from=derived_from,
+        base=pipe if base is None else base,
+        concepts=concepts,
+        method=method or Method("random", settings={"seed": seed}, seed=seed),
+    )
 
 
 def only_family(pipe: Any) -> BaseModel:
@@ -419,3 +378,29 @@ def edits(erasure: Erasure) -> dict[str, torch.Tensor]:
         return {"map": tensors["text_map.D"].double().T @ tensors["text_map.A"].double()}
     sites = [name.removesuffix(DOWN) for name in file if name.endswith(DOWN)]
     return {site: file[site + UP].double() @ file[site + DOWN].double() for site in sites}
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Count what is done with erasures: configs that are parsed, bytes and contents hashed, values checked, cards."""
+    counts: Counter[str] = Counter()
+    parse, finite, sealed = ErasureConfig.from_json, torch.isfinite, cards.sealed
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments)
+
+        return call
+
+    def sha256(*data: bytes) -> Any:
+        counts["files hashed" if data else "contents hashed"] += 1
+        return hashlib.sha256(*data)
+
+    with (
+        mock.patch.object(ErasureConfig, "from_json", counted("configs parsed", parse)),
+        mock.patch.object(tensors, "hashlib", SimpleNamespace(sha256=sha256)),
+        mock.patch.object(torch, "isfinite", counted("tensors checked", finite)),
+        mock.patch.object(cards, "sealed", counted("cards rendered", sealed)),
+    ):
+        yield counts

@@ -24,6 +24,7 @@ from diffusers_erasure.methods.acterase import (
     TARGET,
     Calibration,
     Config,
+    Settings,
     diagnose,
     find_sites,
     importance,
@@ -32,6 +33,7 @@ from diffusers_erasure.methods.acterase import (
 from diffusers_erasure.methods.acterase_pairs import PAIRS, pairs_for
 from diffusers_erasure.methods.probes import Moments, inputs_seen
 from diffusers_erasure.schema import TENSOR_FILE, Concept
+from diffusers_erasure.settings import resolve
 from diffusers_erasure.tensors import dump
 from diffusers_erasure.training import TrainingRun
 from tests.forks import Fork
@@ -113,7 +115,7 @@ def test_importance() -> None:
 
 def test_the_probe_is_gone(pipe: Any) -> None:
     before, found = tree(pipe), []
-    modules = find_sites(pipe.unet, Config())
+    modules = find_sites(pipe.unet, resolve(Config(), Settings))
     assert [name.rpartition(".transformer_blocks")[2] for name in modules] == [".0.ff.net.2"] * 4
     with (
         pytest.raises(RuntimeError, match="mine"),
@@ -133,7 +135,7 @@ def test_the_calibration_against_a_pipelines_own_run(pipe: Any, rows: str) -> No
     site = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
     settings = {"num_pairs": 2, "num_inference_steps": 4, "timesteps": 4, "guidance_scale": 3.0, "rows": rows}
     pairs = [("a photo", "a photo of a cat"), ("a table", "a cat on a table")]
-    calibration = Calibration(pipe, Config(pairs=pairs, **settings), [pairs])
+    calibration = Calibration(pipe, resolve(Config(pairs=pairs, **settings), Settings), [pairs])
     with inputs_seen(calibration.unet, calibration.modules, calibration.see):
         calibration.batch(0, 0)
 
@@ -345,7 +347,7 @@ def test_the_presets_pairs(preset: str) -> None:
     assert len(set(PAIRS[preset])) == 12
     tokenizer = demo.load_pipeline().tokenizer
     for anchor in (None, "", "animal"):
-        found = pairs_for(Concept("watermelon", anchor), 14, preset, None, True)
+        found = pairs_for(Concept("watermelon", anchor), 14, preset, (), True)
         assert len(found) == 14 and found[12:] == found[:2]
         for left, right in found:
             assert "watermelon" in right and "watermelon" not in left and "{}" not in left + right
@@ -438,12 +440,12 @@ def test_only_unets() -> None:
     class Pipe:
         transformer = SD3Transformer2DModel()
 
-    with pytest.raises(ErasureCompatibilityError, match="of a UNet"):
+    with pytest.raises(ErasureCompatibilityError, match="works on stable-diffusion and stable-diffusion-xl"):
         erase(Pipe(), "cat", **QUICK)
 
 
 def test_diagnostics_are_shares(pipe: Any) -> None:
-    calibration = Calibration(pipe, Config(num_pairs=1), [[("a", "b")]])
+    calibration = Calibration(pipe, resolve(Config(num_pairs=1), Settings), [[("a", "b")]])
     site, module = next(iter(calibration.modules.items()))
     layer = {TIMESTEPS: torch.zeros(2), site + MEANS: torch.ones(module.in_features)}
     found = diagnose(calibration, [layer])

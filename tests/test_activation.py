@@ -19,14 +19,13 @@ from diffusers import (
 from torch import nn
 
 from diffusers_erasure import (
-    ActEraseAttnProcessor,
     Erasure,
     ErasureCompatibilityError,
     ErasureFileError,
     ErasureInputError,
 )
 from diffusers_erasure.base_model import describe_base
-from diffusers_erasure.layers.activation import BLEND, MASK, MEANS, TIMESTEPS, ActivationLayer, ActivationPatch, pack
+from diffusers_erasure.layers.activation import BLEND, MASK, MEANS, TIMESTEPS, ActivationKind, ActivationPatch, pack
 from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.schema import (
     LORA_FILE,
@@ -340,14 +339,15 @@ def test_with_a_schedule(pipe: Any, bins: int) -> None:
     base, oracle = images(pipe), images(Reference(pipe, [(one, 1.0), (two, 0.5)]).pipe)
     pipe.load_erasure(as_erasure(one), "one")
     pipe.load_erasure(as_erasure(two), "two", strength=0.5)
-    forms = {type(patch.form).__name__ for patch in pipe.unet.erasure_modules.layers["activation"].patches.values()}
+    forms = {type(patch.form).__name__ for patch in pipe.unet.erasure_modules.layers["activation"].edits.values()}
     assert forms == {"Table" if bins < 100 else "Parts"}
     assert_like(images(pipe), oracle, base)
 
 
 def test_a_schedule_changes_where_it_says() -> None:
-    """The table's intervals end at the very numbers at which `Factors` changes the bin."""
+    """The table's intervals end at the very numbers at which `Factors` changes the bin, and a schedule in training too."""
     from diffusers_erasure.layers.activation import Part
+    from diffusers_erasure.layers.epr import LearnedSchedule
     from diffusers_erasure.layers.modifiers import Conditions, Factors, Modifier
 
     for bins, span in ((3, 1000.0), (7, 999.0), (50, 1000.0), (97, 333.3)):
@@ -359,9 +359,14 @@ def test_a_schedule_changes_where_it_says() -> None:
         factors.rebuild([(modifier, 0)], torch.device("cpu"))
         limits = part.scheduled()[1]
         assert len(limits) == bins - 1
-        assert factors.schedule(limits)[:, 0].tolist() == list(range(bins - 1))
         after = torch.nextafter(limits, torch.full_like(limits, torch.inf))
-        assert factors.schedule(after)[:, 0].tolist() == list(range(1, bins))
+        learned = LearnedSchedule(bins, 1, span)
+        learned.table.data.copy_(modifier.schedule)
+        for first, timesteps in enumerate((limits, after)):
+            expected = list(range(first, first + bins - 1))
+            assert factors.schedule(timesteps)[:, 0].tolist() == expected
+            learned.conditions.timestep = timesteps
+            assert learned(torch.device("cpu"))[:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("layout", ["row", "uncond_first"])
@@ -603,68 +608,15 @@ def test_exporting_a_static_one(pipe: Any, tmp_path: Any) -> None:
     assert_like(images(back), images(pipe), base)
 
 
-# --------------------------------------------------------------------------------------------- the attention processor
-
-
-def test_processors_equal_the_hooks(pipe: Any) -> None:
-    plan = make_plan(ATTENTION)
-    erasure = as_erasure(plan, make_plan(ATTENTION[:3], 5, (450.0,)))
-    base = images(pipe)
-    hooked = tiny_sd_pipe()
-    hooked.load_erasure(erasure, strength=0.8)
-    before = {name: type(each) for name, each in pipe.unet.attn_processors.items()}
-    processors = ActEraseAttnProcessor.for_unet(pipe.unet, erasure, strength=0.8)
-    assert processors.keys() == before.keys()
-    pipe.unet.set_attn_processor(processors)
-    assert_like(images(pipe), images(hooked), base)
-    assert [name for name in pipe.unet.state_dict() if "processor" in name] == []
-    assert equal(images(copy.deepcopy(pipe)), images(pipe))
-    ActEraseAttnProcessor.remove(pipe.unet)
-    assert {name: type(each) for name, each in pipe.unet.attn_processors.items()} == before
-    assert equal(images(pipe), base)
-    assert len(pipe.unet._forward_pre_hooks) == 0
-
-
-def test_a_processor_without_arguments_is_the_plain_one(pipe: Any) -> None:
-    """As diffusers makes them anew, `type(processor)()`, when an IP-Adapter is loaded."""
-    base = images(pipe)
-    pipe.unet.set_attn_processor(ActEraseAttnProcessor())
-    assert roundings(images(pipe), base) <= ROUNDINGS
-    assert (ActEraseAttnProcessor._attention_backend, ActEraseAttnProcessor._parallel_config) == (None, None)
-    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    # The VAE's has a group norm, a residual and [B, C, H, W].
-    pipe.vae.encoder.mid_block.attentions[0].set_processor(ActEraseAttnProcessor())
-    values = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    plain = tiny_sd_pipe().vae.encoder.mid_block.attentions[0]
-    with torch.no_grad():
-        assert roundings(pipe.vae.encoder.mid_block.attentions[0](values), plain(values)) <= ROUNDINGS
-        mask = torch.zeros(2, 1, 7).masked_fill(torch.arange(7) > 3, -1e4)
-        rows = torch.randn(2, 5, 64), torch.randn(2, 7, 32)
-        other = tiny_sd_pipe().unet.mid_block.attentions[0].transformer_blocks[0].attn2
-        assert roundings(attention(*rows, mask), other(*rows, mask)) <= ROUNDINGS
-
-
-def test_processors_only_act_on_attention(pipe: Any) -> None:
-    before = tree(pipe)
-    for wrong in (as_erasure(make_plan(FF)), as_erasure(make_plan(ATTENTION), gate=rows_of(pipe)), "no erasure"):
-        with pytest.raises(ErasureInputError):
-            ActEraseAttnProcessor.for_unet(pipe.unet, wrong)
-    with pytest.raises(ErasureInputError, match="strength"):
-        ActEraseAttnProcessor.for_unet(pipe.unet, as_erasure(make_plan(ATTENTION)), strength=-1)
-    assert tree(pipe) == before
-
-
 # ------------------------------------------------------------------------------------------------------ bad files
 
 
 def damaged(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[], Erasure]:
     def make() -> Erasure:
         erasure = as_erasure(make_plan(FF[:2]))
-        tensors = {name.removeprefix("activation.0."): value for name, value in erasure.tensors[TENSOR_FILE].items()}
+        tensors = {name.removeprefix("activation."): value for name, value in erasure.tensors[TENSOR_FILE].items()}
         change(tensors)
-        return Erasure(
-            erasure.config, {TENSOR_FILE: {"activation.0." + name: value for name, value in tensors.items()}}
-        )
+        return Erasure(erasure.config, {TENSOR_FILE: {"activation." + name: value for name, value in tensors.items()}})
 
     return make
 
@@ -712,7 +664,7 @@ def test_damaged_tensors(change: Any, message: str) -> None:
 )
 def test_damaged_specs(spec: LayerSpec) -> None:
     with pytest.raises(ErasureFileError):
-        ActivationLayer.validate(spec, {})
+        ActivationKind().validate(spec, {})
 
 
 def test_masks_in_another_kind_of_layer() -> None:
@@ -742,12 +694,12 @@ def test_another_architecture_or_bits_in_the_padding(pipe: Any) -> None:
     mask[0, 3] = True
     tensors = {"timesteps": torch.tensor([500.0]), "blend": torch.ones(1)}
     tensors |= {"ff.net.2.mask": pack(mask), "ff.net.2.means": torch.ones(1)}
-    ActivationLayer.check(unet, spec, tensors)
+    ActivationKind().check(unet, spec, tensors)
     mask[0, 12] = True
     tensors |= {"ff.net.2.mask": pack(mask), "ff.net.2.means": torch.ones(2)}
-    ActivationLayer.validate(spec, tensors)
+    ActivationKind().validate(spec, tensors)
     with pytest.raises(ErasureCompatibilityError, match="bits beyond"):
-        ActivationLayer.check(unet, spec, tensors)
+        ActivationKind().check(unet, spec, tensors)
 
 
 def plan_elsewhere() -> Plan:

@@ -41,6 +41,7 @@ from tests.helpers import (
     UNET_SITES,
     assert_like,
     base_images,
+    counting,
     dense_edit,
     far,
     images,
@@ -117,6 +118,55 @@ def test_saving_over_an_erasure_keeps_foreign_files(erasure: Erasure, tmp_path: 
     assert sorted(files) == sorted([".gitattributes", CARD_FILE, CONFIG_FILE, "notes/mine.txt", LORA_FILE])
     assert (files["notes/mine.txt"], files[".gitattributes"]) == (b"mine", b"lfs")
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_each_thing_is_done_once(erasure: Erasure, tmp_path: Path) -> None:
+    """The files are of another process when they are read, so that all of it is done, but nothing twice."""
+    once = {"configs parsed": 1, "files hashed": 1, "tensors checked": len(erasure.tensors[LORA_FILE])}
+    with counting() as saving:
+        erasure.save_pretrained(tmp_path / "a")
+    assert saving == {**once, "cards rendered": 1}
+    with counting() as serialising:
+        files = erasure.to_files()
+    assert serialising == {**once, "cards rendered": 1}
+    for read in (lambda: Erasure.from_pretrained(tmp_path / "a"), lambda: Erasure.from_files(files)):
+        with counting() as reading:
+            back = read()
+        assert reading == once and same(back, erasure)
+    pipe = tiny_sd_pipe()
+    with counting() as loading:
+        pipe.load_erasure(tmp_path / "a")
+    assert loading == {**once, "contents hashed": 1}
+
+
+@pytest.mark.parametrize("write", ["in place", "past autograd", "through NumPy", "another tensor"])
+def test_tensors_that_are_changed_have_another_hash_and_are_saved_as_they_are(write: str, tmp_path: Path) -> None:
+    erasure = random_erasure(tiny_sd_pipe())
+    erasure.save_pretrained(tmp_path)
+    erasure = Erasure.from_pretrained(tmp_path)
+    before, items = erasure.content_hash, erasure.tensors[LORA_FILE]
+    name = next(iter(items))
+
+    def fill(value: float) -> None:
+        if write == "in place":
+            items[name].fill_(value)
+        elif write == "past autograd":
+            items[name].data.fill_(value)
+        elif write == "through NumPy":
+            items[name].numpy()[:] = value
+        else:
+            items[name] = torch.full_like(items[name], value)
+
+    fill(2.0)
+    assert erasure.content_hash != before
+    erasure.save_pretrained(tmp_path)
+    back = Erasure.from_pretrained(tmp_path)
+    assert same(back, erasure) and torch.equal(back.tensors[LORA_FILE][name], torch.full_like(items[name], 2.0))
+    fill(float("nan"))
+    saved = contents(tmp_path)
+    with pytest.raises(ErasureFileError, match="not finite"):
+        erasure.save_pretrained(tmp_path)
+    assert contents(tmp_path) == saved
 
 
 class Interrupted(BaseException):

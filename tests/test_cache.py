@@ -172,17 +172,17 @@ def refuse(number: int) -> Callable[..., Any]:
 class FullDisk:
     """A file that takes some bytes, and then no more."""
 
-    def __init__(self, handle: int, mode: str) -> None:
-        self.handle = handle
+    def __init__(self, path: Path, mode: str) -> None:
+        self.file = path.open(mode)
 
     def __enter__(self) -> "FullDisk":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.handle)
+        self.file.close()
 
     def write(self, data: bytes) -> None:
-        os.write(self.handle, data[:100])
+        self.file.write(data[:100])
         refuse(errno.ENOSPC)()
 
 
@@ -190,8 +190,9 @@ class FullDisk:
     ("name", "broken"),
     [
         ("os.replace", refuse(errno.ENOSPC)),
-        ("os.fdopen", FullDisk),
-        ("tempfile.mkstemp", refuse(errno.EROFS)),
+        ("os.fsync", refuse(errno.ENOSPC)),
+        ("diffusers_erasure.storage.open", FullDisk),
+        ("diffusers_erasure.storage.open", refuse(errno.EROFS)),
         ("pathlib.Path.mkdir", refuse(errno.EACCES)),
     ],
 )
@@ -203,7 +204,7 @@ def test_a_full_or_locked_disk_is_told_once(
     expected = get()
     monkeypatch.setenv(cache.VARIABLE, str(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(name, broken)
+        patch.setattr(name, broken, raising=False)
         assert all(same(get(key=key), expected) for key in ("key", "key", "another"))
     (message,) = [record.getMessage() for record in caplog.records]
     assert str(folder / "rows-") in message and "\n" not in message
@@ -218,7 +219,7 @@ def test_a_full_or_locked_disk_is_told_once(
 def test_what_is_there_is_read_from_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = get()
     monkeypatch.setattr(os, "replace", refuse(errno.ENOSPC))
-    monkeypatch.setattr("tempfile.mkstemp", refuse(errno.ENOSPC))
+    monkeypatch.setattr("diffusers_erasure.storage.open", refuse(errno.ENOSPC), raising=False)
     assert same(get(), expected)
 
 

@@ -34,8 +34,7 @@ from diffusers_erasure.hub.beside import (
 from diffusers_erasure.hub.client import TIMEOUT, TIMEOUT_CACHED
 from diffusers_erasure.hub.joining import join, pushed_card
 from diffusers_erasure.hub.transfer import Snapshot
-from diffusers_erasure.methods import method_names
-from diffusers_erasure.methods.citations import CITATIONS
+from diffusers_erasure.registry import BUILT_IN
 from diffusers_erasure.schema import (
     LORA_FILE,
     SCHEMA,
@@ -244,9 +243,14 @@ def test_merging() -> None:
 
 
 def test_each_method_has_its_citation() -> None:
-    for name in method_names():
-        citation = CITATIONS[name]
-        assert citation.url.startswith("https://") and citation.bibtex.startswith("@") and str(citation.year)
+    for declared in BUILT_IN:
+        citation = declared.citation
+        assert (
+            citation is not None
+            and citation.url.startswith("https://")
+            and citation.bibtex.startswith("@")
+            and str(citation.year)
+        )
         assert citation.title in citation.bibtex
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from diffusers_erasure import Erasure, ErasureInputError, demo, erase, without_schedule
+from diffusers_erasure.denoising.prompts import Prompts
+from diffusers_erasure.denoising.sampler import Sampler
 from diffusers_erasure.schema import TENSOR_FILE
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.epr_student import CHILD, EprStudent, ScheduleStudent
 from diffusers_erasure.training.network import in_training
-from diffusers_erasure.training.prompts import Prompts
-from diffusers_erasure.training.sampler import Sampler
 from tests.helpers import (
     EFFECT,
     ROUNDINGS,

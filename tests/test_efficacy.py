@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import command as commands
+from benchmarks.efficacy import __main__ as efficacy
+from benchmarks.efficacy import methods, numbers, plan, tables, units
+from benchmarks.efficacy.numbers import Bootstrap, Samples, Seen
+from benchmarks.efficacy.plan import Job, Shot
+from benchmarks.efficacy.units import Unit
+from benchmarks.store import Store, do_all
 from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+from diffusers_erasure.methods import method_names
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import efficacy  # noqa: E402
-import efficacy_methods as methods  # noqa: E402
-import efficacy_plan as plan  # noqa: E402
-import efficacy_report as report  # noqa: E402
-from efficacy_plan import Job, Shot  # noqa: E402
-from efficacy_report import Bootstrap, Samples, Seen  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_single_objects_are_spread_over_the_half(half: str) -> None:
 def test_every_cell_has_enough_images(jobs: list[Job]) -> None:
     scenarios = dict.fromkeys(job.scenario for job in jobs)
     for scenario in scenarios:
-        cells = report.images_in([job for job in jobs if job.scenario == scenario])
-        assert min(cells.values()) >= report.ENOUGH, (scenario, cells)
+        cells = tables.images_in([job for job in jobs if job.scenario == scenario])
+        assert min(cells.values()) >= tables.ENOUGH, (scenario, cells)
     if "ink" in {job.targets[0] for job in jobs}:
         assert sum(len(job.shots) for job in jobs) == 2648  # as the docs say
 
@@ -168,7 +168,7 @@ AFTER = [
 
 
 def test_numbers_of_an_object() -> None:
-    found = report.measure([DOG], [AFTER], [BEFORE], {"dog": "animal"}, Bootstrap(resamples=50))
+    found = numbers.measure([DOG], [AFTER], [BEFORE], {"dog": "animal"}, Bootstrap(resamples=50))
     expected = {
         "acc_e": 1 / 4,
         "acc_e_synonyms": 1 / 2,
@@ -182,7 +182,7 @@ def test_numbers_of_an_object() -> None:
         "other": 3 / 4,
     }
     assert {name: number.value for name, number in found.items()} == pytest.approx(expected)
-    assert list(found) == list(report.COLUMNS)
+    assert list(found) == list(tables.COLUMNS)
     assert found["acc_e"].images == found["acc_r"].images == 4
 
 
@@ -194,7 +194,7 @@ def test_numbers_of_a_style() -> None:
     seen = [sees("dog", "ink"), sees("dog", "flat"), sees("car", "flat"), sees("dog", "noto")]
     seen += [sees("dog", "flat"), sees("car", "ink")]
     job = Job(plan.ONE_STYLE, ("ink",), ("flat", "noto"), shots)
-    found = report.measure([job], [seen], [seen], {"ink": ""}, Bootstrap(resamples=50))
+    found = numbers.measure([job], [seen], [seen], {"ink": ""}, Bootstrap(resamples=50))
     values = {name: number.value for name, number in found.items()}
     # The car in flat style is no success: the prompt's object is gone too.
     assert values == pytest.approx(
@@ -214,23 +214,23 @@ def test_numbers_of_a_style() -> None:
 def test_anchor() -> None:
     both = dataclasses.replace(DOG, targets=("dog", "cat"))
     shot = DOG.shots[0]
-    assert report.is_anchor(DOG, shot, sees("cat"), "animal") and not report.is_anchor(
+    assert numbers.is_anchor(DOG, shot, sees("cat"), "animal") and not numbers.is_anchor(
         both, shot, sees("cat"), "animal"
     )
-    assert not report.is_anchor(DOG, shot, sees("dog"), "animal")
-    assert report.is_anchor(DOG, shot, sees("rose"), "rose") and not report.is_anchor(DOG, shot, sees("cat"), "rose")
-    assert not report.has_measured_anchor(DOG, "") and not report.has_measured_anchor(DOG, "a blur")
-    found = report.measure([DOG], [AFTER], [BEFORE], {"dog": ""}, Bootstrap(resamples=5))
+    assert not numbers.is_anchor(DOG, shot, sees("dog"), "animal")
+    assert numbers.is_anchor(DOG, shot, sees("rose"), "rose") and not numbers.is_anchor(DOG, shot, sees("cat"), "rose")
+    assert not numbers.has_measured_anchor(DOG, "") and not numbers.has_measured_anchor(DOG, "a blur")
+    found = numbers.measure([DOG], [AFTER], [BEFORE], {"dog": ""}, Bootstrap(resamples=5))
     assert "anchor" not in found and found["acc_e"].value == 0.25
     ink = Job(plan.ONE_STYLE, ("ink",), (), ())
     drawn = make_shot("erased", "ink", object="dog")
-    assert report.is_anchor(ink, drawn, sees("dog", "flat"), "flat")
-    assert not report.is_anchor(ink, drawn, sees("dog", "noto"), "flat")
+    assert numbers.is_anchor(ink, drawn, sees("dog", "flat"), "flat")
+    assert not numbers.is_anchor(ink, drawn, sees("dog", "noto"), "flat")
 
 
 def test_harmonic() -> None:
-    assert report.harmonic(1 - 0.0587, 0.8554) == pytest.approx(0.8963, abs=5e-5)  # SPEED's published row
-    assert report.harmonic(0.0, 0.9) == report.harmonic(0.9, 0.0) == report.harmonic(0.0, 0.0) == 0.0
+    assert numbers.harmonic(1 - 0.0587, 0.8554) == pytest.approx(0.8963, abs=5e-5)  # SPEED's published row
+    assert numbers.harmonic(0.0, 0.9) == numbers.harmonic(0.9, 0.0) == numbers.harmonic(0.0, 0.0) == 0.0
 
 
 def test_bootstrap_is_seeded_and_contains_the_mean() -> None:
@@ -252,13 +252,13 @@ def test_ratio_is_paired_and_clusters_may_differ_in_size() -> None:
     same = Bootstrap().ratio(Samples(("a",) * 5 + ("b",) * 2, values, values))
     assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
     nothing = Bootstrap().ratio(Samples(("a", "b"), np.zeros(2), np.zeros(2)))
-    assert math.isnan(nothing.value) and report.show(nothing) == "–"
+    assert math.isnan(nothing.value) and tables.show(nothing) == "–"
 
 
 def test_resampled_means_by_hand() -> None:
     samples = Samples(("a", "b", "b"), np.array([1.0, 0, 0]), np.array([0.0, 1, 1]))
     picks = np.array([[0, 0], [1, 1], [0, 1]])
-    values, baseline = report.resampled_means(samples, picks, np.random.default_rng(0))
+    values, baseline = numbers.resampled_means(samples, picks, np.random.default_rng(0))
     assert values.tolist() == [1, 0, 1 / 3] and baseline.tolist() == [0, 1, 2 / 3]
 
 
@@ -270,94 +270,123 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Units are not drawn but listed here; the judge sees what the prompt names."""
     listed: list[str] = []
 
-    def run(unit: efficacy.Unit) -> efficacy.Result:
+    def run(unit: Unit, store: Store) -> dict[str, Any]:
         listed.append(unit.method)
-        return efficacy.Result(tuple(sees(shot.object, shot.style) for shot in unit.job.shots), 1.5, 2.0)
+        seen = [[shot.object, shot.style, 0.9, 0.9] for shot in unit.job.shots]
+        return {"seen": seen, "fit_seconds": 1.5, "draw_seconds": 2.0}
 
-    monkeypatch.setattr(efficacy, "run_unit", run)
+    monkeypatch.setattr(units, "run_unit", run)
     return listed
 
 
-def units_of(*names: str) -> list[efficacy.Unit]:
-    return [efficacy.Unit(name, DOG, "dev", 8) for name in names]
+def units_of(*names: str) -> list[Unit]:
+    return [Unit(name, DOG, "dev", 8) for name in names]
 
 
 def test_a_stored_unit_is_reused(tmp_path: Path, runs: list[str]) -> None:
-    first = efficacy.run_all(units_of("none", "uce"), tmp_path)
+    store = Store(tmp_path)
+    first = units.run_all(units_of("none", "uce"), store)
     assert sorted(runs) == ["none", "uce"] and len(list(tmp_path.iterdir())) == 2
-    assert len(efficacy.run_all(units_of("none", "uce", "negative prompt"), tmp_path)) == 3
+    assert len(units.run_all(units_of("none", "uce", "negative prompt"), store)) == 3
     assert runs[2:] == ["negative prompt"]
-    assert efficacy.run_all(units_of("none", "uce"), tmp_path) == first
-    assert efficacy.run_all(units_of("none", "uce"), tmp_path, fresh=["uce"]) == first
+    assert units.run_all(units_of("none", "uce"), store) == first
+    assert units.run_all(units_of("uce"), Store.fresh(tmp_path)) == units.run_all(units_of("uce"), store)
     assert runs[3:] == ["uce"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other", "short"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "short", "image"])
 def test_a_torn_unit_is_recomputed(tmp_path: Path, runs: list[str], damage: str) -> None:
     (unit,) = units_of("uce")
-    first = efficacy.run_all([unit], tmp_path)
-    file = tmp_path / f"{unit.key}.json"
+    store = Store(tmp_path)
+    (store.new_files(unit) / "0.png").write_bytes(b"")
+    first = units.run_all([unit], store)
+    file = tmp_path / f"{store.key(unit)}.json"
     text = file.read_text()
     data = json.loads(text)
-    torn = {
-        "cut": text[: len(text) // 2],
-        "empty": "",
-        "other": json.dumps({**data, "key": "0"}),
-        "short": json.dumps({**data, "seen": data["seen"][1:]}),
-    }
+    data["result"]["seen"].pop()
+    torn = {"cut": text[: len(text) // 2], "empty": "", "short": json.dumps(data), "image": text}
     file.write_text(torn[damage])
-    assert efficacy.run_all([unit], tmp_path) == first
-    assert runs == ["uce", "uce"] and file.read_text() == text
+    if damage == "image":
+        store.files_of(unit).joinpath("0.png").unlink()
+    assert units.run_all([unit], store) == first
+    assert runs == ["uce", "uce"]
+    again = json.loads(file.read_text())
+    assert [again[name] for name in ("checksum", "result")] == [
+        json.loads(text)[name] for name in ("checksum", "result")
+    ]
 
 
-def test_the_key_knows_what_a_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    (unit,) = units_of("uce")
-    keys = {unit.key, units_of("none")[0].key, dataclasses.replace(unit, half="report").key}
-    keys |= {
-        dataclasses.replace(unit, steps=2).key,
-        dataclasses.replace(unit, job=dataclasses.replace(DOG, shots=())).key,
-    }
+def test_the_key_knows_what_a_result_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (unit,), store = units_of("uce"), Store(tmp_path)
+    others = [
+        *units_of("none"),
+        dataclasses.replace(unit, half="report"),
+        dataclasses.replace(unit, steps=2),
+        dataclasses.replace(unit, job=dataclasses.replace(DOG, shots=())),
+        methods.Fit("uce", "dog"),
+    ]
+    keys = {store.key(each) for each in (unit, *others)}
     entry = methods.ENTRIES["uce"]
-    for change in ({"settings": {"lamb": 0.1}}, {"object_anchor": "cat"}, {"version": 2}, {"method": "x"}):
+    for change in ({"settings": {"lamb": 0.1}}, {"object_anchor": "cat"}, {"version": 2}, {"says": "anchor"}):
         monkeypatch.setitem(methods.ENTRIES, "uce", dataclasses.replace(entry, **change))
-        keys.add(unit.key)
-    monkeypatch.setitem(methods.ENTRIES, "uce", dataclasses.replace(entry, style_settings={}, summary="other"))
-    keys.add(unit.key)  # nothing that an object depends on: no new key
-    assert len(keys) == 9
+        keys.add(store.key(unit))
+    monkeypatch.setitem(methods.ENTRIES, "uce", dataclasses.replace(entry, styles={}, note="other"))
+    keys.add(store.key(unit))  # nothing that an object depends on: no new key
+    assert len(keys) == 10
+
+
+def test_a_group_is_done_in_one_go_and_the_largest_comes_first(tmp_path: Path, runs: list[str]) -> None:
+    small = Unit("uce", dataclasses.replace(DOG, shots=DOG.shots[:1]), "dev", 8)
+    units.run_all([small, *units_of("speed")], Store(tmp_path))
+    assert runs == ["speed", "uce"]
+    items = [*units_of("none", "uce"), dataclasses.replace(small, method="none")]
+    found = do_all(items, units.run_unit, Store(tmp_path / "other"), together=lambda unit: unit.method)
+    assert list(found) == items and runs[2:] == ["none", "none", "uce"]
 
 
 # ------------------------------------------------------------------------------------------------------- registry
 
 
 def test_entries_pass_everything_to_erase(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("diffusers_erasure.erase", lambda *args, **kwargs: calls.append((args, kwargs)))
-    entry = methods.Entry(
-        "x", "", "m", {"a": 1, "b": 1}, object_settings={"b": 2}, style_settings={"b": 3}, style_anchor="art"
-    )
-    entry.make("pipe", ("cat", "owl"), entry.anchors(("cat", "owl")), ["dog"])
-    entry.make("pipe", ("ink",), entry.anchors(("ink",)), ["dog"])
-    assert calls == [
-        (("pipe", ["cat", "owl"]), {"anchors": ["animal", "bird"], "method": "m", "a": 1, "b": 2, "retain": ["dog"]}),
-        (("pipe", ["ink"]), {"anchors": ["art"], "method": "m", "a": 1, "b": 3, "retain": ["dog"]}),
-    ]
+    calls: list[Any] = []
+    monkeypatch.setattr("diffusers_erasure.erase", lambda pipe, targets, **given: calls.append((targets, given)))
+    entry = methods.Entry("uce-x", {"a": 1, "b": 1}, {"b": 2}, {"b": 3}, style_anchor="art")
+    entry.make(("cat", "owl"))
+    entry.make(("ink",))
+    (objects, of_objects), (styles, of_styles) = calls
+    assert (objects, styles) == (["cat", "owl"], ["ink"])
+    retain = plan.retained(objects, ["animal", "bird"])
+    assert of_objects == {"anchors": ["animal", "bird"], "method": "uce", "a": 1, "b": 2, "retain": retain}
+    assert of_styles == {"anchors": ["art"], "method": "uce", "a": 1, "b": 3, "retain": plan.retained(styles, ["art"])}
+    methods.Entry("acterase").make(("cat",))  # takes no words to retain, and has a bar of its own
+    assert set(calls[2][1]) == {"anchors", "method", "preset", "training"} and not calls[2][1]["training"].progress
     baseline = methods.ENTRIES["negative prompt"]
-    assert baseline.make("pipe", ("cat",), ["animal"], []) is None and len(calls) == 2
+    assert baseline.make(("cat",)) is None and len(calls) == 3
     assert baseline.drawing_for(("cat", "owl")) == {"negative_prompt": "cat, owl"}
     assert methods.ENTRIES["uce"].anchors(("ink", "cat")) == ["", "animal"]
 
 
+def test_an_entry_says_its_settings() -> None:
+    assert methods.ENTRIES["sdd"].summary == 'SDD, `preset="object"`, for styles `preset="style"`'
+    assert methods.ENTRIES["dumo-full"].summary.startswith('DuMo, `form="full"`, `learning_rate=0.0005`, `preset=')
+    assert "at most 8 at once; the guidance" in methods.ENTRIES["acterase"].summary
+    assert methods.ENTRIES["none"].summary == "the un-erased model"
+    assert {entry.method for entry in methods.ENTRIES.values() if entry.erases} == set(method_names())
+    assert methods.entry_of("uce") is methods.ENTRIES["uce"] and methods.entry_of("other").settings_for(["cat"]) == {}
+
+
 def test_an_entry_may_leave_scenarios_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: list[str]) -> None:
-    monkeypatch.setitem(methods.ENTRIES, "few", methods.Entry("few", "few", "m", max_targets=1))
+    monkeypatch.setitem(methods.ENTRIES, "few", methods.Entry("few", max_targets=1))
     both = dataclasses.replace(DOG, scenario=plan.EIGHT, targets=("dog", "cat"))
-    units = [unit for name in ("none", "few") for unit in efficacy.wanted_units(name, [DOG, both], "dev", 8)]
-    results = efficacy.run_all(units, tmp_path)
-    found = efficacy.summarise([DOG, both], ["none", "few"], results, "dev")
+    wanted = [unit for name in ("none", "few") for unit in units.wanted_units(name, [DOG, both], "dev", 8)]
+    results = units.run_all(wanted, Store(tmp_path))
+    found = tables.summarise([DOG, both], ["none", "few"], results, "dev")
     rows = {name: list(part["methods"]) for name, part in found["scenarios"].items()}
     assert rows == {plan.ONE_OBJECT: ["none", "few"], plan.EIGHT: ["none"]}
     part = found["scenarios"][plan.ONE_OBJECT]
     assert part["methods"]["few"]["acc_e_by_target"] == {"dog": 1} and part["methods"]["few"]["fit_seconds"] == 1.5
-    text = report.markdown(found, "python x.py")
+    monkeypatch.delitem(methods.ENTRIES, "few")
+    text = tables.markdown(found, "python x.py")
     assert "### One object, one erasure each" in text and "| few | 100.0 [100–100] |" in text
     assert "Half: dev." in text and "`python x.py`" in text and "erased 4, synonyms 2, kept 4, near 2" in text
 
@@ -366,17 +395,22 @@ def test_an_entry_may_leave_scenarios_out(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_only_what_is_between_the_markers_is_replaced() -> None:
-    page = f"before\n\n{report.BEGIN}\nold\n{report.END}\nafter | é\n"
-    once = report.replace_between(page, "new")
-    assert once == f"before\n\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter | é\n"
-    assert report.replace_between(once, "new") == once
-    for wrong in ("", report.BEGIN, f"{report.END}{report.BEGIN}", page + page):
+    begin, end = "<!-- efficacy: begin -->", "<!-- efficacy: end -->"
+    page = f"before\n\n{begin}\nold\n{end}\nafter | é\n"
+    once = commands.replace_between(page, "efficacy", "new")
+    assert once == f"before\n\n{begin}\n\nnew\n\n{end}\nafter | é\n"
+    assert commands.replace_between(once, "efficacy", "new") == once
+    for wrong in ("", begin, f"{end}{begin}", page + page):
         with pytest.raises(ValueError, match="once each"):
-            report.replace_between(wrong, "new")
+            commands.replace_between(wrong, "efficacy", "new")
 
 
-def test_the_page_has_the_markers() -> None:
-    assert "new" in report.replace_between(efficacy.DOCS.read_text(encoding="utf-8"), "new")
+def test_the_page_has_the_markers_and_says_what_its_rows_are() -> None:
+    text = (ROOT / efficacy.PAGE).read_text(encoding="utf-8")
+    assert "new" in commands.replace_between(text, "efficacy", "new")
+    rows = [line.partition("**: ")[0].removeprefix("- **") for line in text.splitlines() if line.startswith("- **")]
+    shown = [name for name in rows if name in methods.ENTRIES]
+    assert "esd" in shown and "\n".join(tables.legend(shown)) in text
 
 
 @pytest.mark.parametrize("further", (["--smoke"], ["--half", "dev"], ["--images-scale", "0.5"]))
@@ -389,22 +423,21 @@ def test_docs_are_written_from_the_whole_report_half_alone(further: list[str]) -
 def test_smoke(tmp_path: Path) -> None:
     def run(*further: str) -> dict[str, Any]:
         path = tmp_path / "numbers.json"
-        command = [sys.executable, str(ROOT / "benchmarks" / "efficacy.py"), "--smoke", "--json", str(path), *further]
-        done = subprocess.run(
-            [*command, "--store", str(tmp_path / "store")], capture_output=True, text=True, timeout=280
-        )
+        command = [sys.executable, "-m", "benchmarks.efficacy", "--smoke", "--json", str(path), *further]
+        command += ["--store", str(tmp_path / "store")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Fewer than 200 images" in done.stdout and "--smoke" in done.stdout
-        numbers: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return numbers
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
 
-    numbers = run("--jobs", "2", "--grid", str(tmp_path / "grid.png"))
-    (scenario,) = numbers["scenarios"].values()
-    assert numbers["smoke"] and list(scenario["methods"]) == ["none", "uce"]
+    first = run("--jobs", "2", "--grid", str(tmp_path / "grid.png"))
+    (scenario,) = first["scenarios"].values()
+    assert first["smoke"] and list(scenario["methods"]) == ["none", "uce"]
     assert (tmp_path / "grid.png").stat().st_size > 1000
     stored = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()}
-    assert sorted(file.suffix for file in stored) == [".json", ".json", ".png", ".png"]
-    assert run()["scenarios"] == numbers["scenarios"]
+    assert sorted(file.suffix for file in stored) == ["", "", ".json", ".json"]
+    assert run()["scenarios"] == first["scenarios"]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "store").iterdir()} == stored
 
 

@@ -19,7 +19,7 @@ def folder(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def asked(*_: Any, **__: Any) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr("diffusers_erasure.hub.transfer.fetch", asked)
+    monkeypatch.setattr("diffusers_erasure.artifact.fetch", asked)
     random_erasure(pipe).save_pretrained(tmp_path / "no-zebra")
     return tmp_path / "no-zebra"
 

@@ -215,6 +215,29 @@ def test_pushed_is_pulled_in_a_fresh_process_and_stock_diffusers_draws_the_same(
     assert np.abs(np.load(ours) - np.load(stock)).max() < 1e-4  # sums in another order; the erasure moves it by > 0.05
 
 
+def test_each_thing_is_done_once(client: Client) -> None:
+    code = """
+        from tests.helpers import counting
+
+        def counts(action):
+            with counting() as found:
+                action()
+            return dict(found)
+
+        result = [
+            len(lora.tensors["pytorch_lora_weights.safetensors"]) + len(lora.tensors["erasure.safetensors"]),
+            counts(lambda: lora.push_to_hub("alice/once", token="hf_alice")),
+            counts(lambda: Erasure.from_pretrained("alice/once", token="hf_alice", cache_dir=cache)),
+            counts(lambda: pipe.load_erasure("alice/once", token="hf_alice", cache_dir=cache)),
+        ]
+    """
+    tensors, pushing, pulling, loading = ok(client(script(code), cache=client.cache()))
+    once = {"configs parsed": 1, "files hashed": 2, "tensors checked": tensors}
+    assert pushing == {**once, "cards rendered": 1}
+    assert pulling == once
+    assert loading == {**once, "contents hashed": 1}
+
+
 def test_an_erasure_replaces_another_and_pushing_again_changes_nothing(hub: Hub, client: Client) -> None:
     repo = "alice/changes"
     first = ok(client.push(repo))[0]

@@ -186,9 +186,9 @@ def test_a_failure_in_the_middle_of_attaching(
     def load() -> None:
         with monkeypatch.context() as patched:
             if place == "placement":
-                from diffusers_erasure.layers import lora
+                from diffusers_erasure.layers import sites
 
-                patched.setattr(lora, "placement", fail_at(3, lora.placement))
+                patched.setattr(sites, "placement", fail_at(3, sites.placement))
             elif place == "fold":
                 patched.setattr(LoraLayer, "fold", fail_at(2, LoraLayer.fold))
             elif place == "hook":

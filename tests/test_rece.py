@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.dense_closed_form import dense_rece
 from diffusers_erasure import ErasureInputError, demo, erase
 from diffusers_erasure.base_model import plain_weight, text_readers
 from diffusers_erasure.encoding import all_rows
 from diffusers_erasure.low_rank import DOWN, UP
-from diffusers_erasure.methods.rece import PRESETS, PUBLISHED, Config, Scales, solve
+from diffusers_erasure.methods.rece import PRESETS, PUBLISHED, Config, Scales, Settings, solve
 from diffusers_erasure.methods.rows import KeptRows, TargetRows
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
-from tests.dense_closed_form import dense_rece
+from diffusers_erasure.settings import resolve
 from tests.helpers import ROUNDINGS, edits, roundings
 
 
@@ -139,7 +140,7 @@ def test_a_truncated_map_states_its_error(pipe: Any) -> None:
 
 
 def test_presets_are_the_published_settings() -> None:
-    nudity, artist = Config(preset="nudity", published=True), Config(preset="artist", published=True)
+    nudity, artist = (resolve(Config(preset=p, published=True), Settings) for p in ("nudity", "artist"))  # type: ignore[arg-type]
     assert (nudity.epochs, nudity.reg, nudity.lamb, nudity.retain_scale) == (3, 0.1, 0.1, 0.1)
     assert (nudity.uce_lamb, nudity.uce_retain_scale, nudity.rows, nudity.templates) == (0.5, 1.0, "window", "none")
     assert (artist.epochs, artist.reg, artist.uce_retain_scale) == (1, 1e-3, 0.1)

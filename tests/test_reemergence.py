@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import command as commands
+from benchmarks.efficacy.methods import Fit
+from benchmarks.reemergence import __main__ as reemergence
+from benchmarks.reemergence import cases, lora, new_objects, parts, plan, tables
+from benchmarks.reemergence.lora import Recipe
+from benchmarks.reemergence.plan import ERASED, KEPT, LEARNT, NEAR, NEW, Counts
+from benchmarks.reemergence.tables import Share
+from benchmarks.store import Store
 from diffusers_erasure import demo, erase
 from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
 from diffusers_erasure.low_rank import DOWN, UP
@@ -19,16 +26,6 @@ from tests.helpers import ROUNDINGS, roundings
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import reemergence  # noqa: E402
-import reemergence_parts as parts  # noqa: E402
-import reemergence_plan as plan  # noqa: E402
-import reemergence_report as report  # noqa: E402
-import reemergence_train as training  # noqa: E402
-from reemergence_plan import ERASED, KEPT, LEARNT, NEAR, NEW, Counts  # noqa: E402
-from reemergence_report import Share  # noqa: E402
-from reemergence_train import Recipe  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +34,9 @@ def neighbours() -> Any:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> parts.Store:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """With the erasure and the fine-tunings of the smoke run in it, once one test has run it."""
-    return parts.Store(tmp_path_factory.mktemp("store"))
+    return Store(tmp_path_factory.mktemp("store"))
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -127,7 +124,7 @@ def test_train_lora_trains_the_attention_alone_and_repeats(tmp_path: Path, neigh
     for name in ("once", "again"):
         pipe = demo.load_pipeline()
         before = {key: value.clone() for key, value in pipe.unet.named_parameters()}
-        losses = training.train_lora(pipe, pictures, (1, 3), tmp_path / name, recipe, seed=7)
+        losses = lora.train_lora(pipe, pictures, (1, 3), tmp_path / name, recipe, seed=7)
         assert len(losses) == 3 and np.isfinite(losses).all()
         files.append(load_file(tmp_path / name / "3" / "pytorch_lora_weights.safetensors"))
     assert set(files[0]) == set(files[1]) and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
@@ -136,7 +133,7 @@ def test_train_lora_trains_the_attention_alone_and_repeats(tmp_path: Path, neigh
 
     fresh: Any = demo.load_pipeline()
     fresh.load_lora_weights(tmp_path / "once" / "3")
-    deltas = training.lora_deltas(fresh)
+    deltas = lora.lora_deltas(fresh)
     attention = {
         name.removesuffix(".base_layer")
         for name, module in pipe.unet.named_modules()
@@ -148,16 +145,16 @@ def test_train_lora_trains_the_attention_alone_and_repeats(tmp_path: Path, neigh
         assert third < 1e-5 * largest
     first: Any = demo.load_pipeline()
     first.load_lora_weights(tmp_path / "once" / "1")
-    assert max(d.norm() for d in training.lora_deltas(first).values()) < max(d.norm() for d in deltas.values())
+    assert max(d.norm() for d in lora.lora_deltas(first).values()) < max(d.norm() for d in deltas.values())
 
 
 def test_training_lowers_the_loss(tmp_path: Path, neighbours: Any) -> None:
     pictures = plan.training_set(NEW, "", neighbours)
     pipe = demo.load_pipeline()
-    before = training.noise_loss(pipe, pictures)
-    assert before == training.noise_loss(pipe, pictures)
-    training.train_lora(pipe, pictures, (6,), tmp_path, Recipe(learning_rate=2e-3), seed=0)
-    assert training.noise_loss(pipe, pictures) < 0.98 * before
+    before = lora.noise_loss(pipe, pictures)
+    assert before == lora.noise_loss(pipe, pictures)
+    lora.train_lora(pipe, pictures, (6,), tmp_path, Recipe(learning_rate=2e-3), seed=0)
+    assert lora.noise_loss(pipe, pictures) < 0.98 * before
 
 
 # ------------------------------------------------------------------------------------------------------- weights
@@ -165,22 +162,22 @@ def test_training_lowers_the_loss(tmp_path: Path, neighbours: Any) -> None:
 
 def test_undoing_of_hand_made_weights() -> None:
     safe = {"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([[0.0, 2.0]])}
-    assert training.undoing({name: -0.5 * value for name, value in safe.items()}, safe) == pytest.approx((1, 0.5))
-    assert training.undoing(safe, safe) == pytest.approx((-1, -1))
-    assert training.undoing({"a": torch.tensor([[0.0, 3.0]])}, safe) == pytest.approx((0, 0))
+    assert lora.undoing({name: -0.5 * value for name, value in safe.items()}, safe) == pytest.approx((1, 0.5))
+    assert lora.undoing(safe, safe) == pytest.approx((-1, -1))
+    assert lora.undoing({"a": torch.tensor([[0.0, 3.0]])}, safe) == pytest.approx((0, 0))
     # only what both change counts, and the whole as one vector: (-1, 0 | 0, 0) on (1, 0 | 0, 2)
     mixed = {"a": -safe["a"], "b": 0 * safe["b"], "c": torch.ones(9, 9)}
-    assert training.undoing(mixed, safe) == pytest.approx((1 / 5**0.5, 1 / 5))
-    assert np.isnan(training.undoing({"c": torch.ones(1)}, safe)).all()
+    assert lora.undoing(mixed, safe) == pytest.approx((1 / 5**0.5, 1 / 5))
+    assert np.isnan(lora.undoing({"c": torch.ones(1)}, safe)).all()
 
 
 def test_undoing_of_an_erasure_against_its_own_export(tmp_path: Path) -> None:
-    fit = parts.Fit("uce", "cat")
-    store = parts.Store(tmp_path)
+    fit = Fit("uce", "cat")
+    store = Store(tmp_path)
     base = demo.load_pipeline()
     erasure = erase(base, "cat", anchors="animal", retain=["dog"])
-    erasure.save_pretrained(store.weights(fit))
-    changes = training.weight_changes(parts.exported(fit, store), base)
+    erasure.save_pretrained(store.files_of(fit))
+    changes = lora.weight_changes(parts.exported(fit, store), base)
     assert changes and all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in changes)
     (layer,) = erasure.config.layers
     stored = erasure.layer_tensors(layer)
@@ -190,12 +187,12 @@ def test_undoing_of_an_erasure_against_its_own_export(tmp_path: Path) -> None:
         weight = base.unet.get_submodule(name).weight
         rounding = torch.finfo(torch.float32).eps * float((weight.abs() + change.abs()).max())
         assert float((change - up.double() @ down.double()).abs().max()) <= rounding
-    assert training.undoing({name: -change for name, change in changes.items()}, changes) == pytest.approx((1, 1))
+    assert lora.undoing({name: -change for name, change in changes.items()}, changes) == pytest.approx((1, 1))
 
 
 def test_exported_and_loaded_draw_the_same_before_fine_tuning(tmp_path: Path) -> None:
-    fit, store = parts.Fit("uce", "cat"), parts.Store(tmp_path)
-    parts.run_and_store([fit], store)
+    fit, store = Fit("uce", "cat"), Store(tmp_path)
+    parts.run_all([fit], store, 1, "")
     drawn = []
     for way in (parts.SEQUENTIAL, parts.MODULAR, parts.NONE):
         pipe = parts.load_model(parts.Model(way, None if way == parts.NONE else fit, None, 0), store)
@@ -216,7 +213,7 @@ def test_nearest_centroid_knows_the_real_pictures_and_nothing_else() -> None:
     right, total = objects.validate(demo.load_pipeline().vae, draws=1)
     assert total == 60 and right >= 57
     unseen = objects.dataset
-    pixels = training.to_pixels(unseen.images.reshape(-1, 64, 64, 3))
+    pixels = new_objects.to_pixels(unseen.images.reshape(-1, 64, 64, 3))
     assert objects.predict(pixels) == list(objects.names)
     # the features are what the judge's own head reads
     logits = objects.judge.net(pixels)[0]
@@ -238,17 +235,17 @@ def test_wilson_interval() -> None:
 
 
 def test_shares_and_pairs() -> None:
-    assert report.share([[1, 0, 1], [0, 0]]) == Share(2, 5)
-    assert report.discordant([[1, 1, 0], [0, 1]], [[1, 0, 1], [0, 0]]) == (2, 1)
+    assert tables.share([[1, 0, 1], [0, 0]]) == Share(2, 5)
+    assert tables.discordant([[1, 1, 0], [0, 1]], [[1, 0, 1], [0, 0]]) == (2, 1)
     with pytest.raises(ValueError):
-        report.discordant([[1]], [[1, 0]])
+        tables.discordant([[1]], [[1, 0]])
 
 
 def test_cases_share_what_is_the_same() -> None:
     settings = parts.Settings()
 
-    def case(way: str, method: str = "uce", concept: str = "cat", data: str = NEW) -> reemergence.Case:
-        return reemergence.Case(method, concept, data, way, 0, settings)
+    def case(way: str, method: str = "uce", concept: str = "cat", data: str = NEW) -> cases.Case:
+        return cases.Case(method, concept, data, way, 0, settings)
 
     assert case("modular").training == case("none").training == case("modular", "esd", "rocket").training
     assert case("sequential").training != case("sequential", concept="rocket").training
@@ -257,21 +254,22 @@ def test_cases_share_what_is_the_same() -> None:
     assert case("none").views() == case("none", "esd").views()
     assert [step for cell, step in case("modular").views() if cell == ERASED] == [0, 50, 100, 300]
     # the same prompts and noise in every way
-    views = [case(way).views()[ERASED, 300] for way in reemergence.WAYS]
+    views = [case(way).views()[ERASED, 300] for way in cases.WAYS]
     assert len({parts.shots_of(view) for view in views}) == 1 and len({view.model for view in views}) == 3
     # neither another method's settings nor other counts take a stored result
-    keys = {parts.key_of(view) for view in views}
+    store = Store(Path())
+    keys = {store.key(view) for view in views}
     fewer = parts.Settings(counts=Counts(erased=1))
-    other = reemergence.Case("uce", "cat", NEW, "modular", 0, fewer).views()[ERASED, 300]
-    assert len(keys) == 3 and parts.key_of(other) not in keys
+    other = cases.Case("uce", "cat", NEW, "modular", 0, fewer).views()[ERASED, 300]
+    assert len(keys) == 3 and store.key(other) not in keys
     # but a LoRA is not trained again for other images
-    assert reemergence.Case("uce", "cat", NEW, "modular", 0, fewer).training == case("modular").training
+    assert cases.Case("uce", "cat", NEW, "modular", 0, fewer).training == case("modular").training
 
 
 # ------------------------------------------------------------------------------------------------------- the run
 
 
-def test_smoke_run_and_its_store(store: parts.Store, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_smoke_run_and_its_store(store: Store, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     path = tmp_path / "numbers.json"
     command = ["--smoke", "--steps", "1", "--data", NEAR, "--store", str(store.folder), "--json", str(path)]
     reemergence.main(command)
@@ -279,7 +277,7 @@ def test_smoke_run_and_its_store(store: parts.Store, tmp_path: Path, monkeypatch
     assert (numbers["benchmark"], numbers["smoke"], numbers["steps"]) == ("reemergence", True, [1])
     assert numbers["concepts"] == ["cat"] and numbers["new_objects"]["validation"][1] == 60
     rows = numbers["methods"]["uce"]["rows"]
-    assert [(row["data"], row["way"]) for row in rows] == [(NEAR, way) for way in reemergence.WAYS]
+    assert [(row["data"], row["way"]) for row in rows] == [(NEAR, way) for way in cases.WAYS]
     for row in rows:
         assert set(row["shares"]) == {f"{cell}, {step}" for cell in (ERASED, KEPT, LEARNT) for step in (0, 1)}
         assert all(each["images"] == 2 for each in row["shares"].values())
@@ -307,12 +305,12 @@ def test_smoke_run_and_its_store(store: parts.Store, tmp_path: Path, monkeypatch
 
 def test_page(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "modular.md").read_text(encoding="utf-8")
-    page = report.replace_between(text, "| a |")
-    assert page.count("| a |") == 1 and report.replace_between(page, "| b |").count("| a |") == 0
-    assert page.split(report.BEGIN)[0] == text.split(report.BEGIN)[0]
-    assert page.split(report.END)[1] == text.split(report.END)[1]
+    page = commands.replace_between(text, "reemergence", "| a |")
+    assert page.count("| a |") == 1 and commands.replace_between(page, "reemergence", "| b |").count("| a |") == 0
+    assert page.split("<!-- reemergence: begin -->")[0] == text.split("<!-- reemergence: begin -->")[0]
+    assert page.split("<!-- reemergence: end -->")[1] == text.split("<!-- reemergence: end -->")[1]
     with pytest.raises(ValueError):
-        report.replace_between("no markers", "x")
+        commands.replace_between("no markers", "reemergence", "x")
     assert "- modular.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
@@ -336,7 +334,7 @@ def test_markdown_of_hand_made_numbers() -> None:
         "new_objects": {"objects": 12, "validation": (59, 60)},
         "methods": {"uce": {"rows": rows, "discordant": {NEW: (8, 1)}}},
     }
-    text = report.markdown(numbers, "python benchmarks/reemergence.py")
+    text = tables.markdown(numbers, "python -m benchmarks.reemergence")
     assert "| new objects | sequential | 0.0 [0–9] | 20.0 [10–35] | – | 75.0 [30–95] |" in text
     assert "| 0.500 → 0.250 | +0.125 | +50.0 |" in text and "| 0.500 → 0.250 | – | – |" in text
     assert "only with `sequential` in 8 images, only with `modular` in 1" in text

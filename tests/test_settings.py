@@ -6,18 +6,32 @@ import inspect
 import json
 import math
 import re
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from diffusers_erasure import ErasureInputError, cli, erase
+from diffusers_erasure.layers import layer_kind
 from diffusers_erasure.methods import get_method, make_config, method_names
 from diffusers_erasure.methods.acterase_pairs import PAIRS
 from diffusers_erasure.methods.catalogue import FILE, as_json, documented, meanings
-from diffusers_erasure.settings import Choice, Number, Of, Switch, Whole, check_settings, rules_of
+from diffusers_erasure.settings import (
+    USUAL,
+    ByFacts,
+    Choice,
+    Facts,
+    Number,
+    Of,
+    Switch,
+    Whole,
+    check_settings,
+    resolve,
+    rules_of,
+)
 from diffusers_erasure.training import TrainConfig, TrainingRun
 from diffusers_erasure_cli import base_models as loading
 
@@ -38,7 +52,8 @@ def test_a_template_that_cannot_be_filled_is_told(method: str, template: Any) ->
 
 def test_braces_of_a_prompt_are_doubled() -> None:
     config = make_config(get_method("uce"), {"templates": ["a {}, {{style}}"]})
-    assert [template.format("cat") for template in config.template_list()] == ["a cat, {style}"]
+    settings = get_method("uce").resolved(config)
+    assert [template.format("cat") for template in settings.template_list] == ["a cat, {style}"]
 
 
 # --------------------------------------------------------------------------------------------- what a method declares
@@ -48,9 +63,28 @@ def test_braces_of_a_prompt_are_doubled() -> None:
 def test_what_a_method_declares_is_what_it_is(name: str) -> None:
     """Whether it takes a run and retained prompts is read off its code; that it trains, off what its settings are made of."""
     entry = get_method(name)
-    assert entry.resumable == ("run" in inspect.signature(entry.fit).parameters)
-    assert entry.retains == ("retain" in {item.name for item in dataclasses.fields(entry.config)})
-    assert entry.trains == issubclass(entry.config, TrainConfig)
+    assert entry.declared.resumable == ("run" in inspect.signature(entry.fit).parameters)
+    assert entry.declared.retains == ("retain" in {item.name for item in dataclasses.fields(entry.config)})
+    assert entry.declared.trains == issubclass(entry.config, TrainConfig)
+    assert entry.declared.makes and all(layer_kind(name).name == name for name in entry.declared.makes)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_what_may_be_left_out_and_what_a_method_works_with(name: str) -> None:
+    """Two types with the same fields: the second has none that may be `None`, and else the first's types."""
+    entry = get_method(name)
+    assert entry.settings is not None
+    rules, worked = rules_of(entry.config), typing.get_type_hints(entry.settings)
+    assert list(rules) == [item.name for item in dataclasses.fields(entry.config)]
+    assert {item.name for item in dataclasses.fields(entry.settings)} == set(rules)
+    for setting, rule in rules.items():
+        kind = worked[setting]
+        assert type(None) not in typing.get_args(kind), setting
+        assert not isinstance(rule.range, Whole) or kind is int, setting
+        assert not isinstance(rule.range, Number) or kind is float, setting
+        assert not isinstance(rule.range, Switch) or kind is bool, setting
+        values = typing.get_args(kind) if isinstance(rule.range, Choice) else ()
+        assert not values or set(values) == set(rule.range.values), setting
 
 
 def test_retained_prompts_where_a_method_takes_none(tmp_path: Path) -> None:
@@ -132,21 +166,56 @@ def test_a_field_without_a_range_is_a_mistake_of_the_method() -> None:
 
 @pytest.mark.parametrize("name", method_names())
 def test_presets_are_named_and_within_the_ranges(name: str) -> None:
-    """The choices of `preset` are those that the module has; with each of them every setting is one."""
-    config = get_method(name).config
-    rules = rules_of(config)
-    module = importlib.import_module(config.__module__)
+    """Every method has presets: those that the module has; with each of them every setting is one, and as it states."""
+    entry = get_method(name)
+    rules = rules_of(entry.config)
+    module = importlib.import_module(entry.config.__module__)
     known = getattr(module, "PRESETS", PAIRS if name == "acterase" else {})
-    choices = rules["preset"].range.values if "preset" in rules else ()
+    choices = rules["preset"].range.values
     assert sorted(choices) == sorted(known) and ("published" in rules) == hasattr(module, "PUBLISHED")
     for preset in choices:
         for published in (False, True) if "published" in rules else (None,):
-            made = config(preset=preset, **({} if published is None else {"published": published}))
-            check_settings(made)
+            given = {"preset": preset, **({} if published is None else {"published": published})}
+            made = entry.resolved(entry.config(**given))
+            for setting, rule in rules.items():
+                assert rule.range.holds(getattr(made, setting)), setting
             stated = module.PUBLISHED if published else known
             stated = stated.get(preset, stated)
             for setting, value in stated.items() if isinstance(stated, dict) else ():
+                value = value.of(USUAL) if isinstance(value, ByFacts) else value
                 assert setting == "anchor" or getattr(made, setting) == value, setting
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_what_is_recorded_can_be_given_again(name: str) -> None:
+    """By `erase --config`: the settings in an artefact lead to the same ones."""
+    entry = get_method(name)
+    made = entry.resolved(entry.config())
+    recorded, _ = made.recorded()
+    given = {
+        key: value for key, value in recorded.items() if not key.startswith("retain_") or key in rules_of(entry.config)
+    }
+    assert entry.resolved(make_config(entry, given)) == made
+
+
+def test_a_preset_that_states_too_little_is_a_mistake_of_the_method() -> None:
+    @dataclasses.dataclass
+    class Config:
+        rank: Annotated[int | None, Whole(least=1)] = None
+        steps: Annotated[int | None, Whole(least=1)] = None
+
+        def stated(self) -> dict[str, Any]:
+            return {"rank": 4, "steps": ByFacts("two a concept", lambda facts: 2 * facts.concepts)}
+
+    @dataclasses.dataclass
+    class Settings:
+        rank: int
+        steps: int
+
+    assert resolve(Config(rank=3), Settings, Facts(5, 1.0)) == Settings(3, 10)
+    with pytest.raises(TypeError, match="nothing stands for `steps`"):  # it depends on what is not known
+        resolve(Config(), Settings)
+    assert resolve(Config(steps=1), Settings) == Settings(4, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- the catalogue
@@ -181,7 +250,7 @@ def test_what_the_catalogue_says() -> None:
         "published": {"style": 4, "object": 8, "nudity": 16},
     }
     assert dumo["rank"]["meaning"] == "rank of the compact form's deltas."
-    assert esd["steps"]["presets"] == {} and "25 for each further concept" in esd["steps"]["meaning"]
+    assert esd["steps"]["presets"]["style"] == "300, and 25 for each further concept"
     assert esd["steps"]["published"]["nudity"] == 1000 and esd["retain_weight"]["presets"]["style"] == 5.0
     assert esd["weight_decay"]["presets"]["style"] == 0.0  # of all methods that train
     assert esd["lr_scheduler"]["range"].startswith("one of constant, constant_with_warmup, linear")
@@ -189,7 +258,12 @@ def test_what_the_catalogue_says() -> None:
     assert found["speed"]["settings"]["filter"]["range"] == "true or false"
     assert found["speed"]["settings"]["filter"]["choices"] == ["true", "false"]
     assert found["uce"]["settings"]["layer"]["choices"] == ["lora", "text_map"]
-    assert (found["uce"]["presets"], found["uce"]["has_published"]) == ([], False)
+    assert (found["uce"]["presets"], found["uce"]["has_published"]) == (["object", "style", "person"], True)
+    assert found["uce"]["settings"]["lamb"]["presets"]["style"] == 1e-3
+    assert found["uce"]["settings"]["lamb"]["published"]["style"] == 0.5
+    assert all(entry["families"] == ["stable-diffusion", "stable-diffusion-xl"] for entry in found.values())
+    assert all(entry["needs"] == "base weights" for entry in found.values())
+    assert found["rece"]["makes"] == ["text_map", "lora"] and found["dumo"]["citation"]["year"] == 2025
     assert (found["sdd"]["presets"], found["sdd"]["has_published"]) == (["style", "object", "nudity"], True)
     assert [name for name, entry in found.items() if entry["trains"]] == ["dumo", "esd", "sdd"]
     assert [name for name, entry in found.items() if entry["resumable"]] == ["acterase", "dumo", "esd", "sdd"]

@@ -8,15 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.dense_closed_form import dense_speed
 from diffusers_erasure import ErasureInputError, demo, erase
 from diffusers_erasure.base_model import plain_weight, text_readers
 from diffusers_erasure.encoding import all_rows, last_rows
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods.base_sums import least_direction
 from diffusers_erasure.methods.nullspace import Influence, edit, kept_directions, refine
-from diffusers_erasure.methods.speed import PRESETS, PUBLISHED, SQUARES, Config, centres_of
+from diffusers_erasure.methods.speed import PRESETS, PUBLISHED, SQUARES, Config, Settings, centres_of
 from diffusers_erasure.schema import LORA_FILE
-from tests.dense_closed_form import dense_speed
+from diffusers_erasure.settings import resolve
 from tests.helpers import edits, roundings
 
 
@@ -171,14 +172,19 @@ def test_a_published_preset_end_to_end(pipe: Any) -> None:
 
 
 def test_presets_are_the_published_settings() -> None:
-    instance, celebrity, nudity = (Config(preset=p, published=True) for p in ("instance", "celebrity", "nudity"))  # type: ignore[arg-type]
+    tasks = ("instance", "celebrity", "nudity")
+    assert [Config(preset=p).anchor for p in tasks] == ["", "person", ""]  # type: ignore[arg-type]
+    instance, celebrity, nudity = (resolve(Config(preset=p, published=True), Settings) for p in tasks)  # type: ignore[arg-type]
     assert (instance.rows, instance.params, instance.augment, instance.threshold) == ("last", "V", 10, 0.1)
-    assert (instance.ridge, instance.lamb, instance.filter, instance.anchor) == (1.0, 0.0, True, "")
-    assert (celebrity.threshold, celebrity.ridge, celebrity.filter, celebrity.anchor) == (1e-4, 0.05, False, "person")
-    assert (nudity.rows, nudity.ridge, nudity.lamb, nudity.anchor) == ("all", 0.7, 0.5, "")
-    assert Config(preset="style").anchor == "art" and Config(preset="style").templates == "style_context"
+    assert (instance.ridge, instance.lamb, instance.filter) == (1.0, 0.0, True)
+    assert (celebrity.threshold, celebrity.ridge, celebrity.filter) == (1e-4, 0.05, False)
+    assert (nudity.rows, nudity.ridge, nudity.lamb) == ("all", 0.7, 0.5)
+    assert (
+        Config(preset="style").anchor == "art"
+        and resolve(Config(preset="style"), Settings).templates == "style_context"
+    )
     assert set(PUBLISHED) == set(PRESETS)
-    assert Config(published=True, threshold=0.3).threshold == 0.3
+    assert resolve(Config(published=True, threshold=0.3), Settings).threshold == 0.3
 
 
 def test_the_same_seed_gives_the_same_bytes(pipe: Any) -> None:

@@ -12,19 +12,21 @@ from torch import nn
 
 from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, erase
 from diffusers_erasure.compat import accelerate_state_restored
+from diffusers_erasure.denoising.prompts import Prompts, nearest
+from diffusers_erasure.denoising.sampler import SAMPLE, Sampler, generator_for, partial, trajectories
 from diffusers_erasure.methods.esd import CONCEPT as ERASED
-from diffusers_erasure.methods.esd import NEUTRAL, Config, eta_of_paper
+from diffusers_erasure.methods.esd import NEUTRAL, Config, Settings, eta_of_paper
 from diffusers_erasure.methods.esd import Objective as ESD
 from diffusers_erasure.methods.sdd import Config as SDDConfig
 from diffusers_erasure.methods.sdd import Objective as SDD
+from diffusers_erasure.methods.sdd import Settings as SDDSettings
 from diffusers_erasure.schema import Concept
-from diffusers_erasure.training.config import TrainConfig, TrainingRun
+from diffusers_erasure.settings import Facts, resolve
+from diffusers_erasure.training import TrainConfig, TrainingRun, TrainSettings
 from diffusers_erasure.training.loop import retained_examples
 from diffusers_erasure.training.network import Network, in_training
 from diffusers_erasure.training.objective import RETAIN, STUDENT, Step
 from diffusers_erasure.training.pool import MOST_RETAINED, Drawn, Example, Source
-from diffusers_erasure.training.prompts import Prompts, nearest
-from diffusers_erasure.training.sampler import SAMPLE, Sampler, generator_for, partial, trajectories
 from diffusers_erasure.training.sites import TRAIN_SETS, check_rank, find_sites
 from diffusers_erasure.training.student import ADAPTER, LoraStudent
 from tests.helpers import ROUNDINGS, equal, images, roundings, tiny_sd_pipe, tiny_sdxl_pipe, tree
@@ -442,27 +444,34 @@ def test_retained_prompts_join_the_students_pass(pipe: Any) -> None:
 # --------------------------------------------------------------------------------------------------------- settings
 
 
+def worked(facts: Facts = Facts(1, 750.0), /, **given: Any) -> Settings:
+    """ESD's settings with nothing left out."""
+    return resolve(Config(**given), Settings, facts)
+
+
 def test_presets_conversion_and_what_is_recorded() -> None:
     assert eta_of_paper(1.0) == 2.0
-    assert Config().formula == "paper" and Config(formula="newer").eta == eta_of_paper(float(Config().eta or 0))
-    assert Config(erase_from="pet").formula == "newer"
-    published = Config(preset="object", published=True)
+    assert worked().formula == "paper" and worked(formula="newer").eta == eta_of_paper(worked().eta)
+    assert worked(erase_from="pet").formula == "newer"
+    published = worked(preset="object", published=True)
     assert (published.train_set, published.policy, published.trajectories, published.steps) == (
         "u",
         "student",
         0,
         1000,
     )
-    assert SDDConfig(published=True).ema_decay == 0.999 and SDDConfig().save == "ema"
-    settings, secret = Config(erase_from="pet", templates=("x {}",), retain=("dog",)).recorded()
+    usual = Facts(1, 750.0)
+    assert resolve(SDDConfig(published=True), SDDSettings, usual).ema_decay == 0.999
+    assert resolve(SDDConfig(), SDDSettings, usual).save == "ema"
+    settings, secret = worked(erase_from="pet", templates=("x {}",), retain=("dog",)).recorded()
     assert secret == ("erase_from", "retain", "retain_excluded", "templates") and settings["templates"] == ["x {}"]
     assert None not in [settings[key] for key in ("rank", "eta", "policy", "train_set", "retain_weight")]
-    assert (Config().steps, Config(steps=7).resolved(9, 2.0).steps) == (None, 7)
-    many = Config().resolved(32, 750.0)
+    assert worked(Facts(9, 2.0), steps=7).steps == 7
+    many = worked(Facts(32, 750.0))
     assert (many.steps, many.trajectories, many.learning_rate) == (1075, 64, 1e-4)
-    few = Config(trajectories=0).resolved(1, 7.5)
+    few = worked(Facts(1, 7.5), trajectories=0)
     assert (few.steps, few.trajectories, few.learning_rate) == (300, 0, 1e-3)
-    assert Config(learning_rate=0.5).resolved(1, 7.5).learning_rate == 0.5
+    assert worked(Facts(1, 7.5), learning_rate=0.5).learning_rate == 0.5
 
 
 @pytest.mark.parametrize(
@@ -486,10 +495,12 @@ def test_presets_conversion_and_what_is_recorded() -> None:
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ErasureInputError, match=message):
-        Config(**settings)
+        worked(**settings)
 
 
 def test_defaults_stand_for_what_nobody_gives() -> None:
-    assert TrainConfig().policy == "base" and TrainConfig(policy="student").policy == "student"
+    usual = Facts(1, 750.0)
+    assert resolve(TrainConfig(), TrainSettings, usual).policy == "base"
+    assert resolve(TrainConfig(policy="student"), TrainSettings, usual).policy == "student"
     with pytest.raises(ErasureInputError, match="checkpoint_dir"):
         TrainingRun(resume=True)

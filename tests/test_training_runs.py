@@ -25,8 +25,8 @@ from diffusers_erasure import (
     ErasureTrainingError,
     erase,
 )
+from diffusers_erasure.runs.checkpoint import POOL_FILE, Checkpoints
 from diffusers_erasure.training import TrainingRun, loop
-from diffusers_erasure.training.checkpoint import POOL_FILE, Checkpoints
 from diffusers_erasure.training.state import State
 from tests.forks import Fork, cli
 from tests.helpers import ROUNDINGS, equal, far, images, roundings, tiny_sd_pipe
@@ -269,7 +269,7 @@ def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_stops_at_once_and_sigterm_exits(pipe: Any, tmp_path: Path) -> None:
-    from diffusers_erasure.training.interrupts import noted
+    from diffusers_erasure.runs.interrupts import noted
 
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with noted() as interrupt:

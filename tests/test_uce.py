@@ -14,9 +14,11 @@ from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import last_rows
 from diffusers_erasure.low_rank import compress
 from diffusers_erasure.methods import method_names
-from diffusers_erasure.methods.rows import TEMPLATES, KeptRows, TargetRows
-from diffusers_erasure.methods.uce import Config, solve
+from diffusers_erasure.methods.rows import KeptRows, TargetRows
+from diffusers_erasure.methods.uce import Config, Settings, solve
 from diffusers_erasure.schema import LORA_FILE
+from diffusers_erasure.settings import resolve
+from diffusers_erasure.settings.texts import TEMPLATES
 from tests.helpers import ROUNDINGS, edits, roundings
 
 
@@ -148,7 +150,7 @@ def test_the_published_variants_on_the_embedded_model(pipe: Any, rows: str, laye
         expected = dense(linear.weight.detach().double(), picked, 1.0, 0.3, 0.5)
         found = tensors[f"unet.{site}.lora_B.weight"].double() @ tensors[f"unet.{site}.lora_A.weight"].double()
         assert roundings(found, expected) <= ROUNDINGS
-    assert erasure.config.stock is not None and erasure.config.stock.max_error < 1e-6
+    assert erasure.config.stock is not None and erasure.config.stock.error < 1e-6
 
 
 def test_truncation_states_its_error(pipe: Any) -> None:
@@ -165,22 +167,22 @@ def test_truncation_states_its_error(pipe: Any) -> None:
         assert small.tensors[LORA_FILE][f"unet.{site}.lora_A.weight"].shape[0] == 4
         worst = max(worst, float((products[0] - products[1]).norm() / products[0].norm()))
     assert small.config.stock is not None
-    assert small.config.stock.max_error == pytest.approx(worst, rel=1e-2)
+    assert small.config.stock.error == pytest.approx(worst, rel=1e-2)
     assert 1e-3 < worst < 1
 
 
 def test_the_stated_error_is_that_of_the_worst_site(pipe: Any) -> None:
     """Of writing float32 alone: about its rounding, however many sites there are."""
     erasure = erase(pipe, "cat", anchors="animal")
-    assert erasure.config.stock is not None and 0 < erasure.config.stock.max_error < 2e-7
+    assert erasure.config.stock is not None and 0 < erasure.config.stock.error < 2e-7
 
 
 def test_a_list_too_long_for_the_configuration_is_counted(pipe: Any) -> None:
     prompts = [f"a thing of the kind number {i}" for i in range(12_000)]
-    settings, secret = Config(retain=prompts).recorded()
+    settings, secret = resolve(Config(retain=prompts), Settings).recorded()
     assert settings["retain_prompts"] == 12_000 and not {"retain", "retain_excluded"} & settings.keys()
     assert secret == ("templates",)
-    few, _ = Config(retain=prompts[:1000]).recorded()
+    few, _ = resolve(Config(retain=prompts[:1000]), Settings).recorded()
     assert few["retain"] == prompts[:1000]
 
 
@@ -240,7 +242,7 @@ def test_a_string_is_accepted_for_every_list(pipe: Any, tmp_path: Path) -> None:
         ({"targets": "cat", "lamb": 0.0}, "above 0"),
         ({"targets": "cat", "lamb": float("nan")}, "finite"),
         ({"targets": "cat", "retain_scale": -1}, "at least 0"),
-        ({"targets": "cat", "rank": 0}, "rank"),
+        ({"targets": "cat", "rank": -1}, "rank"),
         ({"targets": "cat", "rows": "middle"}, "rows"),
         ({"targets": "cat", "layer": "hook"}, "layer"),
         ({"targets": "cat", "templates": ["no place"]}, "template"),
@@ -283,5 +285,5 @@ def test_fused_projections_are_refused() -> None:
 
 def test_defaults_are_documented() -> None:
     assert "uce" in method_names()
-    assert Config().template_list() == TEMPLATES["object"]
+    assert resolve(Config(), Settings).template_list == TEMPLATES["object"]
     assert all(template.count("{}") == 1 for templates in TEMPLATES.values() for template in templates)

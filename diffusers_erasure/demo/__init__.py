@@ -106,7 +106,7 @@ def load_pipeline(
     import torch
     from diffusers import StableDiffusionPipeline
 
-    with as_file(assets() / "model") as folder, _no_progress_bars():
+    with as_file(assets() / "model") as folder, no_progress_bars():
         pipe = StableDiffusionPipeline.from_pretrained(
             folder, dtype=torch_dtype or torch.float32, local_files_only=True
         )
@@ -116,8 +116,8 @@ def load_pipeline(
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Loading takes less than a second, so its bars would only be noise; the user's settings come back after it."""
+def no_progress_bars() -> Iterator[None]:
+    """Where loading takes less than a second its bars would only be noise; the user's settings come back after it."""
     import diffusers
     import transformers
 

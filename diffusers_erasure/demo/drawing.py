@@ -18,12 +18,17 @@ STEPS = 8  # of a second-order solver; the model's own DDIM takes `demo.NUM_INFE
 BATCH = 25
 
 
-def fast_pipeline() -> StableDiffusionPipeline:
-    """The embedded pipeline with a second-order solver, which needs fewer steps than its own DDIM, and fast on a CPU."""
+def fast_pipeline(pipe: StableDiffusionPipeline | None = None) -> StableDiffusionPipeline:
+    """
+    The embedded pipeline with a second-order solver, which needs fewer steps than its own DDIM, and fast on a CPU.
+
+    Args:
+        pipe ([`~diffusers.StableDiffusionPipeline`], *optional*): One that was made from it, to be drawn with in the same way.
+    """
     import torch
     from diffusers import DPMSolverMultistepScheduler
 
-    pipe = load_pipeline()
+    pipe = load_pipeline() if pipe is None else pipe
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     for model in (pipe.unet, pipe.vae):
         model.to(memory_format=torch.channels_last)

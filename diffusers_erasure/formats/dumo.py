@@ -19,10 +19,9 @@ import torch
 from ..artifact import Erasure
 from ..base_model import component
 from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError, ErasureNotFoundError
-from ..layers import SkipLayer
+from ..layers import Layer, layer_kind
 from ..layers.encoder_copy import PARTS, check_unet
 from ..layers.epr import MID, ZERO, skip_sites
-from ..layers.layer import Layer
 from ..modifying import with_gate, with_schedule
 from ..schema import MAX_BINS, MAX_CONFIG_BYTES, MAX_FILE_BYTES, Method
 from ..tensors import parse
@@ -90,7 +89,7 @@ def read_dumo(
     layer = Layer("skip", skip_sites(skips), tensors)
     method = Method("dumo", settings={"converted": True})
     erasure = Erasure.from_layers([layer], base=pipe, concepts=names, method=method)
-    SkipLayer.check(unet, erasure.config.layers[0], tensors)
+    layer_kind("skip").check(unet, erasure.config.layers[0], tensors)
     if table is not None:
         erasure = with_schedule(erasure, table)
     return with_gate(erasure, pipe, names, layout="uncond_first", tokens=True) if gated else erasure

@@ -2,12 +2,11 @@
 
 import dataclasses
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import nn
 
@@ -16,11 +15,14 @@ from .._version import __version__
 from ..base_model import describe_base, describe_model
 from ..cards import card_environment, sealed
 from ..errors import ErasureError, ErasureInputError
+from ..hub.options import CommitOptions, takes
+from ..hub.transfer import push_model
 from ..live import fusing
 from ..live.loaded import components, known, loaded, states
 from ..logging import get_logger
 from ..provenance import KIND, PLACES, Contained, Provenance, contained_config
 from ..schema import CARD_FILE, SCHEMA, Library
+from ..storage import new_folder
 
 
 if TYPE_CHECKING:
@@ -106,15 +108,9 @@ def export_erased(
     return files
 
 
+@takes(CommitOptions)
 def push_erased_model(
-    pipe: Any,
-    repo_id: str,
-    names: str | Sequence[str] | None = None,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
+    pipe: Any, repo_id: str, names: str | Sequence[str] | None = None, **options: Unpack[CommitOptions]
 ) -> "CommitInfo":
     """Push the pipeline with erasures fused into its weights to the Hub, in one commit. See [`export_erased`].
 
@@ -122,10 +118,7 @@ def push_erased_model(
         pipe ([`DiffusionPipeline`]): the pipeline, which is afterwards as it was.
         repo_id (`str`): the repository, such as `"user/model-without-cats"`; created where it does not exist.
         names (`str` or sequence of `str`, *optional*): the erasures; all by default.
-        private (`bool`, *optional*): whether a repository that is created is private.
-        token (`str` or `bool`, *optional*): the token; the stored one by default.
-        create_pr (`bool`, *optional*, defaults to `False`): propose the commit as a pull request.
-        commit_message (`str`, *optional*): the commit's message.
+        options: see [`CommitOptions`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: the commit.
@@ -134,35 +127,26 @@ def push_erased_model(
         ErasureHubError: the Hub refused it or gave no answer, or somebody else pushed meanwhile.
         ErasureInputError: the repository holds something else; or see [`export_erased`].
     """
-    from ..hub.transfer import push_model
-
     with tempfile.TemporaryDirectory(prefix="erased-model-") as work:
         folder = Path(work) / "model"
         export_erased(pipe, folder, names)
-        return push_model(
-            folder, repo_id, private=private, token=token, create_pr=create_pr, commit_message=commit_message
-        )
+        return push_model(folder, repo_id, options)
 
 
 def _write(pipe: Any, folder: Path, provenance: Provenance) -> list[Path]:
-    """The folder with all of its files, or none: a temporary folder beside it, then a rename."""
+    """The folder with all of its files, or none."""
     text = provenance.to_json()
     Provenance.from_json(text.encode())  # what is written can be read
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        fresh = work / "new"
-        pipe.save_pretrained(fresh)
-        for place in PLACES:
-            if (fresh / place).parent.is_dir():
-                (fresh / place).write_text(text, encoding="utf-8")
-        (fresh / CARD_FILE).write_text(render_model_card(provenance), encoding="utf-8")
-        names = sorted(path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file())
-        os.replace(fresh, folder)
+        with new_folder(folder) as fresh:
+            pipe.save_pretrained(fresh)
+            for place in PLACES:
+                if (fresh / place).parent.is_dir():
+                    (fresh / place).write_text(text, encoding="utf-8")
+            (fresh / CARD_FILE).write_text(render_model_card(provenance), encoding="utf-8")
+            names = sorted(path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file())
     except OSError as error:
         raise ErasureError(f"Exporting to {folder} failed, nothing was written there: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return [folder / name for name in names]
 
 

@@ -2,8 +2,7 @@
 
 import os
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 
 from ..artifact import Erasure
 from ..errors import ErasureError, ErasureInputError
-from ..low_rank import DOWN, UP, pad_rank
+from ..layers import layer_kind
+from ..low_rank import Factors, pad_rank
+from ..storage import write_file
 from ..tensors import dtype_of, dump
 
 
@@ -40,20 +41,22 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
     dtype = dtype_of(dtype)
     family = erasure.config.base_model.family
     prefixes = _PREFIXES.get(family)
-    others = sorted({layer.kind for layer in erasure.config.layers if layer.kind != "lora"})
-    if prefixes is None or others or any(layer.is_modified for layer in erasure.config.layers):
+    layers = erasure.config.layers
+    found = [(layer, layer_kind(layer.kind).lora(layer, erasure.layer_tensors(layer))) for layer in layers]
+    others = sorted({layer.kind for layer, factors in found if factors is None})
+    if prefixes is None or others or any(layer.is_modified for layer in layers):
         why = f"it is for {family}" if prefixes is None else "it has a schedule or a gate"
         why = f"it has layers of the kinds {others}" if prefixes and others else why
         raise ErasureInputError(
             f"This erasure has no kohya form: {why}. Only LoRA layers for {sorted(_PREFIXES)} have one; others are loaded "
             "with `load_erasure`."
         )
+    parts = [(layer, factors) for layer, factors in found if factors is not None]
     tensors, expected = {}, {}
-    rank = max(erasure.layer_tensors(layer)[layer.sites[0] + DOWN].shape[0] for layer in erasure.config.layers)
-    for layer in erasure.config.layers:
-        own = erasure.layer_tensors(layer)
-        for site in layer.sites:
-            down, up = pad_rank(own[site + DOWN], rank, 0).to(dtype), pad_rank(own[site + UP], rank, 1).to(dtype)
+    rank = max(len(down) for _, factors in parts for down, _ in factors.values())
+    for layer, factors in parts:
+        for site, own in factors.items():
+            down, up = (pad_rank(factor, rank, dim).to(dtype) for dim, factor in enumerate(own))
             if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
                 raise ErasureInputError(f"Some values of {site!r} are too large for {dtype}; use float32.")
             text = layer.component != "unet"
@@ -65,23 +68,21 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
             tensors[f"{key}.alpha"] = torch.tensor(float(rank))
             expected[f"{layer.component}.{name}"] = down
         if layer.component != "unet":
-            tensors.update(_marker(layer.sites, own, prefixes[layer.component], rank, dtype))
+            tensors.update(_marker(factors, prefixes[layer.component], rank, dtype))
     _check_names(tensors, expected, family)
     return tensors
 
 
-def _marker(
-    sites: Sequence[str], own: Mapping[str, torch.Tensor], prefix: str, rank: int, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _marker(factors: Mapping[str, Factors], prefix: str, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A LoRA of zeros on one `out_proj`, without which diffusers 0.42 drops the text encoder's `q`, `k` and `v` in silence.
 
     It tells by the name `to_out_lora` in which of two spellings the text encoder's keys are, and takes the other
     spelling where none is there.
     """
-    attention = [site for site in sites if site.endswith((".q_proj", ".k_proj", ".v_proj"))]
-    if not attention or any(site.endswith(".out_proj") for site in sites):
+    attention = [site for site in factors if site.endswith((".q_proj", ".k_proj", ".v_proj"))]
+    if not attention or any(site.endswith(".out_proj") for site in factors):
         return {}
-    width = own[attention[0] + UP].shape[0]
+    width = len(factors[attention[0]][1])
     name = f"text_model.{attention[0].removeprefix('text_model.').rpartition('.')[0]}.out_proj"
     key = prefix + name.replace(".", "_")
     return {
@@ -108,9 +109,7 @@ def save_kohya(erasure: Erasure, file: str | os.PathLike[str], *, dtype: torch.d
     data = dump(to_kohya(erasure, dtype=dtype))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-            handle.write(data)
-        os.replace(handle.name, path)
+        write_file(path, data)
     except OSError as error:
         raise ErasureError(f"Saving {path} failed: {error}") from error
     return path

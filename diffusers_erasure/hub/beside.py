@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..cards import check_card, is_edited, licence_of
 from ..errors import ErasureError, ErasureFileError, ErasureInputError
 from ..logging import get_logger
 from ..schema import CARD_FILE, GRID_FILE
-from ..storage import in_hub_cache, read_inside
+from ..storage import in_hub_cache, read_inside, write_file
 from ..tensors import sha256
 
 
@@ -228,14 +227,7 @@ def keep_record(folder: Path, record: Record) -> None:
     if in_hub_cache(folder):
         return
     try:
-        handle, name = tempfile.mkstemp(prefix=RECORD_FILE, dir=folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(record.to_bytes())
-            os.replace(name, folder / RECORD_FILE)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_file(folder / RECORD_FILE, record.to_bytes())
     except OSError as error:
         logger.debug("%s could not be written: %s", folder / RECORD_FILE, error)
 

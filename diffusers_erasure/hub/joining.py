@@ -5,7 +5,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..cards import ParsedCard, assemble, is_edited, joined_tags, parse_card, render_card
 from ..errors import ErasureError, ErasureInputError
@@ -14,14 +14,13 @@ from ..schema import CARD_FILE, CONFIG_FILE, GRID_FILE, MAX_CONFIG_BYTES, Erasur
 from ..storage import read_inside
 from ..tensors import sha256
 from .beside import RECORD_FILE, Beside, FolderOrigin, Record, Sight, beside_of
+from .options import Side
 
 
 if TYPE_CHECKING:
     from ..artifact import Erasure
 
 logger = get_logger(__name__)
-
-Side = Literal["local", "hub"]
 
 
 def check_side(card: str | None) -> None:

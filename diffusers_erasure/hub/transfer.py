@@ -6,31 +6,38 @@ to do, chained to the Hub's own error.
 
 import dataclasses
 import hashlib
-import io
 import json
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cards import base_repo, merge_card, render_card
+from ..cards import base_repo, check_licence, merge_card, render_card
+from ..demo import is_embedded
 from ..errors import ErasureConfigError, ErasureError, ErasureFileError, ErasureInputError, ErasureNotFoundError
 from ..logging import get_logger
-from ..schema import CARD_FILE, CONFIG_FILE, GRID_FILE, LORA_FILE, MAX_CONFIG_BYTES, TENSOR_FILES, ErasureConfig
+from ..pictures import as_png
+from ..schema import (
+    CARD_FILE,
+    CONFIG_FILE,
+    GRID_FILE,
+    LORA_FILE,
+    MAX_CONFIG_BYTES,
+    TENSOR_FILES,
+    ErasureConfig,
+    FileRecord,
+)
+from ..storage import Contents, check_file
 from ..tensors import sha256
-from .beside import Beside, Record, Withheld, beside_of, keep_record, read_beside
+from .beside import Beside, Origin, Record, Withheld, beside_of, keep_record, read_beside
 from .client import TIMEOUT, TIMEOUT_CACHED, explained, make_api, patiently
-from .joining import Side, check_side, join
+from .joining import check_side, join
+from .options import CommitOptions, PushOptions, ReadOptions, Side
 
 
 if TYPE_CHECKING:
-    import torch
     from huggingface_hub import CommitInfo
-    from PIL import Image
-
-    from ..artifact import Erasure
 
 logger = get_logger(__name__)
 
@@ -64,13 +71,13 @@ class Snapshot:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "token": None}
 
-    def read(self, name: str, limit: int, expected: str | None = None, force: bool = False) -> bytes:
+    def read(self, name: str, limit: int, record: FileRecord | None = None, force: bool = False) -> bytes:
         """Read a file of at most `limit` bytes; a larger one is not downloaded.
 
         Args:
             name (`str`): the file's name.
             limit (`int`): its largest size.
-            expected (`str`, *optional*): its SHA-256.
+            record ([`FileRecord`], *optional*): its size and SHA-256.
             force (`bool`, *optional*, defaults to `False`): download it again.
 
         Raises:
@@ -82,16 +89,13 @@ class Snapshot:
         try:
             _check_size(self.repo_id, name, path.stat().st_size, limit)
             data = path.read_bytes()
-            if expected is not None and sha256(data) != expected:
-                raise ErasureFileError(
-                    f"{name} of {self.repo_id} is not the file that its {CONFIG_FILE} names: another SHA-256. It was cut "
-                    "short or changed; `force_download=True` fetches it again."
-                )
+            if record is not None:
+                check_file(f"{name} of {self.repo_id}", data, record)
         except ErasureFileError:
             if not in_cache or not self.online:
                 raise
             logger.warning("%s of %s is damaged in the cache; it is downloaded again.", name, self.repo_id)
-            return self.read(name, limit, expected, force=True)
+            return self.read(name, limit, record, force=True)
         return data
 
     def _cached(self, name: str) -> Path | None:
@@ -152,40 +156,35 @@ class Snapshot:
         return dataclasses.replace(found, place=self.place)
 
 
-def fetch(
-    repo_id: str,
-    *,
-    subfolder: str | None,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    force_download: bool,
-    local_files_only: bool,
-) -> tuple[dict[str, bytes], Snapshot]:
+def fetch(repo_id: str, options: ReadOptions) -> tuple[Contents, Snapshot]:
     """Download an erasure's files (or take them from the cache): those of the schema, all of one commit.
 
     Without a connection what is in the cache is used. A file that is larger than its limit is not downloaded.
 
     Returns:
-        `tuple`: the files' contents by name, and where they came from.
+        `tuple`: the files' contents, and where they came from.
 
     Raises:
         ErasureNotFoundError: no such folder, repository or revision, no erasure in it, or it is not in the cache.
         ErasureHubError: access was refused, or the Hub gave no answer.
         ErasureFileError: a file is not the one that the configuration names.
     """
+    subfolder, revision, token = options.get("subfolder"), options.get("revision"), options.get("token")
     if subfolder and (subfolder.startswith("/") or ".." in re.split(r"[/\\]", subfolder)):
         raise ErasureInputError(f"`subfolder` must lie inside {repo_id}, not at {subfolder!r}.")
     with explained(repo_id, revision):
-        cache = None if cache_dir is None else str(cache_dir)
-        commit, online = _resolve(repo_id, subfolder, revision, token, cache, local_files_only)
+        chosen = options.get("cache_dir")
+        cache = None if chosen is None else str(chosen)
+        local = options.get("local_files_only", False)
+        commit, online = _resolve(repo_id, subfolder, revision, token, cache, local)
         place = f"{repo_id}@{revision or 'main'}" + (f"/{subfolder}" if subfolder else "")
         snapshot = Snapshot(repo_id, commit, place, subfolder, token, cache, online)
-        force = force_download and online
-        files = {CONFIG_FILE: snapshot.read(CONFIG_FILE, MAX_CONFIG_BYTES, force=force)}
-        for name, record in ErasureConfig.from_json(files[CONFIG_FILE]).files.items():
-            files[name] = snapshot.read(name, record.size, record.sha256, force=force)
-    return files, snapshot
+        force = options.get("force_download", False) and online
+        contents = Contents.read(
+            snapshot.read(CONFIG_FILE, MAX_CONFIG_BYTES, force=force),
+            lambda name, record: snapshot.read(name, record.size, record, force),
+        )
+    return contents, snapshot
 
 
 def _resolve(
@@ -221,39 +220,34 @@ def _check_size(repo_id: str, name: str, size: int, limit: int) -> None:
 
 
 def push(
-    erasure: "Erasure",
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    dtype: "torch.dtype | str | None" = None,
-    redact_concepts: bool = False,
-    grid: "Image.Image | None" = None,
-    license: str | None = None,
-    base_model: str | None = None,
-    card: Side | None = None,
+    config: ErasureConfig, files: Mapping[str, bytes], origin: Origin | None, repo_id: str, options: PushOptions
 ) -> "CommitInfo":
-    """Push an erasure to the Hub in one commit. See [`Erasure.push_to_hub`]."""
+    """Push an erasure to the Hub in one commit. See [`Erasure.push_to_hub`].
+
+    Args:
+        config ([`ErasureConfig`]): its configuration as it is pushed.
+        files (mapping): the files' contents by name, but the card.
+        origin (*optional*): where what lies beside it is read; a [`Withheld`] one with a redacted erasure.
+        repo_id (`str`): the repository.
+        options ([`PushOptions`]): those that do not concern the erasure itself.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import RevisionNotFoundError
 
+    private, token, revision = options.get("private"), options.get("token"), options.get("revision")
+    create_pr, card = options.get("create_pr", False), options.get("card")
+    grid, license = options.get("grid"), options.get("license")
     if create_pr and revision not in (None, "main"):
         raise ErasureInputError("A pull request is made against the main branch: leave out `revision`.")
     if revision is not None and _COMMIT.fullmatch(revision):
         raise ErasureInputError(f"`revision` must be a branch to push to, not the commit {revision}.")
     check_side(card)
-    erasure = erasure if base_model is None else erasure.with_base_model(base_model)
-    _check_base(erasure.config)
-    files = erasure.to_files(dtype=dtype, redact_concepts=redact_concepts)
-    config = ErasureConfig.from_json(files[CONFIG_FILE])
-    message = commit_message or f"Upload an erasure ({config.method.name})"
-    render_card(config, license=license)  # a wrong licence is told before the Hub is asked
-    redacts = isinstance(erasure.origin, Withheld) or (redact_concepts and not erasure.config.redacted)
-    own = _own_beside(erasure, redacts)
-    local = own if grid is None else dataclasses.replace(own, pictures={**own.pictures, GRID_FILE: _png(grid)})
+    check_licence(license)
+    _check_base(config)
+    message = options.get("commit_message") or f"Upload an erasure ({config.method.name})"
+    redacts = isinstance(origin, Withheld)
+    own = _own_beside(origin)
+    local = own if grid is None else dataclasses.replace(own, pictures={**own.pictures, GRID_FILE: as_png(grid)})
     with explained(repo_id, revision, write=True):
         api = make_api(token)
         repo_id = patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
@@ -269,14 +263,14 @@ def push(
             )
         present = {item.rfilename for item in head.siblings or ()}
         there = Snapshot(repo_id, str(head.sha), f"{repo_id}@{revision or 'main'}", token=token)
-        stale = _stale_files(there, present, set(files))
+        stale = _stale_files(there, present, {*files, CARD_FILE})
         hub = _beside_on_hub(there, present, local.pictures, () if grid is None else (GRID_FILE,))
         fresh = render_card(config, repo_id, grid=GRID_FILE in {*local.pictures, *present}, license=license)
         joined = join(fresh, local, hub, card=card)
         _tell_kept(joined.kept, hub.where, config.redacted)
-        files[CARD_FILE] = joined.card.encode()
-        files |= {name: data for name, data in joined.pictures.items() if local.pictures.get(name) == data}
-        operations: list[Any] = [CommitOperationAdd(name, data) for name, data in sorted(files.items())]
+        pictures = {name: data for name, data in joined.pictures.items() if local.pictures.get(name) == data}
+        added = {**files, CARD_FILE: joined.card.encode(), **pictures}
+        operations: list[Any] = [CommitOperationAdd(name, data) for name, data in sorted(added.items())]
         operations += [CommitOperationDelete(name) for name in stale]
         info = api.create_commit(
             repo_id,
@@ -292,8 +286,6 @@ def push(
 
 
 def _check_base(config: ErasureConfig) -> None:
-    from ..demo import is_embedded
-
     if base_repo(config) is None and not is_embedded(config.base_model):
         raise ErasureInputError(
             "It is not known which model on the Hub the erasure is for (it was made on one from a folder, or is a plain "
@@ -303,23 +295,17 @@ def _check_base(config: ErasureConfig) -> None:
         )
 
 
-def _own_beside(erasure: "Erasure", redacts: bool) -> Beside:
+def _own_beside(origin: Origin | None) -> Beside:
     """What lies beside the erasure where it was read from, as far as it may be published."""
-    own = beside_of(erasure.origin)
-    if redacts:
-        return own.withheld()
+    own = beside_of(origin)
+    if isinstance(origin, Withheld):
+        return own
     if own.place is not None:  # nobody edits a cache: what is on the Hub now is newer
         own = dataclasses.replace(own, record=Record(own.place, own.sight(), own.sight()))
         if own.problem is not None:
             logger.warning("The card of %s is left out: %s", own.where, own.problem[:300])
         return own
     return own.checked()
-
-
-def _png(image: "Image.Image") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _beside_on_hub(
@@ -355,15 +341,7 @@ def _tell_kept(kept: Side | None, where: str, redacted: bool) -> None:
         logger.warning("The card's text was edited by hand and goes along.%s", check)
 
 
-def push_model(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-) -> "CommitInfo":
+def push_model(folder: Path, repo_id: str, options: CommitOptions) -> "CommitInfo":
     """Push the folder of a whole erased model in one commit; weights of an erased model that was there before go.
 
     Raises:
@@ -372,6 +350,7 @@ def push_model(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    private, token = options.get("private"), options.get("token")
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -400,8 +379,8 @@ def push_model(
         return api.create_commit(
             repo_id,
             operations,
-            commit_message=commit_message or "Upload an erased model",
-            create_pr=create_pr,
+            commit_message=options.get("commit_message") or "Upload an erased model",
+            create_pr=options.get("create_pr", False),
             parent_commit=head.sha,
         )
 

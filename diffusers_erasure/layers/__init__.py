@@ -1,28 +1,22 @@
-"""Layer kinds: how an erasure acts while images are made. A new kind is one new file here and one line below."""
+"""Layer kinds: how an erasure acts while images are made. A new kind is one new file here and its entry in the registry."""
 
-from ..errors import ErasureConfigError
-from .activation import ActivationLayer
-from .base import Layer
-from .lora import LoraLayer
-from .skip import SkipLayer
-from .text_map import TextMapLayer
-
-
-LAYERS: dict[str, type[Layer]] = {layer.kind: layer for layer in (LoraLayer, TextMapLayer, ActivationLayer, SkipLayer)}
+from .base import HookLayer, LiveLayer
+from .changes import WeightChange
+from .kind import LayerKind, Summand
+from .layer import Layer
+from .registry import layer_kind, register_layer_kind
+from .sites import SiteEdit, SiteLayer
 
 
-def layer_kind(kind: str) -> type[Layer]:
-    """Return the class of a layer kind.
-
-    Raises:
-        ErasureConfigError: this version does not know the kind.
-    """
-    if kind not in LAYERS:
-        raise ErasureConfigError(
-            f"The erasure has a layer of the kind {kind[:64]!r}; this version of diffusers-erasure knows "
-            f"{sorted(LAYERS)}. Upgrade diffusers-erasure."
-        )
-    return LAYERS[kind]
-
-
-__all__ = ["LAYERS", "ActivationLayer", "Layer", "LoraLayer", "SkipLayer", "TextMapLayer", "layer_kind"]
+__all__ = [
+    "HookLayer",
+    "Layer",
+    "LayerKind",
+    "LiveLayer",
+    "SiteEdit",
+    "SiteLayer",
+    "Summand",
+    "WeightChange",
+    "layer_kind",
+    "register_layer_kind",
+]

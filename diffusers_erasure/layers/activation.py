@@ -11,9 +11,9 @@ stored one, of two equally near ones to the smaller. As long as nothing depends 
 intervals of the timestep, and a pass costs a look-up and one fused multiply-add; where every w is 0 it gives `x * 1 + 0`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,9 +22,12 @@ from torch import nn
 from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError
 from ..logging import get_logger
 from ..schema import TENSOR_FILE, LayerSpec
-from .base import Layer, PartKey, Tensors, live_buffer, placement, set_buffer
-from .lora import find_site
-from .modifiers import Conditions, Factors, Modifier
+from .base import HookLayer
+from .buffers import PartKey, Tensors, live_buffer, set_buffer
+from .changes import WeightChange
+from .kind import LayerKind
+from .modifiers import Conditions, Factors, Modifier, bins_at
+from .sites import SiteEdit, SiteLayer, find_site
 
 
 logger = get_logger(__name__)
@@ -98,13 +101,13 @@ class Part:
         column = None if self.modifier is None else self.modifier.column(self.index)
         if column is None or self.modifier is None:
             return torch.ones(1, dtype=torch.float64), torch.zeros(0)
-        bins, span = len(column), torch.tensor(self.modifier.span, dtype=torch.float32)
+        bins, span = len(column), self.modifier.span
         first = torch.arange(1, bins)
-        limits = (first.double() * self.modifier.span / bins).float()
+        limits = (first.double() * span / bins).float()
         infinity = torch.full_like(limits, torch.inf)
 
         def reached(timestep: torch.Tensor) -> torch.Tensor:
-            return (timestep * bins / span).floor() >= first  # the very operations of `Factors`
+            return bins_at(timestep, bins, span) >= first
 
         while bool((inside := reached(limits)).any()):
             limits = torch.where(inside, torch.nextafter(limits, -infinity), limits)
@@ -130,11 +133,6 @@ def static_rows(parts: Sequence[tuple[float, Part]], width: int) -> torch.Tensor
     dense = [(strength * part.blend, *part.dense(width)) for strength, part in parts]
     weights = torch.stack([weight * mask[0] for weight, mask, _ in dense])
     return joined(weights, torch.stack([means[0] for _, _, means in dense]))
-
-
-def is_static(spec: LayerSpec, tensors: Tensors) -> bool:
-    """Whether a layer does the same at all timesteps and for all prompts, and so is a change of weights."""
-    return len(tensors[TIMESTEPS]) == 1 and not spec.is_modified
 
 
 # --------------------------------------------------------------------------------------------------- the live forms
@@ -227,21 +225,20 @@ class Parts(nn.Module):
         return joined(weights, self.means.to(device)[index].float())
 
 
-class ActivationPatch(nn.Module):
-    """What all erasures do to the input of one module. A module, so that it follows the model's device and dtype.
+class ActivationPatch(SiteEdit):
+    """What all erasures do to the input of one module.
 
     Args:
         width (`int`): units of the input.
         conditions ([`Conditions`]): of the denoiser, for the timestep and the gates.
     """
 
+    parts: dict[PartKey, Part]
     form: Table | Parts
 
     def __init__(self, width: int, conditions: Conditions) -> None:
-        super().__init__()
+        super().__init__(conditions)
         self.width = width
-        self.source = (conditions,)
-        self.parts: dict[PartKey, Part] = {}
 
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
         """Take over the parts; the strengths are 0 until `fold`."""
@@ -283,27 +280,77 @@ class PatchInput:
         return args, {**kwargs, "input": self.patch(kwargs["input"])}
 
 
-# --------------------------------------------------------------------------------------------------------- the layer
-
-
-class ActivationLayer(Layer):
+class ActivationLayer(SiteLayer):
     """All `activation` layers on one UNet."""
 
-    kind: ClassVar[str] = "activation"
     by_timestep: ClassVar[bool] = True
-    packed: ClassVar[bool] = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: dict[str, int] = {}  # name of a site -> its index in `patches`: names there must have no dots
-        self.patches = nn.ModuleDict()
-        self.handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
-        self.modules_hooked: dict[str, tuple[nn.Module, ...]] = {}
+    def __init__(self, conditions: Conditions) -> None:
+        super().__init__(conditions)
         self.keys: set[PartKey] = set()
-        self.count = 0
+
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, SiteEdit, torch.utils.hooks.RemovableHandle]:
+        module = find_site(component, site)
+        assert isinstance(module, nn.Linear)
+        patch = ActivationPatch(module.in_features, self.conditions)
+        return module, patch, module.register_forward_pre_hook(PatchInput(patch), with_kwargs=True)
+
+    def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> Part:
+        return Part.of(tensors, spec.sites[index], modifier, index)
+
+    def attach(
+        self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors, modifier: Modifier | None
+    ) -> None:
+        self.keys.add(key)
+        if len(self.keys) == MANY + 1:
+            logger.warning(
+                "More than %d concepts are erased by activations on one model; their masks join, and the paper reports heavy "
+                "damage to all images at ten. Look at what is kept, or use another method for many concepts.",
+                MANY,
+            )
+        super().attach(component, key, spec, tensors, modifier)
+
+    def detach(self, name: str) -> None:
+        self.keys = {key for key in self.keys if key[0] != name}
+        super().detach(name)
+
+
+# ------------------------------------------------------------------------------------------------- the artefact side
+
+
+class PatchChange(WeightChange):
+    """W diag(keep), b + W add, for a patch that is the same at all timesteps; several join as their hooks do.
+
+    Args:
+        site (`str`), module (`nn.Module`): where.
+        part ([`Part`]): of one timestep.
+    """
+
+    parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    on_input: ClassVar[bool] = True
+
+    def __init__(self, site: str, module: nn.Module, part: Part) -> None:
+        super().__init__(site, module)
+        self.part = part
 
     @classmethod
-    def validate(cls, spec: LayerSpec, tensors: Tensors) -> None:
+    def applied(
+        cls, parameters: Mapping[str, torch.Tensor], changes: Sequence[tuple[float, Self]]
+    ) -> dict[str, torch.Tensor]:
+        weight, bias = parameters["weight"], parameters["bias"]
+        parts = [(strength, change.part) for strength, change in changes]
+        keep, add = static_rows(parts, weight.shape[1]).to(weight.device)
+        return {"weight": weight * keep, "bias": bias + weight @ add}
+
+
+class ActivationKind(LayerKind):
+    """`timesteps` and `blend`, and for each site a mask and the means of its units."""
+
+    name: ClassVar[str] = "activation"
+    live: ClassVar[type[HookLayer]] = ActivationLayer
+    packed: ClassVar[bool] = True
+
+    def validate(self, spec: LayerSpec, tensors: Tensors) -> None:
         if spec.component != "unet" or spec.file != TENSOR_FILE:
             raise ErasureFileError(f"An `activation` layer acts on a UNet and lies in {TENSOR_FILE}.")
         odd = [site for site in spec.sites if not f".{site}".endswith((FEED_FORWARD, *ATTENTIONS))]
@@ -343,12 +390,10 @@ class ActivationLayer(Layer):
                     f"{tuple(means.shape)}; expected [{len(timesteps)}, ceil(units / 8)], and one mean for each unit that is set."
                 )
 
-    @classmethod
-    def rescaled(cls, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
+    def rescaled(self, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
         return {**tensors, BLEND: tensors[BLEND] * factor}
 
-    @classmethod
-    def check(cls, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
+    def check(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
         for site in spec.sites:
             module, mask = find_site(component, site), tensors[site + MASK]
             if not isinstance(module, nn.Linear):
@@ -361,52 +406,13 @@ class ActivationLayer(Layer):
                     "bits beyond them: it was made for another architecture, or is damaged."
                 )
 
-    def attach(self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors) -> None:
-        self.keys.add(key)
-        if len(self.keys) == MANY + 1:
-            logger.warning(
-                "More than %d concepts are erased by activations on one model; their masks join, and the paper reports heavy "
-                "damage to all images at ten. Look at what is kept, or use another method for many concepts.",
-                MANY,
+    def weight_changes(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Sequence[WeightChange]:
+        if len(tensors[TIMESTEPS]) > 1:
+            raise ErasureCompatibilityError(
+                "An `activation` layer that acts by timestep is no change of weights, so it cannot be fused. Leave the erasure "
+                "unfused, or make one that is the same at all timesteps (method `acterase`: `by_timestep=False`)."
             )
-        for index, site in enumerate(spec.sites):
-            module = find_site(component, site)
-            assert isinstance(module, nn.Linear)
-            if site not in self.sites:
-                patch = ActivationPatch(module.in_features, self.conditions)
-                self.handles[site] = module.register_forward_pre_hook(PatchInput(patch), with_kwargs=True)
-                self.sites[site] = self.count
-                self.patches[str(self.count)] = patch
-                # A tuple, because a module assigned to a module would become its child.
-                self.modules_hooked[site] = (component, module)
-                self.count += 1
-            patch = self._patch(site)
-            patch.parts[key] = Part.of(tensors, site, self.modifier_of(key), index)
-            patch.rebuild(*placement(component, module))
+        return [PatchChange(site, find_site(component, site), Part.of(tensors, site)) for site in spec.sites]
 
-    def detach(self, name: str) -> None:
-        self.keys = {key for key in self.keys if key[0] != name}
-        for site in list(self.sites):
-            patch = self._patch(site)
-            kept = {key: part for key, part in patch.parts.items() if key[0] != name}
-            if len(kept) == len(patch.parts):
-                continue
-            patch.parts = kept
-            if kept:
-                patch.rebuild(*placement(*self.modules_hooked[site]))
-            else:
-                self.handles.pop(site).remove()
-                self.modules_hooked.pop(site)
-                del self.patches[str(self.sites.pop(site))]
-
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        for site in self.sites:
-            self._patch(site).fold(strengths)
-
-    def is_empty(self) -> bool:
-        return not self.sites
-
-    def _patch(self, site: str) -> ActivationPatch:
-        patch = self.patches[str(self.sites[site])]
-        assert isinstance(patch, ActivationPatch)
-        return patch
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+        return {find_site(component, site) for site in spec.sites}

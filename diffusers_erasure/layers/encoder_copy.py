@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import ErasureCompatibilityError
-from .base import live_buffer
+from .buffers import live_buffer
 
 
 PARTS = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block")

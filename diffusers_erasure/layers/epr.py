@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..errors import ErasureInputError
-from .base import Tensors, placement, set_buffer
+from .buffers import Tensors, placement, set_buffer
 from .encoder_copy import Inputs, channels, check_unet, empty_copy, encode, filled_copy, hold, spans
-from .lora import find_site
-from .modifiers import Conditions, Factors
+from .modifiers import Conditions, Factors, bins_at
+from .sites import find_site
 
 
 FORMS = ("full", "compact")
@@ -118,8 +118,7 @@ class LearnedSchedule(nn.Module):
     def forward(self, device: torch.device) -> torch.Tensor:
         """Factors [1 or B, sites], float32."""
         table = self.table.to(device)
-        place = self.conditions.now(device) * len(table) / self.span
-        return table[place.floor().to(torch.int64).clamp(0, len(table) - 1)]
+        return table[bins_at(self.conditions.now(device), len(table), self.span)]
 
 
 def fresh_tensors(unet: Any, form: str, rank: int, zero_rank: int | None, seed: int) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 from .. import compat
 from ..errors import ErasureInputError
 from ..schema import GateSpec
-from .base import live_buffer
+from .buffers import live_buffer
 
 
 SEEN, SAMPLES = 64, 96  # texts that are remembered, and values of each by which it is known again

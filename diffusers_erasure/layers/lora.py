@@ -6,53 +6,70 @@ factors are concatenated on rank, with the strengths folded into the `down` half
 no further kernels, and strength 0 multiplies the input by zeros: the base, bit for bit.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import compat
+from .. import compat, low_rank
 from ..errors import ErasureCompatibilityError, ErasureFileError
-from ..low_rank import DOWN, UP
+from ..low_rank import DOWN, UP, balanced, pad_rank, product, rank_for
 from ..schema import LORA_FILE, LayerSpec
-from .base import Layer, PartKey, Tensors, live_buffer, placement, set_buffer
+from .base import HookLayer
+from .buffers import PartKey, Tensors, live_buffer, set_buffer
+from .changes import WeightChange, double
+from .kind import LayerKind, Summand
+from .layer import Layer
 from .modifiers import Conditions, Factors, Modifier, spread
+from .sites import SiteEdit, SiteLayer, attention_of, find_site
 
 
 MAX_RANK = 4096
 
 
-class LowRankDelta(nn.Module):
+# ---------------------------------------------------------------------------------------------------- the live side
+
+
+@dataclass(frozen=True)
+class LowRankPart:
+    """One layer of one erasure at one site: its factors, its schedule and gate, and the site's place in the layer."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    modifier: Modifier | None
+    index: int
+
+
+class LowRankDelta(SiteEdit):
     """The live factors of all erasures on one module: `down` [R, in] (or [R, in, kh, kw]) and `up` [out, R]."""
 
+    parts: dict[PartKey, LowRankPart]
     down: torch.Tensor
     up: torch.Tensor
     owner: torch.Tensor  # the part of each rank, [R]
 
     def __init__(self, module: nn.Module, conditions: Conditions) -> None:
-        super().__init__()
+        super().__init__(conditions)
         self.factors = Factors(conditions)
         self.convolution: dict[str, Any] | None = None
         if isinstance(module, nn.Conv2d):
             self.convolution = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
-        self.parts: dict[PartKey, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.modified: dict[PartKey, tuple[Modifier | None, int]] = {}
 
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
         """Concatenate the factors of all parts; the strengths are 0 until `fold`."""
-        downs, ups = zip(*self.parts.values(), strict=True)
-        self.modified = {key: self.modified[key] for key in self.parts}
-        self.factors.rebuild(list(self.modified.values()), device)
+        parts = list(self.parts.values())
+        self.factors.rebuild([(part.modifier, part.index) for part in parts], device)
         if self.factors.acts:
-            owner = torch.cat([torch.full((len(down),), part) for part, down in enumerate(downs)])
+            owner = torch.cat([torch.full((len(part.down),), number) for number, part in enumerate(parts)])
             live_buffer(self, "owner", owner, device, torch.int64)
-        live_buffer(self, "down", torch.zeros_like(torch.cat(downs)), device, dtype)
-        live_buffer(self, "up", torch.cat(ups, dim=1), device, dtype)
+        live_buffer(self, "down", torch.zeros_like(torch.cat([part.down for part in parts])), device, dtype)
+        live_buffer(self, "up", torch.cat([part.up for part in parts], dim=1), device, dtype)
 
     def fold(self, strengths: Mapping[str, float]) -> None:
-        parts = [down.float() * strengths[name] for (name, _), (down, _) in self.parts.items()]
+        parts = [part.down.float() * strengths[name] for (name, _), part in self.parts.items()]
         set_buffer(self.down, torch.cat(parts))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -81,51 +98,90 @@ class AddDelta:
         return output + self.delta(hidden_states).to(output.dtype)
 
 
-def find_site(component: nn.Module, site: str) -> nn.Module:
-    """Return the base module named `site`, below any peft wrapper.
-
-    CLIP's text encoder lost its level `text_model` in transformers 5; files name it, so both forms are found.
-
-    Raises:
-        ErasureCompatibilityError: the component has no such `Linear` or `Conv2d`.
-    """
-    component = compat.unwrap_compiled(component)
-    for name in (site, site.removeprefix("text_model."), f"text_model.{site}"):
-        try:
-            module = compat.base_layer(component.get_submodule(name))
-        except AttributeError:
-            continue
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            return module
-        raise ErasureCompatibilityError(
-            f"{site!r} is a {type(module).__name__}; a `lora` layer acts on Linear and on Conv2d with one group."
-        )
-    raise ErasureCompatibilityError(
-        f"{type(component).__name__} has no module {site!r}: the erasure was made for another architecture."
-    )
-
-
-class LoraLayer(Layer):
+class LoraLayer(SiteLayer):
     """All `lora` layers on one component."""
 
-    kind: ClassVar[str] = "lora"
+    def __init__(self, conditions: Conditions) -> None:
+        super().__init__(conditions)
+        self.attentions: dict[str, nn.Module] = {}  # of the sites that are projections
+
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, SiteEdit, torch.utils.hooks.RemovableHandle]:
+        module = find_site(component, site)
+        delta = LowRankDelta(module, self.conditions)
+        return module, delta, module.register_forward_hook(AddDelta(delta), with_kwargs=True)
+
+    def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> LowRankPart:
+        site = spec.sites[index]
+        return LowRankPart(tensors[site + DOWN], tensors[site + UP], modifier, index)
+
+    def attach(
+        self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors, modifier: Modifier | None
+    ) -> None:
+        super().attach(component, key, spec, tensors, modifier)
+        around = {site: attention_of(component, site) for site in spec.sites}
+        self.attentions.update({site: each for site, each in around.items() if hasattr(each, "fused_projections")})
+
+    def detach(self, name: str) -> None:
+        super().detach(name)
+        self.attentions = {site: each for site, each in self.attentions.items() if site in self.sites}
+
+    def inactive_reason(self) -> str | None:
+        for site, attention in self.attentions.items():
+            if compat.has_fused_projections(attention):  # to_q, to_k and to_v are not called: hooks never fire
+                return _FUSED.format(site=site)
+        return None
+
+
+_FUSED = (
+    "The attention projections around {site!r} are fused, so that module is not called and an erasure on it would not "
+    "act. Call `pipe.unfuse_qkv_projections()` first."
+)
+
+
+# ------------------------------------------------------------------------------------------------- the artefact side
+
+
+class LowRankChange(WeightChange):
+    """W + s B A.
+
+    Args:
+        site (`str`), module (`nn.Module`): where.
+        down (`torch.Tensor`), up (`torch.Tensor`): A and B.
+    """
+
+    def __init__(self, site: str, module: nn.Module, down: torch.Tensor, up: torch.Tensor) -> None:
+        super().__init__(site, module)
+        self.down, self.up = down, up
+
+    @classmethod
+    def applied(
+        cls, parameters: Mapping[str, torch.Tensor], changes: Sequence[tuple[float, Self]]
+    ) -> dict[str, torch.Tensor]:
+        weight = parameters["weight"]
+        for strength, change in changes:
+            delta = double(change.up, weight).flatten(1) @ double(change.down, weight).flatten(1)
+            weight = weight + strength * delta.reshape(weight.shape)
+        return {"weight": weight}
+
+    def values(self, name: str, positions: list[int]) -> torch.Tensor | None:
+        if name != "weight":
+            return None
+        down, up = self.down.double().flatten(1), self.up.double().flatten(1)
+        rows, columns = [p // down.shape[1] for p in positions], [p % down.shape[1] for p in positions]
+        return (up[rows] * down[:, columns].T).sum(1)
+
+
+class LoraKind(LayerKind):
+    """Factors `….lora_A.weight` and `….lora_B.weight` for each site, of one rank, under the names that peft reads."""
+
+    name: ClassVar[str] = "lora"
+    live: ClassVar[type[HookLayer]] = LoraLayer
     file: ClassVar[str] = LORA_FILE
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: dict[str, int] = {}  # name of a site -> its index in `deltas`: names there must have no dots
-        self.deltas = nn.ModuleDict()
-        self.handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
-        self.modules_hooked: dict[str, tuple[nn.Module, ...]] = {}
-        self.attentions: dict[str, nn.Module] = {}
-        self.count = 0
-
-    @classmethod
-    def prefix(cls, component: str, sites: tuple[str, ...]) -> str:
+    def prefix(self, component: str, sites: Sequence[str]) -> str:
         return f"{component}."
 
-    @classmethod
-    def validate(cls, spec: LayerSpec, tensors: Tensors) -> None:
+    def validate(self, spec: LayerSpec, tensors: Tensors) -> None:
         expected = {site + half for site in spec.sites for half in (DOWN, UP)}
         if set(tensors) != expected:
             odd = sorted(set(tensors) ^ expected)
@@ -144,96 +200,79 @@ class LoraLayer(Layer):
                     f"{MAX_RANK} for all sites."
                 )
 
-    @classmethod
-    def rescaled(cls, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
+    def rescaled(self, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
         return {name: tensor * factor if name.endswith(UP) else tensor for name, tensor in tensors.items()}
 
-    @classmethod
-    def check(cls, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
-        for site in spec.sites:
-            module = find_site(component, site)
-            down, up = tensors[site + DOWN], tensors[site + UP]
-            if isinstance(module, nn.Conv2d):
-                expected = ((module.in_channels, *module.kernel_size), module.out_channels)
-                plain = module.padding_mode == "zeros"
-            else:
-                assert isinstance(module, nn.Linear)
-                expected, plain = ((module.in_features,), module.out_features), True
-            if (tuple(down.shape[1:]), up.shape[0]) != expected or not plain:
-                raise ErasureCompatibilityError(
-                    f"{site!r} maps {expected[0]} to {expected[1]} in this pipeline, but the erasure's factors have "
-                    f"shapes {tuple(down.shape)} and {tuple(up.shape)}: it was made for another architecture."
-                )
-            attention = attention_of(component, site)
-            if compat.has_fused_projections(attention):
-                raise ErasureCompatibilityError(_FUSED.format(site=site))
+    def check(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
+        check_factors(component, self.lora(spec, tensors))
 
-    def attach(self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors) -> None:
-        for index, site in enumerate(spec.sites):
-            module = find_site(component, site)
-            if site not in self.sites:
-                delta = LowRankDelta(module, self.conditions)
-                self.handles[site] = module.register_forward_hook(AddDelta(delta), with_kwargs=True)
-                self.sites[site] = self.count
-                self.deltas[str(self.count)] = delta
-                # A tuple, because a module assigned to a module would become its child.
-                self.modules_hooked[site] = (component, module)
-                self.count += 1
-                attention = attention_of(component, site)
-                if hasattr(attention, "fused_projections"):
-                    self.attentions[site] = attention
-            delta = self._delta(site)
-            delta.parts[key] = (tensors[site + DOWN], tensors[site + UP])
-            delta.modified[key] = (self.modifier_of(key), index)
-            delta.rebuild(*placement(component, module))
+    def weight_changes(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Sequence[WeightChange]:
+        factors = self.lora(spec, tensors)
+        return [LowRankChange(site, find_site(component, site), *factors[site]) for site in spec.sites]
 
-    def detach(self, name: str) -> None:
-        for site in list(self.sites):
-            delta = self._delta(site)
-            kept = {key: part for key, part in delta.parts.items() if key[0] != name}
-            if len(kept) == len(delta.parts):
-                continue
-            delta.parts = kept
-            if kept:
-                delta.rebuild(*placement(*self.modules_hooked[site]))
-            else:
-                self.handles.pop(site).remove()
-                self.modules_hooked.pop(site)
-                self.attentions.pop(site, None)
-                del self.deltas[str(self.sites.pop(site))]
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+        return {find_site(component, site) for site in spec.sites}
 
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        for site in self.sites:
-            self._delta(site).fold(strengths)
+    def lora(self, spec: LayerSpec, tensors: Tensors) -> dict[str, low_rank.Factors]:
+        return {site: (tensors[site + DOWN], tensors[site + UP]) for site in spec.sites}
 
-    def is_empty(self) -> bool:
-        return not self.sites
+    def summed(
+        self, members: Sequence[Summand], rank: int | None, max_error: float | None
+    ) -> list[tuple[Layer, float]]:
+        by_component: dict[str, list[Summand]] = {}
+        for member in members:
+            by_component.setdefault(member.spec.component, []).append(member)
+        return [self._summed(component, own, rank, max_error) for component, own in by_component.items()]
 
-    def inactive_reason(self) -> str | None:
-        for site, attention in self.attentions.items():
-            if compat.has_fused_projections(attention):  # to_q, to_k and to_v are not called: hooks never fire
-                return _FUSED.format(site=site)
-        return None
-
-    def _delta(self, site: str) -> LowRankDelta:
-        delta = self.deltas[str(self.sites[site])]
-        assert isinstance(delta, LowRankDelta)
-        return delta
+    def _summed(
+        self, component: str, members: Sequence[Summand], rank: int | None, max_error: float | None
+    ) -> tuple[Layer, float]:
+        """Concatenate factors on rank, site by site; the error is the largest over the sites."""
+        own: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
+        for member in members:
+            for site, (down, up) in self.lora(member.spec, member.tensors).items():
+                own.setdefault(site, []).append((down, up, member.error))
+        found: dict[str, low_rank.Factors] = {}
+        worst = 0.0
+        for site, factors in own.items():
+            a = torch.cat([down for down, _, _ in factors]).double()
+            b = torch.cat([up for _, up, _ in factors], dim=1).double()
+            norm = low_rank.norm(a, b)
+            lost = sum(stated * low_rank.norm(down.double(), up.double()) for down, up, stated in factors)
+            if rank is not None or max_error is not None:
+                u, s, vh = product(b.flatten(1), a.flatten(1))
+                kept = rank_for(s, rank, max_error)
+                lost += float(s[kept:].norm())
+                small = balanced(vh[:kept], u[:, :kept] * s[:kept])
+                a, b = small[0].reshape(kept, *a.shape[1:]), small[1].reshape(b.shape[0], kept, *b.shape[2:])
+            worst = max(worst, lost / norm if norm else 0.0)
+            found[site] = a.float(), b.float()
+        full = max(len(a) for a, _ in found.values())
+        tensors = {}
+        for site, (a, b) in found.items():
+            tensors[site + DOWN], tensors[site + UP] = pad_rank(a, full, 0), pad_rank(b, full, 1)
+        origins = {name for member in members for name in member.spec.derived_from}
+        return Layer(self.name, tuple(found), tensors, component, tuple(sorted(origins))), worst
 
 
-_FUSED = (
-    "The attention projections around {site!r} are fused, so that module is not called and an erasure on it would not "
-    "act. Call `pipe.unfuse_qkv_projections()` first."
-)
+def check_factors(component: nn.Module, factors: Mapping[str, low_rank.Factors]) -> None:
+    """Check that factors fit the modules of a live component, each by its site.
 
-
-def attention_of(component: nn.Module, site: str) -> nn.Module:
-    """Return the module around a site: an attention for its projections, the component where there is none."""
-    parent = site.rpartition(".")[0]
-    component = compat.unwrap_compiled(component)
-    for name in (parent, parent.removeprefix("text_model."), f"text_model.{parent}"):
-        try:
-            return component.get_submodule(name)
-        except AttributeError:
-            continue
-    return component
+    Raises:
+        ErasureCompatibilityError: a site is missing, is of another type, or has another shape.
+    """
+    for site, (down, up) in factors.items():
+        module = find_site(component, site)
+        expected: tuple[tuple[int, ...], int]
+        if isinstance(module, nn.Conv2d):
+            expected = ((module.in_channels, *module.kernel_size), module.out_channels)
+            plain = module.padding_mode == "zeros"
+        else:
+            expected, plain = ((module.in_features,), module.out_features), True
+        if (tuple(down.shape[1:]), up.shape[0]) != expected or not plain:
+            raise ErasureCompatibilityError(
+                f"{site!r} maps {expected[0]} to {expected[1]} in this pipeline, but the erasure's factors have "
+                f"shapes {tuple(down.shape)} and {tuple(up.shape)}: it was made for another architecture."
+            )
+        if compat.has_fused_projections(attention_of(component, site)):
+            raise ErasureCompatibilityError(_FUSED.format(site=site))

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInputError
-from .base import PartKey, live_buffer
+from .buffers import PartKey, live_buffer
 from .gate import Gate
 
 
@@ -194,9 +194,8 @@ class Factors(nn.Module):
 
     def schedule(self, timestep: torch.Tensor) -> torch.Tensor:
         """The schedules at timesteps [B]: [B, parts]."""
-        table, bins = self.table.to(timestep.device), self.bins.to(timestep.device)
-        place = timestep[:, None] * bins / self.spans.to(timestep.device, torch.float32)
-        index = place.floor().to(torch.int64).clamp_min(0).minimum(bins - 1)
+        table = self.table.to(timestep.device)
+        index = bins_at(timestep[:, None], self.bins, self.spans)  # [B, parts]
         return table.float().expand(len(timestep), -1, -1).gather(2, index[..., None]).squeeze(2)
 
     def gates(self, device: torch.device) -> torch.Tensor:
@@ -206,6 +205,21 @@ class Factors(nn.Module):
         batch = max((len(value) for value in known if value is not None), default=1)
         ones = torch.ones(batch, device=device)
         return torch.stack([ones if value is None else value.to(device) for value in known], dim=1)
+
+
+def bins_at(timestep: torch.Tensor, bins: torch.Tensor | int, span: torch.Tensor | float) -> torch.Tensor:
+    """Which bins of schedules act at timesteps: 0 to `span` is divided evenly, and what lies beyond has the outermost.
+
+    Every reader of a schedule asks here, as another order of these float32 operations rounds to another bin.
+
+    Args:
+        timestep (`torch.Tensor`): float32.
+        bins (`int` or `torch.Tensor`): how many.
+        span (`float` or `torch.Tensor`): where the last one ends.
+    """
+    count = torch.as_tensor(bins, device=timestep.device)
+    place = timestep * count / torch.as_tensor(span, device=timestep.device, dtype=torch.float32)
+    return place.floor().to(torch.int64).clamp_min(0).minimum(count - 1)
 
 
 def spread(factors: torch.Tensor, owner: torch.Tensor, ndim: int, dim: int) -> torch.Tensor:

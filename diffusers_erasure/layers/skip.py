@@ -12,9 +12,8 @@ not enter it. In the compact form the base's own modules run again, with all tha
 the one erasure whose pass it is. Several erasures cost one encoder pass each, also at strength 0.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,89 +21,36 @@ from torch import nn
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..schema import LayerSpec
-from . import lora
-from .base import Layer, PartKey, Tensors, placement
+from .base import HookLayer
+from .buffers import PartKey, Tensors, placement
+from .changes import WeightChange
 from .encoder_copy import PARTS, channels, check_unet, empty_copy, spans
 from .epr import DOWN, EPR, MID, UP, ZERO, SkipHooks, is_full, skip_sites, split
-from .modifiers import Factors
+from .kind import LayerKind
+from .lora import MAX_RANK, check_factors
+from .modifiers import Conditions, Factors, Modifier
+from .sites import attention_of, find_site
 
 
 MAX_SKIPS = 256
 
 
-class SkipLayer(Layer):
+class SkipLayer(HookLayer):
     """All `skip` layers on one UNet."""
 
-    kind: ClassVar[str] = "skip"
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, conditions: Conditions) -> None:
+        super().__init__(conditions)
         self.networks = nn.ModuleDict()
         self.keys: dict[PartKey, str] = {}  # names in a `ModuleDict` must have no dots
         self.hooks: SkipHooks | None = None
         self.count = 0
 
-    @classmethod
-    def validate(cls, spec: LayerSpec, tensors: Tensors) -> None:
-        if spec.component != "unet":
-            raise ErasureFileError(f"A `skip` layer acts on the UNet, not on {spec.component!r}.")
-        skips = len(spec.sites) - 1
-        if not 0 < skips <= MAX_SKIPS or spec.sites != skip_sites(skips):
-            raise ErasureFileError(
-                f"A `skip` layer has the sites 'skips.0' … 'skips.n' and 'mid_block', in this order, not "
-                f"{[site[:60] for site in spec.sites[:3]]}."
-            )
-        zeros, encoder = split(tensors)
-        if set(zeros) != {*map(str, range(skips)), MID}:
-            raise ErasureFileError(
-                f"{spec.file}: expected tensors {ZERO}0… to {ZERO}{skips - 1}… and {ZERO}{MID}…; there is "
-                f"{[place[:60] for place in sorted(zeros)[:4]]}."
-            )
-        for place, own in zeros.items():
-            if not _is_projection({name: tuple(value.shape) for name, value in own.items()}):
-                shapes = {name[:60]: tuple(value.shape) for name, value in sorted(own.items())[:4]}
-                raise ErasureFileError(
-                    f"{spec.file}: {ZERO}{place} has tensors of the shapes {shapes}; expected `weight` [C, C], or `down` "
-                    "[r, C] and `up` [C, r], and `bias` [C]."
-                )
-        (_validate_copy if is_full(encoder) else _validate_deltas)(spec, encoder)
-
-    @classmethod
-    def rescaled(cls, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
-        scaled = (".weight", ".up", ".bias")
-        return {
-            name: value * factor if name.startswith(ZERO) and name.endswith(scaled) else value
-            for name, value in tensors.items()
-        }
-
-    @classmethod
-    def check(cls, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
-        component = compat.unwrap_compiled(component)
-        check_unet(component)
-        zeros, encoder = split(tensors)
-        widths = [len(zeros[place]["bias"]) for place in (*map(str, range(len(spec.sites) - 1)), MID)]
-        if widths != channels(component) or spans(component)[-1][0] != 0:
-            raise ErasureCompatibilityError(
-                f"The UNet's skips and mid feature have {channels(component)} channels, those of the erasure {widths}: it "
-                "was made for another architecture."
-            )
-        if not is_full(encoder):
-            _check_deltas(component, spec, encoder)
-            return
-        expected = {name: tuple(value.shape) for name, value in empty_copy(component).named_parameters()}
-        found = {name: tuple(value.shape) for name, value in encoder.items()}
-        odd = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-        if odd:
-            raise ErasureCompatibilityError(
-                f"The erasure's copy of the encoder is another one than this UNet's: {odd[0][:120]!r} has the shape "
-                f"{found.get(odd[0])} there and {expected.get(odd[0])} here. It was made for another architecture."
-            )
-
-    def attach(self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors) -> None:
+    def attach(
+        self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors, modifier: Modifier | None
+    ) -> None:
         component = compat.unwrap_compiled(component)
         device, dtype = placement(component, compat.base_layer(component.conv_in))  # type: ignore[arg-type]
         network = EPR(component, tensors, device, dtype)
-        modifier = self.modifier_of(key)
         if modifier is not None:
             factors = Factors(self.conditions)
             factors.rebuild([(modifier, site) for site in range(len(spec.sites))], device)
@@ -133,7 +79,7 @@ class SkipLayer(Layer):
         for network in map(self._network, self.keys):
             for site in network.sites:
                 assert self.hooks is not None
-                if compat.has_fused_projections(lora.attention_of(self.hooks.unet, site)):
+                if compat.has_fused_projections(attention_of(self.hooks.unet, site)):
                     return FUSED.format(site=site)
         return None
 
@@ -147,6 +93,86 @@ FUSED = (
     "The attention projections around {site!r} are fused, so that module is not called and a compact `skip` erasure on it "
     "would not act. Call `pipe.unfuse_qkv_projections()` first."
 )
+
+
+# ------------------------------------------------------------------------------------------------- the artefact side
+
+
+class SkipKind(LayerKind):
+    """The network's tensors: 1x1 convolutions, and an encoder's weights or deltas on the base's."""
+
+    name: ClassVar[str] = "skip"
+    live: ClassVar[type[HookLayer]] = SkipLayer
+
+    def validate(self, spec: LayerSpec, tensors: Tensors) -> None:
+        if spec.component != "unet":
+            raise ErasureFileError(f"A `skip` layer acts on the UNet, not on {spec.component!r}.")
+        skips = len(spec.sites) - 1
+        if not 0 < skips <= MAX_SKIPS or spec.sites != skip_sites(skips):
+            raise ErasureFileError(
+                f"A `skip` layer has the sites 'skips.0' … 'skips.n' and 'mid_block', in this order, not "
+                f"{[site[:60] for site in spec.sites[:3]]}."
+            )
+        zeros, encoder = split(tensors)
+        if set(zeros) != {*map(str, range(skips)), MID}:
+            raise ErasureFileError(
+                f"{spec.file}: expected tensors {ZERO}0… to {ZERO}{skips - 1}… and {ZERO}{MID}…; there is "
+                f"{[place[:60] for place in sorted(zeros)[:4]]}."
+            )
+        for place, own in zeros.items():
+            if not _is_projection({name: tuple(value.shape) for name, value in own.items()}):
+                shapes = {name[:60]: tuple(value.shape) for name, value in sorted(own.items())[:4]}
+                raise ErasureFileError(
+                    f"{spec.file}: {ZERO}{place} has tensors of the shapes {shapes}; expected `weight` [C, C], or `down` "
+                    "[r, C] and `up` [C, r], and `bias` [C]."
+                )
+        (_validate_copy if is_full(encoder) else _validate_deltas)(spec, encoder)
+
+    def rescaled(self, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
+        scaled = (".weight", ".up", ".bias")
+        return {
+            name: value * factor if name.startswith(ZERO) and name.endswith(scaled) else value
+            for name, value in tensors.items()
+        }
+
+    def check(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
+        component = compat.unwrap_compiled(component)
+        check_unet(component)
+        zeros, encoder = split(tensors)
+        widths = [len(zeros[place]["bias"]) for place in (*map(str, range(len(spec.sites) - 1)), MID)]
+        if widths != channels(component) or spans(component)[-1][0] != 0:
+            raise ErasureCompatibilityError(
+                f"The UNet's skips and mid feature have {channels(component)} channels, those of the erasure {widths}: it "
+                "was made for another architecture."
+            )
+        if not is_full(encoder):
+            check_factors(component, _factors(encoder))
+            return
+        expected = {name: tuple(value.shape) for name, value in empty_copy(component).named_parameters()}
+        found = {name: tuple(value.shape) for name, value in encoder.items()}
+        odd = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        if odd:
+            raise ErasureCompatibilityError(
+                f"The erasure's copy of the encoder is another one than this UNet's: {odd[0][:120]!r} has the shape "
+                f"{found.get(odd[0])} there and {expected.get(odd[0])} here. It was made for another architecture."
+            )
+
+    def weight_changes(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Sequence[WeightChange]:
+        raise ErasureCompatibilityError(
+            "A `skip` layer is a network beside the UNet, and no change of its weights, so it cannot be fused. Leave the erasure "
+            "unfused."
+        )
+
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+        _, encoder = split(tensors)
+        deltas = () if is_full(encoder) else _factors(encoder)
+        return {"encoder_hidden_states", *(find_site(component, site) for site in deltas)}
+
+
+def _factors(encoder: Tensors) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The deltas of a compact encoder, by the modules of the UNet."""
+    sites = [name.removesuffix(DOWN) for name in encoder if name.endswith(DOWN)]
+    return {site: (encoder[site + DOWN], encoder[site + UP]) for site in sites}
 
 
 def _is_projection(shapes: dict[str, tuple[int, ...]]) -> bool:
@@ -177,16 +203,8 @@ def _validate_deltas(spec: LayerSpec, encoder: Tensors) -> None:
     for site in sites:
         down, up = encoder[site + DOWN], encoder[site + UP]
         shaped = (down.ndim == up.ndim == 2) or (down.ndim == up.ndim == 4 and up.shape[2:] == (1, 1))
-        if not shaped or up.shape[1] != down.shape[0] or not 0 < down.shape[0] <= lora.MAX_RANK:
+        if not shaped or up.shape[1] != down.shape[0] or not 0 < down.shape[0] <= MAX_RANK:
             raise ErasureFileError(
                 f"{spec.file}: {site[:120]!r} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)}; expected "
-                f"[r, in] and [out, r] (convolutions: [r, in, h, w] and [out, r, 1, 1]), r from 1 to {lora.MAX_RANK}."
+                f"[r, in] and [out, r] (convolutions: [r, in, h, w] and [out, r, 1, 1]), r from 1 to {MAX_RANK}."
             )
-
-
-def _check_deltas(component: nn.Module, spec: LayerSpec, encoder: Tensors) -> None:
-    """See that deltas fit their modules, as those of a `lora` layer on the same modules would."""
-    sites = tuple(name.removesuffix(DOWN) for name in encoder if name.endswith(DOWN))
-    factors = {site + lora.DOWN: encoder[site + DOWN] for site in sites}
-    factors.update({site + lora.UP: encoder[site + UP] for site in sites})
-    lora.LoraLayer.check(component, dataclasses.replace(spec, sites=sites, schedule=None), factors)

@@ -7,53 +7,72 @@ Linear the two differ: the map gives `(W + U) T`, the LoRA `W T + U`.
 """
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import compat
+from ..base_model import readers_of_text
 from ..errors import ErasureCompatibilityError, ErasureFileError
+from ..low_rank import truncated
 from ..schema import LayerSpec
-from .base import Layer, PartKey, Tensors, live_buffer, placement, set_buffer
+from .base import HookLayer
+from .buffers import PartKey, Tensors, live_buffer, placement, set_buffer
+from .changes import WeightChange, double
+from .kind import LayerKind, Summand
+from .layer import Layer
 from .modifiers import Conditions, Factors, Modifier, spread
+from .sites import SiteEdit, SiteLayer
 
 
+ROWS = "encoder_hidden_states"
 # Name of the input -> (the argument of `forward`, a key inside it, the entry of the model's config with its width).
 INPUTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
-    "encoder_hidden_states": ("encoder_hidden_states", None, ("cross_attention_dim", "joint_attention_dim")),
+    ROWS: (ROWS, None, ("cross_attention_dim", "joint_attention_dim")),
     "pooled_projections": ("pooled_projections", None, ("pooled_projection_dim",)),
     "text_embeds": ("added_cond_kwargs", "text_embeds", ()),
 }
 
 
-class TextMap(nn.Module):
+# ---------------------------------------------------------------------------------------------------- the live side
+
+
+@dataclass(frozen=True)
+class MapPart:
+    """One layer of one erasure: A and D, its schedule and gate."""
+
+    read: torch.Tensor
+    write: torch.Tensor
+    modifier: Modifier | None
+
+
+class TextMap(SiteEdit):
     """The live maps of all erasures on one input: `read` [R, C] (A, times strength) and `write` [R, C] (D)."""
 
+    parts: dict[PartKey, MapPart]
     read: torch.Tensor
     write: torch.Tensor
     owner: torch.Tensor  # the part of each row, [R]
 
     def __init__(self, conditions: Conditions) -> None:
-        super().__init__()
+        super().__init__(conditions)
         self.factors = Factors(conditions)
-        self.parts: dict[PartKey, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.modified: dict[PartKey, Modifier | None] = {}
 
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
-        reads, writes = zip(*self.parts.values(), strict=True)
-        self.modified = {key: self.modified[key] for key in self.parts}
-        self.factors.rebuild([(modifier, 0) for modifier in self.modified.values()], device)
+        parts = list(self.parts.values())
+        self.factors.rebuild([(part.modifier, 0) for part in parts], device)
         if self.factors.acts:
-            owner = torch.cat([torch.full((len(read),), part) for part, read in enumerate(reads)])
+            owner = torch.cat([torch.full((len(part.read),), number) for number, part in enumerate(parts)])
             live_buffer(self, "owner", owner, device, torch.int64)
-        live_buffer(self, "read", torch.zeros_like(torch.cat(reads)), device, dtype)
-        live_buffer(self, "write", torch.cat(writes), device, dtype)
+        live_buffer(self, "read", torch.zeros_like(torch.cat([part.read for part in parts])), device, dtype)
+        live_buffer(self, "write", torch.cat([part.write for part in parts]), device, dtype)
 
     def fold(self, strengths: Mapping[str, float]) -> None:
-        parts = [read.float() * strengths[name] for (name, _), (read, _) in self.parts.items()]
+        parts = [part.read.float() * strengths[name] for (name, _), part in self.parts.items()]
         set_buffer(self.read, torch.cat(parts))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -101,23 +120,76 @@ def _position(component: nn.Module, argument: str) -> int:
     return names.index(argument)
 
 
-class TextMapLayer(Layer):
-    """All `text_map` layers on one denoiser."""
+class TextMapLayer(SiteLayer):
+    """All `text_map` layers on one denoiser, whose sites are its inputs."""
 
-    kind: ClassVar[str] = "text_map"
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, SiteEdit, torch.utils.hooks.RemovableHandle]:
+        component = compat.unwrap_compiled(component)
+        text_map = TextMap(self.conditions)
+        hook = MapInput(text_map, site, component)
+        return component, text_map, component.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.maps = nn.ModuleDict()
-        self.handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
-        self.components: tuple[nn.Module, ...] = ()
+    def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> MapPart:
+        return MapPart(tensors["A"], tensors["D"], modifier)
+
+    def placement(self, component: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return placement(module, next(owner for _, owner, _, _ in compat.base_parameters(module)))
+
+
+# ------------------------------------------------------------------------------------------------- the artefact side
+
+
+class MapChange(WeightChange):
+    """W (I + s D^T A), for a module that reads what is mapped; several add from the unmapped input.
+
+    Args:
+        site (`str`), module (`nn.Module`): where.
+        source (`str`): the input of the denoiser.
+        a (`torch.Tensor`), d (`torch.Tensor`): A and D.
+    """
+
+    on_input: ClassVar[bool] = True
+
+    def __init__(self, site: str, module: nn.Module, source: str, a: torch.Tensor, d: torch.Tensor) -> None:
+        super().__init__(site, module)
+        self.source, self.a, self.d = source, a, d
+
+    @property
+    def places(self) -> set[Any]:
+        return {self.module, self.source}
 
     @classmethod
-    def prefix(cls, component: str, sites: tuple[str, ...]) -> str:
-        return "text_map." if sites == ("encoder_hidden_states",) else "pooled_map."
+    def applied(
+        cls, parameters: Mapping[str, torch.Tensor], changes: Sequence[tuple[float, Self]]
+    ) -> dict[str, torch.Tensor]:
+        weight = parameters["weight"]
+        added = [s * (weight @ double(each.d, weight).T) @ double(each.a, weight) for s, each in changes]
+        return {"weight": sum(added, weight)}
 
-    @classmethod
-    def validate(cls, spec: LayerSpec, tensors: Tensors) -> None:
+    def values(self, name: str, positions: list[int]) -> torch.Tensor | None:
+        """Values of W (T - I), from W T, which is what a fused module holds."""
+        held = self.module._parameters.get(name)
+        if name != "weight" or held is None or held.device.type == "meta" or held.shape[1:] != self.a.shape[1:]:
+            return None
+        weight = held.detach()
+        weight = weight if weight.dtype.itemsize > 1 else weight.float()  # float8 has no indexing
+        width = weight.shape[1]
+        rows = weight[[p // width for p in positions]].to("cpu", torch.float64)
+        whole = torch.eye(width).double() + self.d.double().T @ self.a.double()
+        before = torch.linalg.lstsq(whole.T, rows.T).solution.T
+        return (rows - before)[torch.arange(len(positions)), [p % width for p in positions]]
+
+
+class TextMapKind(LayerKind):
+    """`A` and `D`, both [n, C], for one input of the denoiser."""
+
+    name: ClassVar[str] = "text_map"
+    live: ClassVar[type[HookLayer]] = TextMapLayer
+
+    def prefix(self, component: str, sites: Sequence[str]) -> str:
+        return "text_map." if tuple(sites) == (ROWS,) else "pooled_map."
+
+    def validate(self, spec: LayerSpec, tensors: Tensors) -> None:
         if spec.component not in ("unet", "transformer"):
             raise ErasureFileError(f"A `text_map` acts on the denoiser, not on {spec.component!r}.")
         if len(spec.sites) != 1 or spec.sites[0] not in INPUTS:
@@ -130,12 +202,10 @@ class TextMapLayer(Layer):
         if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] > shapes[0][1]:
             raise ErasureFileError(f"{spec.file}: A and D have shapes {shapes}; expected twice [n, C] with n <= C.")
 
-    @classmethod
-    def rescaled(cls, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
+    def rescaled(self, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
         return {"A": tensors["A"] * factor, "D": tensors["D"]}
 
-    @classmethod
-    def check(cls, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
+    def check(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
         component = compat.unwrap_compiled(component)
         argument, _, entries = INPUTS[spec.sites[0]]
         _position(component, argument)
@@ -151,45 +221,34 @@ class TextMapLayer(Layer):
                 f"{type(component).__name__} reads no 'text_embeds' here: the erasure was made for another architecture."
             )
 
-    def attach(self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors) -> None:
+    def weight_changes(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Sequence[WeightChange]:
         component = compat.unwrap_compiled(component)
-        site = spec.sites[0]
-        if site not in self.maps:
-            self.maps[site] = TextMap(self.conditions)
-            hook = MapInput(self._map(site), site, component)
-            self.handles[site] = component.register_forward_pre_hook(hook, with_kwargs=True)
-            self.components = (component,)
-        text_map = self._map(site)
-        text_map.parts[key] = (tensors["A"], tensors["D"])
-        text_map.modified[key] = self.modifier_of(key)
-        text_map.rebuild(*_first_placement(component))
+        config = getattr(component, "config", {})
+        linear = (
+            config.get("addition_embed_type") in (None, "text_time") and config.get("encoder_hid_dim_type") is None
+        )
+        if spec.sites != (ROWS,) or not linear:
+            raise ErasureCompatibilityError(
+                f"A layer {self.name!r} on {spec.sites[0]!r} of {spec.component!r} cannot be fused: not everything that reads "
+                "this input is known to be linear. Leave the erasure unfused."
+            )
+        readers = readers_of_text(component)
+        return [MapChange(site, module, ROWS, tensors["A"], tensors["D"]) for site, module in readers.items()]
 
-    def detach(self, name: str) -> None:
-        for site in list(self.maps):
-            text_map = self._map(site)
-            kept = {key: part for key, part in text_map.parts.items() if key[0] != name}
-            if len(kept) == len(text_map.parts):
-                continue
-            text_map.parts = kept
-            if kept:
-                text_map.rebuild(*_first_placement(self.components[0]))
-            else:
-                self.handles.pop(site).remove()
-                del self.maps[site]
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+        return set(spec.sites)
 
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        for site in self.maps:
-            self._map(site).fold(strengths)
-
-    def is_empty(self) -> bool:
-        return not len(self.maps)
-
-    def _map(self, site: str) -> TextMap:
-        text_map = self.maps[site]
-        assert isinstance(text_map, TextMap)
-        return text_map
-
-
-def _first_placement(component: nn.Module) -> tuple[torch.device, torch.dtype]:
-    owner = next(owner for _, owner, _, _ in compat.base_parameters(component))
-    return placement(component, owner)
+    def summed(
+        self, members: Sequence[Summand], rank: int | None, max_error: float | None
+    ) -> list[tuple[Layer, float]]:
+        by_input: dict[tuple[str, str], list[Summand]] = {}
+        for member in members:
+            by_input.setdefault((member.spec.component, member.spec.sites[0]), []).append(member)
+        found = []
+        for (component, site), own in by_input.items():
+            a, d = (torch.cat([member.tensors[name].double() for member in own]) for name in ("A", "D"))
+            a, d, lost = truncated(a, d, rank, max_error)
+            tensors = {"A": a.float().contiguous(), "D": d.float().contiguous()}
+            origins = {name for member in own for name in member.spec.derived_from}
+            found.append((Layer(self.name, (site,), tensors, component, tuple(sorted(origins))), lost))
+        return found

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import torch
 
-from ..errors import ErasureFileError
+from ..errors import ErasureConfigError, ErasureFileError
 from ..low_rank import DOWN, UP
 from ..schema import COMPONENT, LORA_FILE, MODIFIER_PREFIX, TENSOR_FILE, ErasureConfig, LayerSpec, SolveSpec
-from . import layer_kind
+from ..tensors import check_finite
+from .registry import layer_kind
 
 
 Files = Mapping[str, Mapping[str, torch.Tensor]]
@@ -51,17 +52,19 @@ def check_tensors(config: ErasureConfig, files: Files) -> None:
     expected = config.tensor_files
     if set(files) != expected:
         raise ErasureFileError(f"The tensors lie in {sorted(expected)}, but there is {sorted(files)}.")
+    for name in sorted(expected):
+        check_finite(files[name], name)
     used: dict[str, set[str]] = {name: set() for name in (*expected, TENSOR_FILE)}
     for layer in config.layers:
         own, kind = layer_tensors(layer, files), layer_kind(layer.kind)
         kind.validate(layer, own)
+        check_modified(layer)
         check_modifiers(layer, modifier_tensors(layer, files))
         used[TENSOR_FILE].update(layer.modifier_names)
         integers = [layer.prefix + name for name, value in own.items() if not value.dtype.is_floating_point]
         if integers and not kind.packed:
             raise ErasureFileError(f"{layer.file}: {integers[0][:200]!r} holds no floating-point numbers.")
         used[layer.file] |= {layer.prefix + name for name in own}
-        _check_finite(layer.file, {layer.prefix + name: value for name, value in own.items()})
     if config.solve is not None:
         rows = solve_tensors(config.solve, files)
         check_solve(config.solve, rows)
@@ -76,17 +79,11 @@ def check_tensors(config: ErasureConfig, files: Files) -> None:
             raise ErasureFileError(f"{name} holds tensors that no layer uses: {[s[:120] for s in strangers[:3]]}.")
 
 
-def _check_finite(file: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    odd = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if odd:
-        raise ErasureFileError(f"{file}: {odd[0][:200]!r} has values that are not finite.")
-
-
 def check_lora(tensors: Mapping[str, torch.Tensor]) -> None:
     """Check what a LoRA file holds for others than this library: pairs `component.site.lora_A.weight` and `…lora_B.weight`.
 
     Raises:
-        ErasureFileError: one is no factor of a LoRA, or not finite.
+        ErasureFileError: one is no factor of a LoRA.
     """
     for name, value in tensors.items():
         half = next((each for each in (DOWN, UP) if name.endswith(each)), "")
@@ -97,18 +94,31 @@ def check_lora(tensors: Mapping[str, torch.Tensor]) -> None:
         )
         if not known or not value.dtype.is_floating_point or down.ndim != up.ndim or down.shape[0] != up.shape[1]:  # type: ignore[union-attr]
             raise ErasureFileError(f"{LORA_FILE}: {name[:120]!r} is no factor of a LoRA that stock diffusers reads.")
-    _check_finite(LORA_FILE, tensors)
+
+
+def check_modified(layer: LayerSpec) -> None:
+    """Check that a layer's kind allows its schedule and gate.
+
+    Raises:
+        ErasureConfigError: it does not.
+    """
+    kind = layer_kind(layer.kind)
+    asked = {"schedule": (layer.schedule, kind.why_no_schedule), "gate": (layer.gate, kind.why_no_gate)}
+    for word, (spec, why_not) in asked.items():
+        reason = None if spec is None else why_not(layer)
+        if reason is not None:
+            raise ErasureConfigError(f"A layer {layer.kind!r} has a {word}, which it cannot have: {reason}.")
 
 
 def check_modifiers(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     """Check the tensors of a layer's schedule and gate.
 
     Raises:
-        ErasureFileError: one is not finite, or of a shape that cannot be right.
+        ErasureFileError: one holds no floating-point numbers, or is of a shape that cannot be right.
     """
     for name, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point or not bool(torch.isfinite(tensor).all()):
-            raise ErasureFileError(f"{TENSOR_FILE}: {name!r} has values that are not finite numbers.")
+        if not tensor.dtype.is_floating_point:
+            raise ErasureFileError(f"{TENSOR_FILE}: {name!r} holds no floating-point numbers.")
     if layer.schedule is not None:
         shape, sites = tuple(tensors[layer.schedule.name].shape), len(layer.sites)
         if shape not in ((layer.schedule.bins, sites), (layer.schedule.bins, 1)):
@@ -128,7 +138,7 @@ def check_solve(spec: SolveSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     """Check names and shapes of the rows that are kept for a joint solve.
 
     Raises:
-        ErasureFileError: a tensor is missing, unexpected, not finite, or of a shape that cannot be right.
+        ErasureFileError: a tensor is missing, unexpected, or of a shape that cannot be right.
     """
     known = {f"{name}.{part}" for name in spec.rows for part in ROWS}
     strangers = sorted(set(tensors) - known)
@@ -147,4 +157,3 @@ def check_solve(spec: SolveSpec, tensors: Mapping[str, torch.Tensor]) -> None:
             raise ErasureFileError(
                 f"{spec.file}: the rows {name!r} for a joint solve are missing or do not fit together."
             )
-    _check_finite(spec.file, tensors)

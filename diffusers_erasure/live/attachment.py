@@ -11,8 +11,8 @@ from torch import nn
 from .. import compat
 from ..artifact import Erasure
 from ..errors import ErasureInactiveError, ErasureTrainingError
-from ..layers import Layer, layer_kind
-from ..layers.base import PartKey
+from ..layers import HookLayer, LiveLayer, layer_kind
+from ..layers.buffers import PartKey
 from ..layers.gate import Gate
 from ..layers.modifiers import Conditions, Modifier
 from ..originals import Kept
@@ -41,6 +41,7 @@ class ErasureModules(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict()
         self.conditions = Conditions()
+        self.timed: set[PartKey] = set()  # what is attached and asks for the timestep
         self.loaded: dict[str, Loaded] = {}
         self.disabled = 0
         self.training_allowed = 0
@@ -48,15 +49,16 @@ class ErasureModules(nn.Module):
         self.fused: dict[str, Kept] = {}
         self.merged: list[str] = []  # names of the erasures that are fused, and so have no layers here
 
-    def kinds(self) -> Iterator[Layer]:
+    def live(self) -> Iterator[LiveLayer]:
+        """By what erasures act here."""
         for layer in self.layers.values():
-            assert isinstance(layer, Layer)
+            assert isinstance(layer, LiveLayer)
             yield layer
 
     def fold(self) -> None:
         """Write all strengths into the live buffers."""
         strengths = {name: 0.0 if self.disabled else item.strength for name, item in self.loaded.items()}
-        for layer in self.kinds():
+        for layer in self.live():
             layer.fold(strengths)
 
     def has_layers(self) -> bool:
@@ -78,7 +80,7 @@ class Guard:
         state = self.state
         if state.disabled:
             return
-        for layer in state.kinds():
+        for layer in state.live():
             reason = layer.inactive_reason() or layer.scaled_away(kwargs)
             if reason is not None:
                 raise ErasureInactiveError(reason)
@@ -149,17 +151,16 @@ def attach_layers(
             continue
         state = ensure_state(components[layer.component])
         if layer.kind not in state.layers:
-            made = layer_kind(layer.kind)()
-            made.bind(state.conditions)
-            state.layers[layer.kind] = made
-        runtime = state.layers[layer.kind]
-        assert isinstance(runtime, Layer)
-        if runtime.by_timestep or layer.is_modified:
+            state.layers[layer.kind] = layer_kind(layer.kind).live(state.conditions)
+        live = state.layers[layer.kind]
+        assert isinstance(live, HookLayer)
+        key, modifier = (item.name, index), None
+        if live.by_timestep or layer.is_modified:
+            state.timed.add(key)
             state.conditions.watch(components[layer.component])
-        key, tensors = (item.name, index), item.erasure.layer_tensors(layer)
         if layer.is_modified:
-            runtime.modifiers[key] = _modifier(state.conditions, key, layer, item.erasure, encoder)
-        runtime.attach(components[layer.component], key, layer, tensors)
+            modifier = _modifier(state.conditions, key, layer, item.erasure, encoder)
+        live.attach(components[layer.component], key, layer, item.erasure.layer_tensors(layer), modifier)
 
 
 def _modifier(
@@ -179,14 +180,13 @@ def _modifier(
 
 def detach_layers(state: ErasureModules, name: str) -> None:
     """Detach the layers of one erasure from a component, on which it stays listed."""
-    for layer in state.kinds():
+    for layer in state.live():
         layer.detach(name)
-        for key in [key for key in layer.modifiers if key[0] == name]:
-            del layer.modifiers[key]
     state.conditions.drop_gates(name)
-    for kind in [kind for kind, layer in state.layers.items() if isinstance(layer, Layer) and layer.is_empty()]:
+    for kind in [kind for kind, layer in state.layers.items() if isinstance(layer, LiveLayer) and layer.is_empty()]:
         del state.layers[kind]
-    if not any(layer.by_timestep or layer.modifiers for layer in state.kinds()):
+    state.timed = {key for key in state.timed if key[0] != name}
+    if not state.timed:
         state.conditions.unwatch()
 
 

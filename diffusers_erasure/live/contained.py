@@ -5,7 +5,7 @@ only while the weights are those that it describes; and the weights alone, which
 erasure recorded by just the change that the erasure makes (this also finds an erasure that stock diffusers has fused).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,10 @@ from ..base_model import (
     denoiser_name,
     sampled_values,
     stored_values,
-    text_readers,
 )
-from ..errors import ErasureError, ErasureInputError
-from ..layers import layer_kind
-from ..layers.lora import find_site
+from ..errors import ErasureCompatibilityError, ErasureError, ErasureInputError
+from ..layers import WeightChange, layer_kind
 from ..logging import get_logger
-from ..low_rank import DOWN, UP
 from ..provenance import MAX_BYTES, PLACES, Provenance
 
 
@@ -37,19 +34,19 @@ logger = get_logger(__name__)
 ALIKE = 0.95
 
 
-def check_not_contained(pipe: Any, erasure: Erasure, match: Mapping[str, str]) -> None:
+def check_not_contained(pipe: Any, erasure: Erasure, content: str, match: Mapping[str, str]) -> None:
     """Refuse an erasure that the pipeline's weights contain already.
 
     Args:
         pipe: the pipeline.
         erasure ([`Erasure`]): what is to be loaded.
+        content (`str`): its content's hash.
         match (`dict`): what [`compare_base`] found.
 
     Raises:
         ErasureInputError: it is contained; loaded as well it would act twice.
     """
     provenance = _provenance_of(pipe)
-    content = erasure.content_hash
     for each in provenance.contains if provenance is not None else ():
         if each.content_hash == content:
             raise ErasureInputError(
@@ -110,10 +107,10 @@ def _is_in_the_weights(pipe: Any, erasure: Erasure, changed: set[str]) -> bool:
             values = each.values.double().numpy()
             difference = values - reference[start : start + len(values)]
             start += len(values)
-            change = changes.get(each.owner) if each.name == "weight" else None
-            if change is not None and each.positions:
+            change = _expected(changes.get(each.owner, ()), each.name, each.positions) if each.positions else None
+            if change is not None:
                 found.append(difference)
-                expected.append(change(each.positions).numpy())
+                expected.append(change.numpy())
     if not found:
         return False
     actual, wanted = np.concatenate(found), np.concatenate(expected)
@@ -123,47 +120,24 @@ def _is_in_the_weights(pipe: Any, erasure: Erasure, changed: set[str]) -> bool:
     return norms > 0 and float(actual @ wanted) > ALIKE * norms
 
 
-class _LoraChange:
-    """Values of B A at positions of the flattened weight."""
-
-    def __init__(self, down: torch.Tensor, up: torch.Tensor) -> None:
-        self.down, self.up = down.double().flatten(1), up.double().flatten(1)
-
-    def __call__(self, positions: list[int]) -> torch.Tensor:
-        width = self.down.shape[1]
-        rows, columns = [p // width for p in positions], [p % width for p in positions]
-        return (self.up[rows] * self.down[:, columns].T).sum(1)
-
-
-class _MapChange:
-    """Values of W (T - I) at positions of the flattened weight, from W T, which is what a fused reader holds."""
-
-    def __init__(self, weight: torch.Tensor, a: torch.Tensor, d: torch.Tensor) -> None:
-        weight = weight.detach()
-        self.weight = weight if weight.dtype.itemsize > 1 else weight.float()  # float8 has no indexing
-        self.map = torch.eye(a.shape[1]).double() + d.double().T @ a.double()
-
-    def __call__(self, positions: list[int]) -> torch.Tensor:
-        width = self.weight.shape[1]
-        rows = self.weight[[p // width for p in positions]].to("cpu", torch.float64)
-        before = torch.linalg.lstsq(self.map.T, rows.T).solution.T
-        return (rows - before)[torch.arange(len(positions)), [p % width for p in positions]]
-
-
-def _changes(pipe: Any, erasure: Erasure, name: str) -> dict[nn.Module, "_LoraChange | _MapChange"]:
-    changes: dict[nn.Module, _LoraChange | _MapChange] = {}
+def _changes(pipe: Any, erasure: Erasure, name: str) -> dict[nn.Module, list[WeightChange]]:
+    """What an erasure changes in the weights of a component, by module; layers that are no change of weights are left out."""
+    changes: dict[nn.Module, list[WeightChange]] = {}
     for layer in erasure.config.layers:
-        tensors = erasure.layer_tensors(layer)
         if layer.component != name:
             continue
-        layer_kind(layer.kind).check(component(pipe, name), layer, tensors)
-        if layer.kind == "lora":
-            for site in layer.sites:
-                module = find_site(component(pipe, name), site)
-                changes[module] = _LoraChange(tensors[site + DOWN], tensors[site + UP])
-        elif layer.kind == "text_map" and layer.sites == ("encoder_hidden_states",):
-            for module in text_readers(pipe).values():
-                weight = module.weight
-                if weight.device.type != "meta" and weight.shape[1:] == tensors["A"].shape[1:]:
-                    changes[module] = _MapChange(weight, tensors["A"], tensors["D"])
+        kind, tensors = layer_kind(layer.kind), erasure.layer_tensors(layer)
+        kind.check(component(pipe, name), layer, tensors)
+        try:
+            found = kind.weight_changes(component(pipe, name), layer, tensors)
+        except ErasureCompatibilityError:
+            continue
+        for change in found:
+            changes.setdefault(change.module, []).append(change)
     return changes
+
+
+def _expected(changes: Sequence[WeightChange], name: str, positions: list[int]) -> torch.Tensor | None:
+    """What some changes added to one parameter, where any of them can tell."""
+    values = [value for each in changes if (value := each.values(name, positions)) is not None]
+    return sum(values[1:], values[0]) if values else None

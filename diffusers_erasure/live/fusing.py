@@ -2,12 +2,11 @@
 
 The change of each weight is computed in float64 from all erasures that are fused and added once, so that the order of
 loading does not matter; the original is kept and put back bit for bit. Nothing acts twice: the hooks of a fused erasure
-are taken off. A `text_map` T is fused in its LoRA form W (T - I), together with any `lora` on the same weight:
-(W + B A) T, which is what the hooks give. An `activation` that is the same at all timesteps, x -> keep x + add, is fused as
-(W + B A) diag(keep) and, into the bias, (W + B A) add.
+are taken off. Which weights a layer changes, and how, its kind says (`LayerKind.weight_changes`): first what modules do, W + B A
+of a `lora`, and last what they read, (W + B A) T of a `text_map` T, which is what the hooks give.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,21 +16,14 @@ from torch import nn
 
 from .. import compat
 from ..artifact import Erasure
-from ..base_model import component as component_of
-from ..base_model import denoiser_name, text_readers
 from ..errors import ErasureCompatibilityError, ErasureError, ErasureInputError
-from ..layers import layer_kind
-from ..layers.activation import ActivationLayer, Part, is_static, static_rows
-from ..layers.base import Tensors
-from ..layers.lora import attention_of, find_site
+from ..layers import WeightChange, layer_kind
+from ..layers.sites import attention_of, find_module
 from ..logging import get_logger
-from ..low_rank import DOWN, UP
 from ..originals import Kept, digest
-from ..schema import LayerSpec
 from . import attachment
 from .attachment import Loaded
 from .loaded import components, known, loaded, states
-from .peft_backend import PeftAdapters
 
 
 logger = get_logger(__name__)
@@ -39,44 +31,38 @@ logger = get_logger(__name__)
 
 @dataclass
 class _Weight:
-    """One weight to be changed: by low-rank deltas, then by maps or patches of what it reads, all with their strengths."""
+    """One module whose parameters are to be changed, by the changes of all layers at their strengths."""
 
     component: str
     site: str
     module: nn.Module
-    deltas: list[tuple[float, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    maps: list[tuple[float, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    patches: list[tuple[float, Part]] = field(default_factory=list)
+    changes: list[tuple[float, WeightChange]] = field(default_factory=list)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def classes(self) -> list[type[WeightChange]]:
+        """The classes of the changes; those of what the module reads come last."""
+        return sorted(dict.fromkeys(type(change) for _, change in self.changes), key=lambda each: each.on_input)
+
+    @property
+    def names(self) -> list[str]:
         """The module's parameters that change."""
-        return ("weight", "bias") if self.patches else ("weight",)
+        return list(dict.fromkeys(name for each in self.classes for name in each.parameters))
 
     def merged(self, originals: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """(W + sum s B A) (I + sum s D^T A), or with patches the weight and bias, in float64 and rounded once."""
-        original = originals["weight"]
-        device = original.device if original.device.type in ("cpu", "cuda") else torch.device("cpu")
-        weight = original.to(device, torch.float64)
-        for strength, down, up in self.deltas:
-            delta = _double(up, device).flatten(1) @ _double(down, device).flatten(1)
-            weight = weight + strength * delta.reshape(weight.shape)
-        changes = [strength * (weight @ _double(d, device).T) @ _double(a, device) for strength, a, d in self.maps]
-        exact = {"weight": sum(changes, weight)}
-        if self.patches:
-            keep, add = static_rows(self.patches, weight.shape[1]).to(device)
-            exact = {"weight": weight * keep, "bias": originals["bias"].to(device, torch.float64) + weight @ add}
+        """The parameters with all changes, computed in float64 and rounded once."""
+        first = next(iter(originals.values())).device
+        device = first if first.type in ("cpu", "cuda") else torch.device("cpu")
+        exact = {name: value.to(device, torch.float64) for name, value in originals.items()}
+        for each in self.classes:
+            exact |= each.applied(exact, [(s, change) for s, change in self.changes if type(change) is each])
         result = {name: value.to(originals[name].dtype) for name, value in exact.items()}
-        if not all(bool(torch.isfinite(value).all()) for value in result.values()):
+        odd = next((name for name, value in result.items() if not bool(torch.isfinite(value).all())), None)
+        if odd is not None:
             raise ErasureInputError(
-                f"The fused weight of {self.site!r} has values that {original.dtype} cannot hold; nothing was changed. "
+                f"The fused {odd} of {self.site!r} has values that {originals[odd].dtype} cannot hold; nothing was changed. "
                 "Use the pipeline in another dtype, or leave the erasure unfused."
             )
         return result
-
-
-def _double(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.to(device, torch.float64)
 
 
 # ------------------------------------------------------------------------------------------------- the functions
@@ -204,13 +190,9 @@ def changing(pipe: Any, names: Sequence[str] | None = None) -> Iterator[None]:
         ErasureError: the weights of fused ones were changed since, or `fuse_lora` has merged their adapters.
     """
     for state in states(pipe).values():
-        for layer in state.kinds():
-            merged = layer.merged() if isinstance(layer, PeftAdapters) else []
-            if merged:
-                raise ErasureError(
-                    f"`fuse_lora` has merged the adapters {merged} of erasures into the weights. Call `pipe.unfuse_lora()` "
-                    "first; nothing was changed."
-                )
+        reason = next((reason for layer in state.live() if (reason := layer.fixed_reason())), None)
+        if reason is not None:
+            raise ErasureError(reason)
     if names is None or set(names) & set(fused_names(pipe)):
         with unfused(pipe):
             yield
@@ -231,11 +213,11 @@ def check_beside_fused(pipe: Any, erasure: Erasure) -> None:
     """Refuse to load an erasure that would not add to the fused ones as it adds to unfused ones.
 
     Raises:
-        ErasureInputError: a text map or an activation patch is fused, and the erasure works on the same values or changes
-            what reads them.
+        ErasureInputError: what a module reads is changed by a fused one, and the erasure works on the same values or
+            changes what reads them.
     """
     items = [loaded(pipe)[name] for name in fused_names(pipe)]
-    if any(_only_together(pipe, item.erasure, erasure) for item in items):
+    if _reads_there(pipe, erasure, _places(pipe, (item.erasure for item in items))):
         raise ErasureInputError(
             f"The fused erasures {[item.name for item in items]} change what a module reads; this one works on the same values, "
             "and the two are exact only where both are fused or neither is. Call `pipe.unfuse_erasures()`, load it, and "
@@ -259,7 +241,8 @@ def plan(pipe: Any, names: Sequence[str], *, alone: bool = False) -> list[_Weigh
                 '(`pipe.fuse_lora()`). Unload it, and load it with `backend="merge"`.'
             )
     beside = [item for name, item in loaded(pipe).items() if name not in names]
-    both = [each.name for each in beside if any(_only_together(pipe, item.erasure, each.erasure) for item in items)]
+    places = _places(pipe, (item.erasure for item in items))
+    both = [each.name for each in beside if _reads_there(pipe, each.erasure, places)]
     if both and not alone:
         raise ErasureInputError(
             f"{list(names)} change what a module reads on which {both} work too; they are exact only where all are fused or "
@@ -278,98 +261,75 @@ def plan(pipe: Any, names: Sequence[str], *, alone: bool = False) -> list[_Weigh
 
 
 def _weights(pipe: Any, items: Sequence[Loaded]) -> list[_Weight]:
-    live = components(pipe)
     weights: dict[nn.Module, _Weight] = {}
     for item in items:
-        for layer in item.erasure.config.layers:
-            tensors = item.erasure.layer_tensors(layer)
-            component = live[layer.component]
-            layer_kind(layer.kind).check(component, layer, tensors)
-            for index, (site, module) in enumerate(_sites(pipe, layer, tensors).items()):
-                weight = weights.setdefault(module, _Weight(layer.component, site, module))
-                if layer.kind == "lora":
-                    weight.deltas.append((item.strength, tensors[site + DOWN], tensors[site + UP]))
-                elif layer.kind == ActivationLayer.kind:
-                    weight.patches.append((item.strength, Part.of(tensors, site, None, index)))
-                else:
-                    weight.maps.append((item.strength, tensors["A"], tensors["D"]))
+        for name, change in _changes(pipe, item.erasure):
+            weight = weights.setdefault(change.module, _Weight(name, change.site, change.module))
+            weight.changes.append((item.strength, change))
+    for weight in weights.values():
+        if sum(each.on_input for each in weight.classes) > 1:
+            raise ErasureCompatibilityError(
+                f"Layers of two kinds change what {weight.site!r} reads, so they cannot be fused together. Fuse one of the "
+                "erasures and leave the other unfused, or leave both."
+            )
     return list(weights.values())
 
 
-def _sites(pipe: Any, layer: LayerSpec, tensors: Tensors) -> Mapping[str, nn.Module]:
-    """The modules whose weights a layer changes when it is fused."""
-    if layer.is_modified:
-        raise ErasureCompatibilityError(
-            f"A layer {layer.kind!r} acts by timestep or by prompt (a schedule or a gate), which no change of weights does, so "
-            "it cannot be fused. Leave the erasure unfused."
-        )
-    if layer.kind == ActivationLayer.kind and not is_static(layer, tensors):
-        raise ErasureCompatibilityError(
-            "An `activation` layer that acts by timestep is no change of weights, so it cannot be fused. Leave the erasure "
-            "unfused, or make one that is the same at all timesteps (method `acterase`: `by_timestep=False`)."
-        )
-    if layer.kind == "skip":
-        raise ErasureCompatibilityError(
-            "A `skip` layer is a network beside the UNet, and no change of its weights, so it cannot be fused. Leave the erasure "
-            "unfused."
-        )
-    if layer.kind in ("lora", ActivationLayer.kind):
-        component = components(pipe)[layer.component]
-        return {site: find_site(component, site) for site in layer.sites}
-    if layer.kind == "text_map" and layer.sites == ("encoder_hidden_states",):
-        config = getattr(component_of(pipe, layer.component), "config", {})
-        if config.get("addition_embed_type") in (None, "text_time") and config.get("encoder_hid_dim_type") is None:
-            return text_readers(pipe)
-    raise ErasureCompatibilityError(
-        f"A layer {layer.kind!r} on {layer.sites[0]!r} of {layer.component!r} cannot be fused: not everything that reads "
-        "this input is known to be linear. Leave the erasure unfused."
-    )
-
-
-def _only_together(pipe: Any, fused: Erasure, other: Erasure) -> bool:
-    """Whether an erasure, once it is fused, meets another one otherwise than by its hooks."""
-    maps = any(layer.kind == "text_map" for layer in fused.config.layers)
-    patched = _sites_of(fused, ActivationLayer.kind)
-    return (maps and _touches_rows(pipe, other)) or bool(patched & _sites_of(other, "lora", ActivationLayer.kind))
-
-
-def _sites_of(erasure: Erasure, *kinds: str) -> set[tuple[str, str]]:
-    return {(layer.component, site) for layer in erasure.config.layers if layer.kind in kinds for site in layer.sites}
-
-
-def _touches_rows(pipe: Any, erasure: Erasure) -> bool:
-    """Whether an erasure maps the text rows, or changes a weight that reads them."""
-    readers = set(text_readers(pipe).values())
+def _changes(pipe: Any, erasure: Erasure) -> list[tuple[str, WeightChange]]:
+    """What an erasure changes when it is fused, each change with its component."""
+    live, found = components(pipe), []
     for layer in erasure.config.layers:
-        if layer.kind not in ("lora", ActivationLayer.kind):
-            return True
-        if layer.kind == "lora" and layer.component == denoiser_name(pipe):
-            component = components(pipe)[layer.component]
-            if readers & {find_site(component, site) for site in layer.sites}:
+        if layer.is_modified:
+            raise ErasureCompatibilityError(
+                f"A layer {layer.kind!r} acts by timestep or by prompt (a schedule or a gate), which no change of weights does, "
+                "so it cannot be fused. Leave the erasure unfused."
+            )
+        kind, tensors = layer_kind(layer.kind), erasure.layer_tensors(layer)
+        kind.check(live[layer.component], layer, tensors)
+        changes = kind.weight_changes(live[layer.component], layer, tensors)
+        found += [(layer.component, change) for change in changes]
+    return found
+
+
+def _places(pipe: Any, erasures: Iterable[Erasure]) -> dict[str, set[Any]]:
+    """What is read otherwise once some erasures are fused, by component: see [`WeightChange.places`]."""
+    places: dict[str, set[Any]] = {}
+    for name, change in (found for erasure in erasures for found in _changes(pipe, erasure)):
+        if change.on_input:
+            places.setdefault(name, set()).update(change.places)
+    return places
+
+
+def _reads_there(pipe: Any, erasure: Erasure, places: Mapping[str, set[Any]]) -> bool:
+    """Whether an erasure reads at any of these places, and so meets what is fused there otherwise than by its hooks."""
+    for layer in erasure.config.layers:
+        if layer.component in places:
+            component, tensors = components(pipe)[layer.component], erasure.layer_tensors(layer)
+            reads = layer_kind(layer.kind).reads(component, layer, tensors)
+            if reads is None or not places[layer.component].isdisjoint(reads):
                 return True
     return False
 
 
 def _plain_parameters(component: nn.Module, weight: _Weight) -> dict[str, nn.Parameter]:
-    if weight.patches and compat.own_parameter(weight.module, "bias") is None:
-        raise ErasureCompatibilityError(
-            f"{weight.site!r} has no bias, into which an `activation` layer is fused; nothing was changed. Leave the erasure "
-            "unfused."
-        )
     return {name: _plain_parameter(component, weight, name) for name in weight.names}
 
 
 def _plain_parameter(component: nn.Module, weight: _Weight, name: str) -> nn.Parameter:
     parameter = compat.own_parameter(weight.module, name)
+    if parameter is None and compat.own_parameter(weight.module, "weight") is not None:
+        raise ErasureCompatibilityError(
+            f"{weight.site!r} has no {name}, into which a layer is fused; nothing was changed. Leave the erasure unfused."
+        )
     if parameter is not None and parameter.device.type == "meta" or compat.is_group_offloaded(component):
         raise ErasureCompatibilityError(
-            f"The weight of {weight.site!r} is offloaded, so an erasure cannot be fused into it; nothing was changed. "
+            f"The {name} of {weight.site!r} is offloaded, so an erasure cannot be fused into it; nothing was changed. "
             "Call `pipe.remove_all_hooks()`, or use `enable_model_cpu_offload()`, which keeps whole weights."
         )
     plain = type(parameter) is nn.Parameter and parameter.dtype.is_floating_point and parameter.dtype.itemsize > 1
     if parameter is None or not plain:
         raise ErasureCompatibilityError(
-            f"The weight of {weight.site!r} is quantised or of a class of its own, so an erasure cannot be fused into it; "
+            f"The {name} of {weight.site!r} is quantised or of a class of its own, so an erasure cannot be fused into it; "
             "nothing was changed. Leave the erasure unfused: hooks act on quantised weights too."
         )
     return parameter
@@ -421,7 +381,7 @@ def _check_restorable(component: nn.Module, name: str, kept: Kept) -> None:
             "`pipe.unfuse_qkv_projections()` first; nothing was changed."
         )
     try:
-        found: nn.Module | None = find_site(component, kept.site)
+        found: nn.Module | None = find_module(component, kept.site)
     except ErasureCompatibilityError:
         found = None
     parameter = None if found is None else compat.own_parameter(found, kept.name)

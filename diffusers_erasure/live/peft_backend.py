@@ -5,7 +5,7 @@ unloading reach the adapters as they reach hooks, and so that the guard asks it 
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,10 +13,9 @@ from torch import nn
 from .. import compat
 from ..artifact import Erasure
 from ..errors import ErasureCompatibilityError, ErasureInputError
-from ..layers import Layer, layer_kind
-from ..layers.base import PartKey, Tensors
+from ..layers import LiveLayer, layer_kind
 from ..logging import get_logger
-from ..low_rank import DOWN, UP, pad_rank
+from ..low_rank import DOWN, UP, Factors, pad_rank
 from ..schema import LayerSpec
 from . import attachment
 from .attachment import Loaded
@@ -25,13 +24,11 @@ from .attachment import Loaded
 logger = get_logger(__name__)
 
 PeftGuard = Literal["reactivate", "error"]
-KIND = "peft"
+PLACE = "peft adapters"  # among the component's live layers; no layer kind has such a name
 
 
-class PeftAdapters(Layer):
+class PeftAdapters(LiveLayer):
     """The adapters by which erasures act on one component, by name: how many layers each has, and its policy."""
-
-    kind: ClassVar[str] = KIND
 
     def __init__(self, component: nn.Module) -> None:
         super().__init__()
@@ -39,21 +36,6 @@ class PeftAdapters(Layer):
         self.adapters: dict[str, tuple[int, PeftGuard]] = {}
         self.strengths: dict[str, float] = {}
         self.warned: set[str] = set()
-
-    @classmethod
-    def validate(cls, spec: LayerSpec, tensors: Tensors) -> None:
-        raise NotImplementedError("no kind of the artefact")
-
-    @classmethod
-    def rescaled(cls, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
-        raise NotImplementedError("no kind of the artefact")
-
-    @classmethod
-    def check(cls, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
-        raise NotImplementedError("no kind of the artefact")
-
-    def attach(self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors) -> None:
-        raise NotImplementedError("no kind of the artefact")
 
     def add(self, name: str, policy: PeftGuard) -> None:
         """Take an adapter over that peft has put into the component."""
@@ -117,10 +99,15 @@ class PeftAdapters(Layer):
                 )
         return None
 
-    def merged(self) -> list[str]:
-        """Adapters that `fuse_lora` has merged into the weights, where their strengths cannot be changed."""
+    def fixed_reason(self) -> str | None:
         layers = {name: compat.layers_with_adapter(self.components[0], name) for name in self.adapters}
-        return [name for name, found in layers.items() if any(compat.is_merged(layer, name) for layer in found)]
+        merged = [name for name, found in layers.items() if any(compat.is_merged(layer, name) for layer in found)]
+        if not merged:
+            return None
+        return (
+            f"`fuse_lora` has merged the adapters {merged} of erasures into the weights. Call `pipe.unfuse_lora()` first; "
+            "nothing was changed."
+        )
 
 
 def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Module]) -> None:
@@ -131,7 +118,7 @@ def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Mo
         ErasureCompatibilityError: the pipeline loads no LoRAs, or not on these components, or transformers refuses adapters
             beside the installed peft.
     """
-    others = sorted({layer.kind for layer in erasure.config.layers if layer.kind != "lora"})
+    others = sorted({layer.kind for layer, factors in _loras(erasure) if factors is None})
     if others or any(layer.is_modified for layer in erasure.config.layers):
         what = f"layers of the kinds {others}" if others else "a schedule or a gate"
         raise ErasureInputError(
@@ -185,10 +172,10 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
             state = attachment.ensure_state(components[name])
             state.loaded[item.name] = item
             if name in names:
-                runtime = state.layers[KIND] if KIND in state.layers else PeftAdapters(components[name])
-                assert isinstance(runtime, PeftAdapters)
-                state.layers[KIND] = runtime
-                runtime.add(item.name, policy)
+                live = state.layers[PLACE] if PLACE in state.layers else PeftAdapters(components[name])
+                assert isinstance(live, PeftAdapters)
+                state.layers[PLACE] = live
+                live.add(item.name, policy)
             state.fold()
     except BaseException:
         attachment.detach(components.values(), item.name)
@@ -198,15 +185,20 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
         raise
 
 
+def _loras(erasure: Erasure) -> list[tuple[LayerSpec, dict[str, Factors] | None]]:
+    """Each layer with its factors, where it is a LoRA."""
+    layers = erasure.config.layers
+    return [(layer, layer_kind(layer.kind).lora(layer, erasure.layer_tensors(layer))) for layer in layers]
+
+
 def _state_dict(erasure: Erasure) -> dict[str, torch.Tensor]:
     """The factors under stock names, with one rank for all modules: alpha is the rank then, and the scale 1."""
-    parts = [(layer, erasure.layer_tensors(layer)) for layer in erasure.config.layers]
-    rank = max(own[layer.sites[0] + DOWN].shape[0] for layer, own in parts)
+    parts = [(layer, factors) for layer, factors in _loras(erasure) if factors is not None]
+    rank = max(len(down) for _, factors in parts for down, _ in factors.values())
     result = {}
-    for layer, own in parts:
-        for site in layer.sites:
+    for layer, factors in parts:
+        for site, (down, up) in factors.items():
             name = site if layer.component == "unet" else f"text_model.{site.removeprefix('text_model.')}"
             key = f"{layer.component}.{site if layer.component == 'transformer' else name}"
-            result[key + DOWN] = pad_rank(own[site + DOWN], rank, 0)
-            result[key + UP] = pad_rank(own[site + UP], rank, 1)
+            result[key + DOWN], result[key + UP] = pad_rank(down, rank, 0), pad_rank(up, rank, 1)
     return result

@@ -14,7 +14,7 @@ here, and so are two things of ours, `top` and `blend`, which is 1 in the paper.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,20 +25,20 @@ from tqdm.auto import tqdm
 
 from .. import compat
 from ..artifact import Erasure
-from ..base_model import component, describe_base, family_of, plain_weight
+from ..assembling import bound_to_text, made_by
+from ..base_model import component, describe_base, plain_weight
+from ..denoising.prompts import Prompts
+from ..denoising.sampler import EMPTY, SAMPLE, Sampler, guided
 from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
 from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from ..layers.layer import Layer
-from ..layers.lora import find_site
+from ..layers.sites import find_site
 from ..logging import get_logger
+from ..runs.checkpoint import Checkpoints
+from ..runs.interrupts import Interrupt, noted
+from ..runs.options import TrainingRun
 from ..schema import MAX_LAYERS, Concept
-from ..settings import Number, Of, Whole, check_settings
-from ..training.checkpoint import Checkpoints
-from ..training.config import TrainingRun
-from ..training.interrupts import Interrupt, noted
-from ..training.prompts import Prompts
-from ..training.publish import as_erasure
-from ..training.sampler import EMPTY, SAMPLE, Sampler, guided
+from ..settings import Number, Of, Whole, check_settings, resolve
 from .acterase_pairs import Pair, pairs_for
 from .probes import Moments, inputs_seen
 
@@ -58,6 +58,16 @@ PAIRS_OF_PROMPTS = "one or more pairs of prompts, (without the concept, with it)
 BLOCKS = {"all": "", "up": "up_blocks.", "mid": "mid_block.", "down": "down_blocks."}
 
 
+def checked_pairs(pairs: Any) -> tuple[Pair, ...]:
+    """Pairs of prompts, (without the concept, with it); none where there are none."""
+    plain = not isinstance(pairs, str | Mapping) and all(
+        not isinstance(pair, str) and len(pair) == 2 and all(isinstance(side, str) for side in pair) for pair in pairs
+    )
+    if not plain:
+        raise ErasureInputError(f"`pairs` must be {PAIRS_OF_PROMPTS}.")
+    return tuple((str(left), str(right)) for left, right in pairs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of ActErase.
@@ -73,7 +83,7 @@ class Config:
         tau (`float`, *optional*, defaults to 0.25): quantile of the importance without the concept over the units of a site.
             Units that matter less are left alone; with 0 none are.
         top (`float`, *optional*, defaults to 0.1): of the units of a site change at most this share, those whose
-            importance the concept raises most; `None` for all.
+            importance the concept raises most; 1 or `None` for all.
         blend (`float`, *optional*, defaults to 2.0): how far a unit is moved at strength 1: with 1 to its mean, as published,
             with 2 as far again beyond it.
         sites (`"ff"`, `"attn"`, `"attn1"`, `"attn2"`, `"ff+attn2"` or `"all"`, *optional*, defaults to `"ff"`): what is patched:
@@ -91,7 +101,7 @@ class Config:
     """
 
     preset: Literal["object", "style", "nudity"] = "object"
-    pairs: Annotated[Sequence[Pair] | None, Of(PAIRS_OF_PROMPTS, Iterable)] = None
+    pairs: Annotated[Sequence[Pair] | None, Of(PAIRS_OF_PROMPTS, Collection, plain=checked_pairs)] = None
     num_pairs: Annotated[int, Whole(least=1)] = 24
     importance: Literal["activation", "wanda"] = "activation"
     tau: Annotated[float, Number(below=1)] = 0.25
@@ -107,45 +117,60 @@ class Config:
     batch_size: Annotated[int, Whole(least=1)] = 4
     seed: Annotated[int, Whole(least=0)] = 0
 
+    def stated(self) -> Mapping[str, Any]:
+        """What stands for settings that are `None`."""
+        return {"pairs": (), "top": 1.0}
+
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.pairs is not None:
-            object.__setattr__(self, "pairs", _tidy_pairs(self.pairs))
+        if self.pairs is not None and not self.pairs:
+            raise ErasureInputError(f"`pairs` must be {PAIRS_OF_PROMPTS}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What ActErase works with: a [`Config`] without `None`. No `pairs` are those of the preset, a `top` of 1 is all units."""
+
+    preset: Literal["object", "style", "nudity"]
+    pairs: tuple[Pair, ...]
+    num_pairs: int
+    importance: Literal["activation", "wanda"]
+    tau: float
+    top: float
+    blend: float
+    sites: Literal["ff", "attn", "attn1", "attn2", "ff+attn2", "all"]
+    blocks: Literal["all", "up", "mid", "down"]
+    by_timestep: bool
+    timesteps: int
+    rows: Literal["conditional", "all"]
+    num_inference_steps: int
+    guidance_scale: float
+    batch_size: int
+    seed: int
 
     def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The settings for the artefact, and the names of those that would reveal a concept."""
         settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        if self.pairs is None:
-            return settings, ()
+        if not self.pairs:
+            return {**settings, "pairs": None}, ()
         return {**settings, "pairs": [list(pair) for pair in self.pairs]}, ("pairs",)
-
-
-def _tidy_pairs(pairs: Any) -> tuple[Pair, ...]:
-    plain = not isinstance(pairs, str | Mapping) and all(
-        not isinstance(pair, str) and len(pair) == 2 and all(isinstance(side, str) for side in pair) for pair in pairs
-    )
-    if not plain or not pairs:
-        raise ErasureInputError(f"`pairs` must be {PAIRS_OF_PROMPTS}.")
-    return tuple((str(left), str(right)) for left, right in pairs)
 
 
 # ----------------------------------------------------------------------------------------------------- the algorithm
 
 
-def unit_mask(source: torch.Tensor, target: torch.Tensor, tau: float, top: float | None = None) -> torch.Tensor:
+def unit_mask(source: torch.Tensor, target: torch.Tensor, tau: float, top: float = 1.0) -> torch.Tensor:
     """Units that matter without the concept, and more with it: bool [T, C] from importances [T, C].
 
     Args:
         source, target (`torch.Tensor`): without and with the concept.
         tau (`float`): quantile of `source` over the units of a timestep.
-        top (`float`, *optional*): at most this share of the units, those that gain most.
+        top (`float`, *optional*, defaults to 1.0): at most this share of the units, those that gain most.
     """
     mask = (source >= source.quantile(tau, dim=1, keepdim=True)) & (source < target)
-    if top is not None:
-        gain = (target - source).masked_fill(~mask, -torch.inf)
-        count = max(1, round(top * mask.shape[1]))
-        mask &= gain >= gain.topk(count, dim=1).values[:, -1:]
-    return mask
+    gain = (target - source).masked_fill(~mask, -torch.inf)
+    count = max(1, round(top * mask.shape[1]))
+    return mask & (gain >= gain.topk(count, dim=1).values[:, -1:])
 
 
 def importance(moments: Moments, site: str, columns: torch.Tensor | None) -> torch.Tensor:
@@ -160,17 +185,17 @@ class Calibration:
 
     Args:
         pipe: the base model.
-        config ([`Config`]): settings.
+        settings ([`Settings`]): settings.
         pairs (sequence of lists of pairs): of each concept.
     """
 
-    def __init__(self, pipe: Any, config: Config, pairs: Sequence[Sequence[Pair]]) -> None:
-        self.config, self.pairs = config, pairs
+    def __init__(self, pipe: Any, settings: Settings, pairs: Sequence[Sequence[Pair]]) -> None:
+        self.settings, self.pairs = settings, pairs
         self.unet = component(pipe, "unet")
-        self.modules = find_sites(self.unet, config)
-        self.sampler = Sampler(pipe.scheduler.config, config.num_inference_steps)
+        self.modules = find_sites(self.unet, settings)
+        self.sampler = Sampler(pipe.scheduler.config, settings.num_inference_steps)
         steps = len(self.sampler)
-        stored = min(config.timesteps, steps) if config.by_timestep else steps
+        stored = min(settings.timesteps, steps) if settings.by_timestep else steps
         self.stored = torch.linspace(0, steps - 1, stored).round().long().tolist() if stored > 1 else [steps // 2]
         size = self.unet.config.sample_size
         self.shape = (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -183,7 +208,7 @@ class Calibration:
     @property
     def batches(self) -> int:
         """Batches of pairs of one concept."""
-        return -(-self.config.num_pairs // self.config.batch_size)
+        return -(-self.settings.num_pairs // self.settings.batch_size)
 
     def clear(self) -> None:
         """Forget what was seen."""
@@ -199,9 +224,9 @@ class Calibration:
     @torch.no_grad()
     def batch(self, concept: int, number: int) -> None:
         """Denoise one batch of a concept's pairs, both sides from the same noise."""
-        first = number * self.config.batch_size
-        places = range(first, min(first + self.config.batch_size, self.config.num_pairs))
-        noise = torch.stack([self.sampler.noise(self.config.seed, ("pair", i), self.shape) for i in places])
+        first = number * self.settings.batch_size
+        places = range(first, min(first + self.settings.batch_size, self.settings.num_pairs))
+        noise = torch.stack([self.sampler.noise(self.settings.seed, ("pair", i), self.shape) for i in places])
         for side in (SOURCE, TARGET):
             prompts = [self.pairs[concept][i][side] for i in places]
             latents = noise
@@ -209,46 +234,46 @@ class Calibration:
                 latents = self._step(latents, step, prompts, side)
 
     def _step(self, latents: torch.Tensor, step: int, prompts: list[str], side: int) -> torch.Tensor:
-        config = self.config
+        settings = self.settings
         stored = (side, self.stored.index(step)) if step in self.stored else None
         outputs = []
         # Branch by branch, so that what is seen needs no cutting where a feed-forward is chunked.
-        branches = [prompts] if config.guidance_scale == 1 else [prompts, [""] * len(prompts)]
+        branches = [prompts] if settings.guidance_scale == 1 else [prompts, [""] * len(prompts)]
         for branch, texts in enumerate(branches):
-            self.seen = stored if branch == 0 or config.rows == "all" else None
+            self.seen = stored if branch == 0 or settings.rows == "all" else None
             timestep = self.sampler.timesteps[step].to(self.device)
             model_input = self.sampler.model_input(latents.to(self.device), timestep).to(self.dtype)
             arguments = self.prompts.batch(texts, self.device, self.dtype)
             outputs.append(self.unet(model_input, timestep, return_dict=False, **arguments)[0].float())
         self.seen = None
-        prediction = guided(outputs, {SAMPLE: 0, EMPTY: len(outputs) - 1}, config.guidance_scale)
+        prediction = guided(outputs, {SAMPLE: 0, EMPTY: len(outputs) - 1}, settings.guidance_scale)
         return self.sampler.step(prediction.cpu(), step, latents.cpu())
 
-    def tensors(self, config: Config | None = None) -> dict[str, torch.Tensor]:
+    def tensors(self, settings: Settings | None = None) -> dict[str, torch.Tensor]:
         """The layer's tensors from what was seen, by the settings of the mask.
 
         Args:
-            config ([`Config`], *optional*): other settings `importance`, `tau`, `top`, `blend`, `by_timestep`, and fewer sites.
+            settings ([`Settings`], *optional*): other settings `importance`, `tau`, `top`, `blend`, `by_timestep`, and fewer sites.
 
         Raises:
             ErasureInputError: no unit passes.
             ErasureTrainingError: a statistic is not finite.
         """
-        config = config or self.config
-        source, target = self.moments if config.by_timestep else [moments.pooled() for moments in self.moments]
+        settings = settings or self.settings
+        source, target = self.moments if settings.by_timestep else [moments.pooled() for moments in self.moments]
         timesteps = self.sampler.timesteps[self.stored].float()
-        found = {TIMESTEPS: timesteps if config.by_timestep else timesteps.mean(0, keepdim=True)}
-        found[BLEND] = torch.tensor([float(config.blend)])
-        for site, module in find_sites(self.unet, config).items():
+        found = {TIMESTEPS: timesteps if settings.by_timestep else timesteps.mean(0, keepdim=True)}
+        found[BLEND] = torch.tensor([float(settings.blend)])
+        for site, module in find_sites(self.unet, settings).items():
             means = source.mean(site)
-            columns = plain_weight(module, site).norm(dim=0) if config.importance == "wanda" else None
+            columns = plain_weight(module, site).norm(dim=0) if settings.importance == "wanda" else None
             without, with_it = (importance(moments, site, columns) for moments in (source, target))
             if not all(bool(torch.isfinite(value).all()) for value in (means, without, with_it)):
                 raise ErasureTrainingError(
                     f"What {site!r} reads is not finite. Check that the base model draws what it should in {self.dtype}; if "
                     "not, make the erasure in float32 or bfloat16."
                 )
-            mask = unit_mask(without, with_it, config.tau, config.top)
+            mask = unit_mask(without, with_it, settings.tau, settings.top)
             if bool(mask.any()):
                 found[site + MASK], found[site + MEANS] = pack(mask), _compact(means[mask])
         if len(found) == 2:
@@ -265,7 +290,7 @@ def _compact(means: torch.Tensor) -> torch.Tensor:
     return half if bool(torch.isfinite(half).all()) else means.float()
 
 
-def find_sites(unet: nn.Module, config: Config) -> dict[str, nn.Linear]:
+def find_sites(unet: nn.Module, settings: Settings) -> dict[str, nn.Linear]:
     """The Linears whose input is patched, by name, in model order.
 
     Raises:
@@ -273,14 +298,14 @@ def find_sites(unet: nn.Module, config: Config) -> dict[str, nn.Linear]:
     """
     found: dict[str, nn.Linear] = {}
     for name, _ in unet.named_modules():
-        if name.startswith(BLOCKS[config.blocks]) and f".{name}".endswith(SITES[config.sites]):
+        if name.startswith(BLOCKS[settings.blocks]) and f".{name}".endswith(SITES[settings.sites]):
             module = find_site(unet, name)
             if not isinstance(module, nn.Linear):
                 raise ErasureCompatibilityError(f"{name!r} is a {type(module).__name__}; expected a Linear.")
             found[name] = module
     if not found:
         raise ErasureCompatibilityError(
-            f"{type(unet).__name__} has none of the sites {config.sites!r} in its blocks {config.blocks!r}."
+            f"{type(unet).__name__} has none of the sites {settings.sites!r} in its blocks {settings.blocks!r}."
         )
     return found
 
@@ -295,21 +320,21 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
     """
     run = run or TrainingRun()
     check(pipe, concepts, run)
-    pairs = [
-        pairs_for(concept, config.num_pairs, config.preset, config.pairs, len(concepts) == 1) for concept in concepts
-    ]
+    settings = resolve(config, Settings)
+    own, alone = settings.pairs, len(concepts) == 1
+    pairs = [pairs_for(concept, settings.num_pairs, settings.preset, own, alone) for concept in concepts]
     base = describe_base(pipe)
-    calibration = Calibration(pipe, config, pairs)
+    calibration = Calibration(pipe, settings, pairs)
     if run.release:
         for name in ("text_encoder", "text_encoder_2"):
             if getattr(pipe, name, None) is not None:
                 pipe.register_modules(**{name: None})
-    settings, _ = config.recorded()
+    recorded, _ = settings.recorded()
     checkpoints = None
     if run.checkpoint_dir is not None:
         identity = {
             "method": "acterase",
-            "settings": settings,
+            "settings": recorded,
             "concepts": [[concept.target, concept.anchor] for concept in concepts],
             "dtype": str(calibration.dtype),
         }
@@ -319,17 +344,17 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
         Layer("activation", tuple(sorted(n.removesuffix(MASK) for n in own if n.endswith(MASK))), own)
         for own in layers
     ]
-    return as_erasure("acterase", concepts, config, made, base, diagnose(calibration, layers))
+    return Erasure.from_layers(
+        bound_to_text(made, base),
+        base=base,
+        concepts=concepts,
+        method=made_by("acterase", settings, settings.seed),
+        diagnostics=diagnose(calibration, layers),
+    )
 
 
 def check(pipe: Any, concepts: Sequence[Concept], run: TrainingRun) -> None:
     """Refuse what cannot be done before anything is computed."""
-    family = family_of(pipe)
-    if family.denoiser != "unet":
-        raise ErasureCompatibilityError(
-            f"ActErase patches feed-forwards and attentions of a UNet: Stable Diffusion 1.x, 2.x and XL; this pipeline is "
-            f"{family.name}."
-        )
     adapters = compat.active_adapters(component(pipe, "unet"))
     if adapters:
         raise ErasureInputError(
@@ -429,7 +454,7 @@ def diagnose(calibration: Calibration, layers: Sequence[Mapping[str, torch.Tenso
             shares[site][index] = layer[site + MEANS].numel() / (len(layer[TIMESTEPS]) * sizes[site])
     units = sum(sizes.values())
     return {
-        "pairs": calibration.config.num_pairs,
+        "pairs": calibration.settings.num_pairs,
         "timesteps": len(layers[0][TIMESTEPS]),
         "patched": [
             round(sum(shares[site][i] * sizes[site] for site in sizes) / units, 4) for i in range(len(layers))

@@ -55,21 +55,21 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
 }
 
 
-def pairs_for(concept: Concept, count: int, preset: str, own: Sequence[Pair] | None, alone: bool) -> list[Pair]:
+def pairs_for(concept: Concept, count: int, preset: str, own: Sequence[Pair], alone: bool) -> list[Pair]:
     """The `count` pairs of a concept, in turn from the preset's templates or the user's own.
 
     Args:
         concept ([`Concept`]): with an anchor the prompt without the concept has that in its place.
         count (`int`): how many; templates are used again, with other noise.
         preset (`str`): whose templates.
-        own (sequence of pairs, *optional*): the user's, in which `{}` is the target on the right and the anchor on the left.
+        own (sequence of pairs): the user's, if there are any, in which `{}` is the target on the right and the anchor on the left.
         alone (`bool`): whether it is the only concept; otherwise each right side needs a `{}`.
 
     Raises:
         ErasureInputError: a pair is the same prompt twice, or does not say which of several concepts it is about.
     """
     target, anchor = str(concept.target), concept.anchor or ""
-    if own is None:
+    if not own:
         templates = [(right if anchor else left, right) for left, right in PAIRS[preset]]
     else:
         templates = list(own)

@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..settings import Choice, Rule, Switch, rules_of
-from . import MethodEntry, get_method, method_names
+from ..registry import BUILT_IN
+from ..settings import ByFacts, Choice, Rule, Switch, rules_of
+from . import MethodEntry, get_method
 
 
 FILE = Path(__file__).with_suffix(".json")
@@ -46,11 +47,14 @@ def _plain(text: str) -> str:
 
 
 def _preset_values(entry: MethodEntry, presets: tuple[str, ...], **more: Any) -> dict[str, dict[str, Any]]:
-    """For each preset the settings that it states, by making them."""
+    """For each preset what it states of the settings that may be left out; what depends on something, in words."""
     open_ones = [item.name for item in dataclasses.fields(entry.config) if item.default is None]
-    made = {preset: entry.config(preset=preset, **more) for preset in presets}
-    values = {preset: {name: getattr(config, name) for name in open_ones} for preset, config in made.items()}
-    return {preset: {k: v for k, v in own.items() if v is not None} for preset, own in values.items()}
+    stated = {preset: entry.config(preset=preset, **more).stated() for preset in presets}
+    return {preset: {name: _told(own[name]) for name in open_ones} for preset, own in stated.items()}
+
+
+def _told(value: Any) -> Any:
+    return value.text if isinstance(value, ByFacts) else list(value) if isinstance(value, tuple) else value
 
 
 def _choices(rule: Rule) -> list[str]:
@@ -62,7 +66,7 @@ def _choices(rule: Rule) -> list[str]:
 
 def describe(entry: MethodEntry) -> dict[str, Any]:
     """A method's entry: what it is, its presets, and its settings."""
-    rules, told = rules_of(entry.config), meanings(entry.config)
+    declared, rules, told = entry.declared, rules_of(entry.config), meanings(entry.config)
     choice = rules["preset"].range if "preset" in rules else None
     presets = choice.values if isinstance(choice, Choice) else ()
     stated = _preset_values(entry, presets)
@@ -71,19 +75,23 @@ def describe(entry: MethodEntry) -> dict[str, Any]:
     for item in dataclasses.fields(entry.config):
         name = item.name
         settings[name] = {
-            "meaning": told[name],
+            "meaning": told.get(name, ""),
             "range": rules[name].range.text,
             "choices": _choices(rules[name]),
-            "default": list(item.default) if isinstance(item.default, tuple) else item.default,
+            "default": None if item.default is dataclasses.MISSING else _told(item.default),
             "presets": {preset: own[name] for preset, own in stated.items() if name in own},
             "published": {preset: own[name] for preset, own in published.items() if name in own},
         }
     return {
-        "summary": entry.summary,
-        "trains": entry.trains,
-        "resumable": entry.resumable,
-        "retains": entry.retains,
-        "instead_of_retain": entry.instead,
+        "summary": declared.summary,
+        "families": list(declared.families),
+        "needs": declared.needs,
+        "makes": list(declared.makes),
+        "trains": declared.trains,
+        "resumable": declared.resumable,
+        "retains": declared.retains,
+        "instead_of_retain": declared.instead_of_retain,
+        "citation": None if declared.citation is None else dataclasses.asdict(declared.citation),
         "presets": list(presets),
         "has_published": "published" in rules,
         "settings": settings,
@@ -91,8 +99,8 @@ def describe(entry: MethodEntry) -> dict[str, Any]:
 
 
 def catalogue() -> dict[str, Any]:
-    """The entries of all methods, by name."""
-    return {name: describe(get_method(name)) for name in method_names()}
+    """The entries of the library's own methods, by name."""
+    return {each.name: describe(get_method(each.name)) for each in BUILT_IN}
 
 
 def as_json() -> str:

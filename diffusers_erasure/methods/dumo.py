@@ -9,7 +9,7 @@ The paper's architecture and inference are public, its training is not. Ours, in
 frozen encoder, run a second time, instead of a copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from ..errors import ErasureInputError
 from ..logging import get_logger
 from ..schema import Concept
 from ..settings import Number, Whole
-from ..training import Fit, TrainConfig, TrainingRun
+from ..training import Fit, TrainConfig, TrainingRun, TrainSettings, resolved_for
 from ..training.epr_student import EprStudent, ScheduleStudent
 from ..training.publish import curve
 from .esd import PRESETS as ESD_PRESETS
@@ -46,7 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    """Settings of DuMo, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
+    """Settings of DuMo, on top of those of [`TrainConfig`]. Those that are left out (`None`) come from
+    the preset.
 
     Args:
         preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
@@ -73,8 +74,8 @@ class Config(TrainConfig):
     schedule_learning_rate: Annotated[float, Number(above=0)] = 0.02
     bins: Annotated[int, Whole(least=1)] = 20
 
-    def filled(self) -> dict[str, Any]:
-        return PRESETS[self.preset]
+    def stated(self) -> Mapping[str, Any]:
+        return {**super().stated(), **PRESETS[self.preset]}
 
     def __post_init__(self) -> None:
         if self.train_set not in (None, "full"):
@@ -82,20 +83,33 @@ class Config(TrainConfig):
         super().__post_init__()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainSettings):
+    """What DuMo works with: a [`Config`] with nothing left out."""
+
+    preset: str
+    form: Literal["compact", "full"]
+    zero_rank: int
+    eta: float
+    schedule_steps: int
+    schedule_learning_rate: float
+    bins: int
+
+
 def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun | None = None) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
-    assert config.eta is not None and config.form is not None and config.rank is not None  # filled in by the preset
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
-    stages = Fit(pipe, "dumo", concepts, Objective(config.eta), config, run)
+    settings = resolved_for(pipe, concepts, config, Settings)
+    stages = Fit(pipe, "dumo", concepts, Objective(settings.eta), settings, run)
 
-    first = EprStudent(config.form, config.rank, config.zero_rank or None, config.seed)
+    first = EprStudent(settings.form, settings.rank, settings.zero_rank or None, settings.seed)
     trained = stages.train(first, folder="stage-1")
     network = first.layer(trained.tensors)
-    if not config.schedule_steps:
+    if not settings.schedule_steps:
         return stages.erasure(network, loss=curve(trained.losses))
 
     logger.info("The EPR is trained; now its schedule.")
-    second = ScheduleStudent(network, config.bins)
-    changes: dict[str, Any] = {"steps": config.schedule_steps, "learning_rate": config.schedule_learning_rate}
+    second = ScheduleStudent(network, settings.bins)
+    changes: dict[str, Any] = {"steps": settings.schedule_steps, "learning_rate": settings.schedule_learning_rate}
     scaled = stages.train(second, trained, folder="stage-2", **changes)
     return stages.erasure(second.layer(scaled.tensors), loss=curve(trained.losses), schedule_loss=curve(scaled.losses))

@@ -10,20 +10,21 @@ it is erased from, by default c itself. Then the second target is (1 - eta) e*(c
 (1 + eta) e*(0) - eta e*(c): the newer eta is the paper's plus one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 
 from ..artifact import Erasure
+from ..denoising.sampler import SAMPLE
 from ..errors import ErasureInputError
 from ..schema import Concept
 from ..settings import Number, Of
-from ..training import TrainConfig, TrainingRun, fit_by_training
+from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
+from ..training.config import LEARNING_RATE, STEPS, TRAJECTORIES
 from ..training.objective import STUDENT, Step, squares
 from ..training.pool import Example
-from ..training.sampler import SAMPLE
 
 
 CONCEPT, NEUTRAL = "concept", "neutral"  # roles
@@ -51,13 +52,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         **PUBLISHED[task],
         "train_set": {"style": "x-strict", "object": "x"}.get(task, "u"),
         "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
-        "steps": None,
-        "learning_rate": None,
+        "steps": STEPS,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler": "cosine",
         "retain_weight": 5.0,
         "batch_size": 4,
         "policy": "base",
-        "trajectories": None,
+        "trajectories": TRAJECTORIES,
         "num_inference_steps": 20,
     }
     for task in PUBLISHED
@@ -66,7 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    """Settings of ESD, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
+    """Settings of ESD, on top of those of [`TrainConfig`]. Those that are left out (`None`) come from
+    the preset.
 
     Args:
         preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
@@ -85,25 +87,37 @@ class Config(TrainConfig):
     eta: Annotated[float | None, Number()] = None
     erase_from: Annotated[str | None, Of("a prompt", str)] = None
 
-    def filled(self) -> dict[str, Any]:
-        chosen = dict((PUBLISHED if self.published else PRESETS)[self.preset])
-        if self.erase_from is not None and self.formula is None:  # only the newer one knows it
-            chosen["formula"] = "newer"
-            chosen["eta"] = eta_of_paper(chosen["eta"])
-        elif self.formula == "newer":
-            chosen["eta"] = eta_of_paper(chosen["eta"])
+    def stated(self) -> Mapping[str, Any]:
+        chosen = {**super().stated(), **(PUBLISHED if self.published else PRESETS)[self.preset], "erase_from": ""}
+        # Only the newer formula knows what is erased from.
+        if self.formula == "newer" or (self.formula is None and self.erase_from is not None):
+            chosen |= {"formula": "newer", "eta": eta_of_paper(chosen["eta"])}
         return chosen
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.erase_from is not None and self.formula != "newer":
-            raise ErasureInputError('`erase_from` needs `formula="newer"`.')
         if self.erase_from is not None and not self.erase_from.strip():
             raise ErasureInputError("`erase_from` must not be empty; leave it out to erase the concept from itself.")
 
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainSettings):
+    """What ESD works with: a [`Config`] with nothing left out; `erase_from` is empty for the concept itself."""
+
+    preset: str
+    published: bool
+    formula: Literal["paper", "newer"]
+    eta: float
+    erase_from: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.erase_from and self.formula != "newer":
+            raise ErasureInputError('`erase_from` needs `formula="newer"`.')
+
     def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         settings, secret = super().recorded()
-        return settings, tuple(sorted((*secret, "erase_from")))
+        return {**settings, "erase_from": self.erase_from or None}, tuple(sorted((*secret, "erase_from")))
 
 
 def eta_of_paper(eta: float) -> float:
@@ -138,7 +152,7 @@ class Objective:
 
 def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun | None = None) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
-    assert config.eta is not None  # the preset has filled it in
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
-    objective = Objective(config.eta, config.erase_from, config.formula == "newer")
-    return fit_by_training(pipe, "esd", concepts, objective, config, run)
+    settings = resolved_for(pipe, concepts, config, Settings)
+    objective = Objective(settings.eta, settings.erase_from or None, settings.formula == "newer")
+    return fit_by_training(pipe, "esd", concepts, objective, settings, run)

@@ -1,6 +1,5 @@
 """From a closed-form edit to an erasure: the LoRA or text map that is published, and what its maker is told."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +8,13 @@ import torch
 from torch import nn
 
 from ..artifact import Erasure
-from ..assembling import Rows, made_by
+from ..assembling import Rows, bound_to_text, made_by
 from ..base_model import component, denoiser_name, describe_base
 from ..layers.layer import Layer
 from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, balanced, cast_error, pad_rank, product, rank_for, truncated
 from ..schema import Concept, SolveRows
-from .rows import ROWS, KeptRows, TargetRows, TextConfig, to_tensors
+from .rows import ROWS, KeptRows, TargetRows, TextSettings, to_tensors
 
 
 logger = get_logger(__name__)
@@ -34,12 +33,12 @@ class Edit:
     map_error: float = 0.0
 
 
-def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextConfig) -> Edit:
+def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextSettings) -> Edit:
     """A LoRA on some sites, of one rank: those with less are padded with zeros.
 
     Args:
         sites: for each site what computes its factors, `a` [r, in] and `b` [out, r], float64.
-        config ([`TextConfig`]): `rank` and `max_error`.
+        config ([`TextSettings`]): `rank` and `max_error`.
     """
     parts: dict[str, Factors] = {}
     worst = 0.0
@@ -47,9 +46,9 @@ def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextConfig) -> E
         a, b = factors()
         error = 0.0
         # More rows than the matrix has rank (many rows of a window) are written as fewer, exactly.
-        if config.rank is not None or config.max_error is not None or len(a) > min(a.shape[1], b.shape[0]):
+        if config.rank or config.max_error or len(a) > min(a.shape[1], b.shape[0]):
             u, s, vh = product(b, a)
-            kept = rank_for(s, config.rank, config.max_error)
+            kept = rank_for(s, config.rank or None, config.max_error or None)
             lost, norm = float(s[kept:].norm()), float(s.norm())
             error = lost / norm if norm else 0.0
             a, b = vh[:kept], u[:, :kept] * s[:kept]
@@ -67,12 +66,12 @@ def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextConfig) -> E
     return Edit((Layer("lora", tuple(sites), tensors),), worst)
 
 
-def as_text_map(maps: Mapping[str, Factors], config: TextConfig) -> Edit:
+def as_text_map(maps: Mapping[str, Factors], config: TextSettings) -> Edit:
     """Text maps `x + (x A^T) D`, one for each input of the denoiser; `maps` gives `A` and `D`, both [r, C], float64."""
     layers = []
     worst = 0.0
     for name, (a, d) in maps.items():
-        a, d, error = truncated(a, d, config.rank, config.max_error)
+        a, d, error = truncated(a, d, config.rank or None, config.max_error or None)
         worst = max(worst, error)
         layers.append(Layer("text_map", (name,), {"A": a, "D": d}))
     return Edit(tuple(layers), map_error=worst)
@@ -176,7 +175,7 @@ def make_erasure(
     pipe: Any,
     name: str,
     concepts: Sequence[Concept],
-    config: TextConfig,
+    config: TextSettings,
     edit: Edit,
     diagnostics: dict[str, Any],
     kept_for_solve: Mapping[str, Mapping[str, TargetRows]],
@@ -200,7 +199,7 @@ def make_erasure(
         numbers.update(counted)
     base = describe_base(pipe)
     return Erasure.from_layers(
-        [dataclasses.replace(layer, derived_from=base.text_components) for layer in edit.layers],
+        bound_to_text(edit.layers, base),
         base=base,
         concepts=concepts,
         method=made_by(name, config, seed, **(settings or {})),
@@ -210,9 +209,8 @@ def make_erasure(
     )
 
 
-def kept_names(config: TextConfig) -> list[str]:
+def kept_names(config: TextSettings) -> list[str]:
     """Names of the retained rows, in the order in which [`kept_rows`] gives them."""
-    kept = config.kept()
-    templates = config.template_list() if config.retain_templates else ("{}",)
-    gone = {template.format(prompt) for prompt in kept.excluded for template in templates}
-    return sorted({template.format(prompt) for prompt in kept.prompts for template in templates} - gone)
+    kept = config.retain
+    gone = {template.format(prompt) for prompt in kept.excluded for template in config.retained_in}
+    return sorted({template.format(prompt) for prompt in kept.prompts for template in config.retained_in} - gone)

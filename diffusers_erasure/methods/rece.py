@@ -21,7 +21,8 @@ from torch import nn
 from ..artifact import Erasure
 from ..base_model import text_readers
 from ..schema import Concept
-from ..settings import Number, Whole
+from ..settings import Number, Whole, resolve
+from ..settings.texts import Templates
 from . import base_sums
 from .publishing import POOLED_SITE, Factors, kept_names, make_erasure, pooled_linear, report
 from .rows import (
@@ -29,14 +30,13 @@ from .rows import (
     ROWS,
     KeptRows,
     TargetRows,
-    Templates,
     TextConfig,
     Which,
     kept_rows,
     target_rows,
 )
 from .speed import with_anchors
-from .uce import publish, relative_units
+from .uce import MapSettings, publish, relative_units
 from .uce import solve as solve_uce
 
 
@@ -59,7 +59,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     for task in ("nudity", "unsafe", "artist", "object", "hard_object")
 }
 # Ours: UCE's defaults of this library, then the authors' epochs, in units of the rows' and the weights' own scale.
-# `reg` was picked on the development half of benchmarks/efficacy.py.
+# `reg` was picked on the development half of benchmarks/efficacy.
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **values,
@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TextConfig):
-    """Settings of RECE. Those that are `None` come from the preset.
+    """Settings of RECE. Those that are left out (`None`) come from the preset.
 
     Args:
         preset (`"object"`, `"hard_object"`, `"artist"`, `"nudity"` or `"unsafe"`, *optional*, defaults to `"object"`): the
@@ -111,8 +111,10 @@ class Config(TextConfig):
         layer (`"text_map"` or `"lora"`, *optional*, defaults to `"text_map"`): how the erasure is published. The map is exact
             and small; a LoRA has the map's rank in every layer, or is truncated (`rank`, `max_error`).
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*): truncate what is published to this rank; the error is recorded.
-        max_error (`float`, *optional*): truncate what is published to the least rank whose relative error is no larger.
+        rank (`int`, *optional*): truncate what is published to this rank; the error is recorded. 0, the default, for the exact
+            one.
+        max_error (`float`, *optional*): truncate what is published to the least rank whose relative error is no larger; 0, the
+            default, for none.
     """
 
     preset: Literal["object", "hard_object", "artist", "nudity", "unsafe"] = "object"
@@ -131,9 +133,23 @@ class Config(TextConfig):
     units: Literal["absolute", "relative"] | None = None
     layer: Literal["text_map", "lora"] = "text_map"
 
-    def filled(self) -> Mapping[str, Any]:
-        chosen = (PUBLISHED if self.published else PRESETS)[self.preset]
-        return {name: value for name, value in chosen.items() if name != "anchor"}
+    def stated(self) -> Mapping[str, Any]:
+        return {**super().stated(), **(PUBLISHED if self.published else PRESETS)[self.preset]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(MapSettings):
+    """What RECE works with: a [`Config`] with nothing left out."""
+
+    adversarial_rows: Which
+    epochs: int
+    reg: float
+    keep_erased: bool
+    lamb: float
+    retain_scale: float
+    uce_lamb: float
+    uce_retain_scale: float
+    units: Literal["absolute", "relative"]
 
 
 @dataclass(frozen=True)
@@ -148,11 +164,11 @@ class Scales:
 
     @classmethod
     def of(
-        cls, config: Config, rows: TargetRows, concept: TargetRows, kept: KeptRows, weights: torch.Tensor
+        cls, settings: Settings, rows: TargetRows, concept: TargetRows, kept: KeptRows, weights: torch.Tensor
     ) -> "Scales":
-        numbers = [config.uce_lamb, config.uce_retain_scale, config.lamb, config.retain_scale, config.reg]
-        uce_lamb, uce_retain, lamb, retain, reg = (float(value or 0.0) for value in numbers)
-        if config.units == "absolute":
+        uce_lamb, uce_retain = settings.uce_lamb, settings.uce_retain_scale
+        lamb, retain, reg = settings.lamb, settings.retain_scale, settings.reg
+        if settings.units == "absolute":
             return cls(uce_lamb, uce_retain, lamb, retain, reg)
         norm, share = relative_units(rows, kept)
         own_norm, own_share = relative_units(concept, kept)
@@ -210,29 +226,30 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = with_anchors(concepts, str(PUBLISHED[config.preset]["anchor"]))
-    assert config.rows is not None and config.adversarial_rows is not None
-    templates = config.template_list()
-    first = target_rows(pipe, concepts, templates, config.rows)
-    same = config.rows == config.adversarial_rows
-    later = first if same else target_rows(pipe, concepts, templates, config.adversarial_rows)
-    return refit(pipe, concepts, config, {"": first} if same else {"": first, "epochs": later})
+    settings = resolve(config, Settings)
+    first = target_rows(pipe, concepts, settings.template_list, settings.rows)
+    if settings.rows == settings.adversarial_rows:
+        return refit(pipe, concepts, config, {"": first})
+    later = target_rows(pipe, concepts, settings.template_list, settings.adversarial_rows)
+    return refit(pipe, concepts, config, {"": first, "epochs": later})
 
 
 def refit(
     pipe: Any, concepts: Sequence[Concept], config: Config, targets: Mapping[str, Mapping[str, TargetRows]]
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
-    templates = config.template_list() if config.retain_templates else ("{}",)
-    kept = kept_rows(pipe, config.kept(), templates, with_gram=config.retain_rows == "all")
+    settings = resolve(config, Settings)
+    kept = kept_rows(pipe, settings.retain, settings.retained_in, with_gram=settings.retain_rows == "all")
     first, later = targets[""], targets.get("epochs", targets[""])
-    names = [name for name in first if name == ROWS or config.pooled]
+    names = [name for name in first if name == ROWS or settings.pooled]
     maps, found = {}, {}
     for name in names:
         width = first[name].targets.shape[1]
         weights = base_sums.weight_gram(readers_of(pipe, name), width)
-        scales = Scales.of(config, first[name], later[name], kept[name], weights)
-        keep = bool(config.keep_erased)
-        maps[name] = solve(first[name], later[name], kept[name], weights, scales, config.epochs or 0, keep)
+        scales = Scales.of(settings, first[name], later[name], kept[name], weights)
+        maps[name] = solve(
+            first[name], later[name], kept[name], weights, scales, settings.epochs, settings.keep_erased
+        )
         found[name] = first[name], kept[name]
-    diagnostics = report(found, {name: [factors] for name, factors in maps.items()}, concepts, kept_names(config))
-    return make_erasure(pipe, "rece", concepts, config, publish(pipe, maps, config), diagnostics, targets)
+    diagnostics = report(found, {name: [factors] for name, factors in maps.items()}, concepts, kept_names(settings))
+    return make_erasure(pipe, "rece", concepts, settings, publish(pipe, maps, settings), diagnostics, targets)

@@ -1,8 +1,6 @@
 """Which text rows the closed-form methods (UCE, RECE, SPEED) map, and which they keep."""
 
-import dataclasses
-import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,44 +8,22 @@ import torch
 
 from ..base_model import family_of
 from ..encoding import all_rows, gram, last_rows, null_rows, pooled_rows
-from ..errors import ErasureInputError
 from ..lists import Retained
 from ..schema import Concept, SolveRows
-from ..settings import Number, Of, Whole, check_settings, fill
+from ..settings import Number, Whole, check_settings
+from ..settings.texts import Retain, Templates, recorded_settings, template_list
 
 
-TEMPLATES = {
-    "none": ("{}",),
-    "object": ("{}", "a {}", "a picture of a {}", "an image of {}", "a photo of {}", "a drawing of a {}"),
-    "style": ("{}", "{} style", "in the style of {}", "a painting by {}", "art by {}", "a picture by {}"),
-    # Contexts on both sides: the rows of the words behind a concept carry it too, and so do those of the padding.
-    "object_context": (
-        *("{}", "a {}", "a picture of a {}", "a photo of a {}"),
-        *("a {} in a picture", "a {}, artwork", "a drawing of a {} on paper", "two {} together"),
-    ),
-    "style_context": (
-        *("{}", "{} style", "a picture in {} style", "art in the style of {}", "a drawing of a person in {} style"),
-        *("a photo of an object, {} style", "a painting by {}", "{} artwork"),
-    ),
-    "person": ("{}", "a portrait of {}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}"),
-}
 Which = Literal["last", "window", "all", "whole"]
-Templates = Annotated[
-    str | Sequence[str] | None,
-    Of(f"one of {', '.join(TEMPLATES)}, or a list of prompts with {{}} for the concept", str, Iterable),
-]
-Retain = Annotated[
-    Retained | Sequence[str],
-    Of("a list of prompts, of files of them and of shipped lists (list:NAME)", Retained, Iterable),
-]
 ROWS, POOLED = "encoder_hidden_states", "text_embeds"  # inputs of the denoiser
-MOST_RECORDED = 65_536  # characters of a user's own list, of the 256 KiB that a configuration may have
 SAME = 1e-7  # singular values below this share of the largest are float32's rounding
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Settings that say which text rows are mapped; the closed-form methods' own settings come on top.
+
+    Those that are left out (`None`) come from the method's preset.
 
     Args:
         rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target's encoding are mapped.
@@ -56,97 +32,53 @@ class TextConfig:
         templates (`"object"`, `"style"`, `"person"`, `"object_context"`, `"style_context"`, `"none"` or a tuple of `str`,
             *optional*): prompts, with `{}` for the concept, in which each target and its anchor are encoded.
         retain (tuple of `str`, *optional*): prompts that must not change.
-        retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
+        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*): truncate the published LoRA or map to this rank; the error is recorded.
-        max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger.
+        rank (`int`, *optional*): truncate the published LoRA or map to this rank; the error is recorded. 0 for the exact one.
+        max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger; 0 for no truncation.
     """
 
-    rows: Which | None = "last"
-    templates: Templates = "object"
+    rows: Which | None = None
+    templates: Templates = None
     retain: Retain = ()
-    retain_templates: bool | None = False
+    retain_templates: bool | None = None
     pooled: bool = True
-    rank: Annotated[int | None, Whole(least=1)] = None
+    rank: Annotated[int | None, Whole(least=0)] = None
     max_error: Annotated[float | None, Number(below=1)] = None
 
-    def filled(self) -> Mapping[str, Any]:
-        """What stands for settings that are `None`; a method's config answers with its preset."""
-        return {}
+    def stated(self) -> Mapping[str, Any]:
+        """What stands for settings that are left out; a method's config adds its preset."""
+        return {"retain_templates": False, "rank": 0, "max_error": 0.0}
 
     def __post_init__(self) -> None:
         check_settings(self)
-        fill(self, self.filled())
-        tidy_texts(self)
 
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """What the closed-form methods work with: a [`TextConfig`] with nothing left out."""
+
+    rows: Which
+    templates: str | tuple[str, ...]
+    retain: Retained
+    retain_templates: bool
+    pooled: bool
+    rank: int
+    max_error: float
+
+    @property
     def template_list(self) -> tuple[str, ...]:
         """The templates themselves."""
         return template_list(self.templates)
 
-    def kept(self) -> Retained:
-        """What is retained."""
-        assert isinstance(self.retain, Retained)
-        return self.retain
+    @property
+    def retained_in(self) -> tuple[str, ...]:
+        """The templates in which what is retained is encoded."""
+        return self.template_list if self.retain_templates else ("{}",)
 
     def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The settings for the artefact, and the names of those that would reveal a concept."""
         return recorded_settings(self)
-
-
-def tidy_texts(config: Any) -> None:
-    """Bring a config's `templates` and `retain` into one form, and check the templates.
-
-    Raises:
-        ErasureInputError: there is no such set of templates, or one does not hold {} once.
-    """
-    if not isinstance(config.retain, Retained):
-        prompts = tuple(config.retain)
-        object.__setattr__(config, "retain", Retained(prompts, prompts, ()))
-    if isinstance(config.templates, Sequence) and not isinstance(config.templates, str):
-        object.__setattr__(config, "templates", tuple(config.templates))
-    for template in template_list(config.templates):
-        check_template(template)
-
-
-def check_template(template: Any) -> None:
-    """See that `template.format(concept)` puts the concept in once, and asks for nothing else.
-
-    Raises:
-        ErasureInputError: it is no such text.
-    """
-    try:
-        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
-    except (TypeError, ValueError):  # no text, or a brace alone
-        fields = []
-    if [field[1:] for field in fields] != [("", "", None)]:
-        raise ErasureInputError(
-            f"The template {template!r} must hold {{}} once, for the concept, and no other braces; a brace that belongs to "
-            "the prompt is doubled, as in {{ and }}."
-        )
-
-
-def template_list(templates: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The templates of a set by its name, or one's own."""
-    if templates is None or isinstance(templates, str):
-        if (templates or "none") not in TEMPLATES:
-            raise ErasureInputError(f"`templates` must be one of {sorted(TEMPLATES)} or a list of prompts with {{}}.")
-        return TEMPLATES[templates or "none"]
-    return tuple(templates) or ("{}",)
-
-
-def recorded_settings(config: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A config's settings for the artefact, and the names of those that would reveal a concept."""
-    settings = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    kept: Retained = settings.pop("retain")
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    settings["retain_prompts"] = len(kept.prompts)
-    if sum(map(len, (*kept.source, *kept.excluded))) > MOST_RECORDED:
-        return settings, ("templates",)  # whoever joins the erasure gives the list again
-    settings["retain"], settings["retain_excluded"] = list(kept.source), list(kept.excluded)
-    secret = ["retain_excluded"] if isinstance(config.templates, str | None) else ["retain_excluded", "templates"]
-    if not all(source.startswith("list:") for source in kept.source):
-        secret.append("retain")
-    return settings, tuple(sorted(secret))
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,22 @@ Both sides come from the student, and the average is what is published. The auth
 largest timestep in one step of N; here k = 0 is the untouched noise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from ..artifact import Erasure
+from ..denoising.sampler import SAMPLE
 from ..encoding import check_prompts
 from ..errors import ErasureInputError
 from ..logging import get_logger
 from ..schema import Concept
-from ..training import TrainConfig, TrainingRun, fit_by_training
+from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
+from ..training.config import LEARNING_RATE, STEPS, TRAJECTORIES
 from ..training.objective import STUDENT, Step, squares
 from ..training.pool import Example
-from ..training.sampler import SAMPLE
 
 
 logger = get_logger(__name__)
@@ -54,12 +55,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rank": {"nudity": 16, "object": 8}.get(task, 4),
         "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
         "ema_decay": 0.98,
-        "steps": None,
-        "learning_rate": None,
+        "steps": STEPS,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler": "cosine",
         "retain_weight": 2.0,
         "batch_size": 4,
-        "trajectories": None,
+        "trajectories": TRAJECTORIES,
         "num_inference_steps": 20,
     }
     for task in ("style", "object", "nudity")
@@ -68,7 +69,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    """Settings of SDD, on top of those of [`TrainConfig`]. Those that are `None` come from the preset.
+    """Settings of SDD, on top of those of [`TrainConfig`]. Those that are left out (`None`) come from
+    the preset.
 
     Args:
         preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
@@ -82,8 +84,17 @@ class Config(TrainConfig):
     published: bool = False
     sample_with: Literal["joined", "own"] = "joined"
 
-    def filled(self) -> dict[str, Any]:
-        return PUBLISHED if self.published else PRESETS[self.preset]
+    def stated(self) -> Mapping[str, Any]:
+        return {**super().stated(), **(PUBLISHED if self.published else PRESETS[self.preset])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainSettings):
+    """What SDD works with: a [`Config`] with nothing left out."""
+
+    preset: str
+    published: bool
+    sample_with: Literal["joined", "own"]
 
 
 class Objective:
@@ -113,10 +124,11 @@ class Objective:
 def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun | None = None) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
-    joined = config.sample_with == "joined"
+    settings = resolved_for(pipe, concepts, config, Settings)
+    joined = settings.sample_with == "joined"
     if joined and len(concepts) > 1:
         try:
-            check_prompts(pipe, [e.prompts[SAMPLE] for e in Objective().examples(concepts, config.template_list())])
+            check_prompts(pipe, [e.prompts[SAMPLE] for e in Objective().examples(concepts, settings.template_list)])
         except ErasureInputError:
             logger.warning(
                 "%d concepts, joined, are longer than the text encoder reads; each is denoised with itself "
@@ -124,4 +136,4 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
                 len(concepts),
             )
             joined = False
-    return fit_by_training(pipe, "sdd", concepts, Objective(joined), config, run)
+    return fit_by_training(pipe, "sdd", concepts, Objective(joined), settings, run)

@@ -21,11 +21,12 @@ from ..base_model import plain_weight, text_readers, weight_times
 from ..errors import ErasureInputError
 from ..logging import get_logger
 from ..schema import Concept
-from ..settings import Number, Whole
+from ..settings import Number, Whole, resolve
+from ..settings.texts import Templates
 from . import base_sums
 from .nullspace import Influence, edit, kept_directions, refine
 from .publishing import POOLED_SITE, Factors, as_lora, kept_names, make_erasure, padded, pooled_linear, report
-from .rows import POOLED, ROWS, KeptRows, TargetRows, Templates, TextConfig, Which, kept_rows, target_rows
+from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, TextSettings, Which, kept_rows, target_rows
 
 
 logger = get_logger(__name__)
@@ -50,7 +51,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     }
     for task, anchor in {"instance": "", "style": "art", "celebrity": "person", "nudity": ""}.items()
 }
-# Ours: more of a prompt's rows, in units of the rows' own scale. Picked on the development half of benchmarks/efficacy.py.
+# Ours: more of a prompt's rows, in units of the rows' own scale. Picked on the development half of benchmarks/efficacy.
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **values,
@@ -71,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TextConfig):
-    """Settings of SPEED. Those that are `None` come from the preset.
+    """Settings of SPEED. Those that are left out (`None`) come from the preset.
 
     Args:
         preset (`"instance"`, `"style"`, `"celebrity"` or `"nudity"`, *optional*, defaults to `"instance"`): the kind of
@@ -104,9 +105,10 @@ class Config(TextConfig):
             the projections' columns where `units` is `"relative"`.
         seed (`int`, *optional*, defaults to 0): seed of the augmentation, the chunks and k-means.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*): truncate the published LoRA to this rank; the error is recorded.
-        max_error (`float`, *optional*): truncate the published LoRA to the least rank whose relative error is no larger; our
-            presets do, as the many rows of a window lie close together.
+        rank (`int`, *optional*): truncate the published LoRA to this rank; the error is recorded. 0, the default, for no such
+            limit.
+        max_error (`float`, *optional*): truncate the published LoRA to the least rank whose relative error is no larger; 0
+            for none. Our presets do, as the many rows of a window lie close together.
     """
 
     preset: Literal["instance", "style", "celebrity", "nudity"] = "instance"
@@ -128,14 +130,34 @@ class Config(TextConfig):
     reg: Annotated[float, Number(above=0)] = 0.1
     seed: Annotated[int, Whole(least=0)] = 0
 
-    def filled(self) -> Mapping[str, Any]:
-        chosen = (PUBLISHED if self.published else PRESETS)[self.preset]
-        return {name: value for name, value in chosen.items() if name != "anchor"}
+    def stated(self) -> Mapping[str, Any]:
+        return {**super().stated(), **(PUBLISHED if self.published else PRESETS)[self.preset]}
 
     @property
     def anchor(self) -> str:
         """What a target without an anchor is mapped to."""
         return str(PUBLISHED[self.preset]["anchor"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TextSettings):
+    """What SPEED works with: a [`Config`] with nothing left out."""
+
+    preset: str
+    published: bool
+    params: Literal["V", "K", "KV"]
+    retain_rows: Literal["last", "all"]
+    units: Literal["absolute", "relative"]
+    filter: bool
+    augment: int
+    chunk: int
+    threshold: float
+    ridge: float
+    lamb: float
+    centres: int
+    adversarial: int
+    reg: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -149,13 +171,12 @@ class Units:
     identity: float
 
     @classmethod
-    def of(cls, config: Config, rows: TargetRows) -> "Units":
-        assert config.threshold is not None and config.ridge is not None and config.lamb is not None
-        if config.units == "absolute":
-            return cls(config.threshold, False, config.ridge, config.lamb, 1.0)
+    def of(cls, settings: Settings, rows: TargetRows) -> "Units":
+        if settings.units == "absolute":
+            return cls(settings.threshold, False, settings.ridge, settings.lamb, 1.0)
         # The published sums are means over the concepts, so that a ridge weighs more the more there are: ours does not.
         scale = rows.squares / rows.concepts
-        return cls(config.threshold, True, config.ridge * scale, config.lamb / config.ridge, scale / SQUARES)
+        return cls(settings.threshold, True, settings.ridge * scale, settings.lamb / settings.ridge, scale / SQUARES)
 
 
 def centres_of(rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
@@ -185,12 +206,12 @@ class Problem:
     coordinates: torch.Tensor
 
     @classmethod
-    def of(cls, rows: TargetRows, kept: KeptRows, config: Config) -> "Problem":
+    def of(cls, rows: TargetRows, kept: KeptRows, settings: Settings) -> "Problem":
         """Set up; without a retain set the empty prompt's own rows are retained, as published."""
         retain = kept.retain if len(kept.retain) else kept.null[1:]
-        order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(config.seed))
-        invariants = torch.cat([kept.null[:1], centres_of(kept.null[1:], config.centres, config.seed)])
-        units = Units.of(config, rows)
+        order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(settings.seed))
+        invariants = torch.cat([kept.null[:1], centres_of(kept.null[1:], settings.centres, settings.seed)])
+        units = Units.of(settings, rows)
         influence = Influence.of(rows.targets, rows.concepts, units.identity)
         extra = None if kept.gram is None else kept.gram / max(1, kept.gram_count)
         retain = retain[order]
@@ -198,7 +219,7 @@ class Problem:
 
 
 def solve_layer(
-    problem: Problem, images: torch.Tensor, config: Config, v: torch.Tensor | None, draws: torch.Tensor | None
+    problem: Problem, images: torch.Tensor, settings: Settings, v: torch.Tensor | None, draws: torch.Tensor | None
 ) -> tuple[torch.Tensor, int]:
     """One layer: `A` [n, C], with dW = (W D^T) A / c; and how many directions must not change.
 
@@ -206,16 +227,15 @@ def solve_layer(
         images: W D^T [o, n].
         v, draws: the layer's least direction [C] and the scalars [times, N] of the augmentation.
     """
-    assert config.filter is not None
     prior = refine(
         problem.retain,
         problem.coordinates,
         images.T @ images,
-        filter=config.filter,
+        filter=settings.filter,
         v=v,
         v_coordinates=None if v is None else problem.influence.coordinates(v[None]),
         draws=draws,
-        chunk=config.chunk,
+        chunk=settings.chunk,
     )
     units = problem.units
     kept = kept_directions(prior, units.threshold, units.relative, problem.extra)
@@ -233,10 +253,10 @@ class Site:
     width: int
 
 
-def sites_of(pipe: Any, config: Config, problems: Mapping[str, Problem]) -> list[Site]:
+def sites_of(pipe: Any, settings: Settings, problems: Mapping[str, Problem]) -> list[Site]:
     """The projections that `params` names, and SDXL's Linear of the pooled vector."""
     width = problems[ROWS].rows.targets.shape[1]
-    wanted = [f"to_{letter.lower()}" for letter in config.params or "V"]
+    wanted = [f"to_{letter.lower()}" for letter in settings.params]
     sites = [
         Site(name, linear, ROWS, width)
         for name, linear in text_readers(pipe).items()
@@ -248,11 +268,11 @@ def sites_of(pipe: Any, config: Config, problems: Mapping[str, Problem]) -> list
 
 
 def solve_sites(
-    pipe: Any, problems: Mapping[str, Problem], sites: Sequence[Site], config: Config
+    pipe: Any, problems: Mapping[str, Problem], sites: Sequence[Site], settings: Settings
 ) -> tuple[dict[str, Factors], dict[str, int]]:
     """Solve every layer: `(A, B)` with dW = B A, and the dimension of the null space."""
     directions: dict[str, torch.Tensor] = {}
-    if config.augment:
+    if settings.augment:
         linears = {site.name: site.linear for site in sites}
         directions = base_sums.least_directions(linears, {site.name: site.width for site in sites})
     factors: dict[str, Factors] = {}
@@ -260,12 +280,12 @@ def solve_sites(
     for index, site in enumerate(sites):
         problem = problems[site.reads]
         draws = None
-        if config.augment:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-            draws = torch.randn(config.augment, len(problem.retain), generator=generator, dtype=torch.float64)
+        if settings.augment:
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+            draws = torch.randn(settings.augment, len(problem.retain), generator=generator, dtype=torch.float64)
         way = padded(problem.rows.way, site.linear.in_features)
         images = weight_times(site.linear, site.name, way.T)
-        a, kept = solve_layer(problem, images, config, directions.get(site.name), draws)
+        a, kept = solve_layer(problem, images, settings, directions.get(site.name), draws)
         factors[site.name] = a, images / problem.rows.concepts
         free[site.name] = site.width - kept
     return factors, free
@@ -275,8 +295,8 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = with_anchors(concepts, config.anchor)
-    assert config.rows is not None
-    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, config.template_list(), config.rows)})
+    settings = resolve(config, Settings)
+    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings.template_list, settings.rows)})
 
 
 def with_anchors(concepts: Sequence[Concept], anchor: str) -> list[Concept]:
@@ -294,17 +314,17 @@ def refit(
     pipe: Any, concepts: Sequence[Concept], config: Config, targets: Mapping[str, Mapping[str, TargetRows]]
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
-    templates = config.template_list() if config.retain_templates else ("{}",)
-    kept = kept_rows(pipe, config.kept(), templates, with_gram=config.retain_rows == "all")
-    found = {name: (rows, kept[name]) for name, rows in targets[""].items() if name == ROWS or config.pooled}
-    _warn_of_units(config, found[ROWS][0])
-    problems = {name: Problem.of(*pair, config) for name, pair in found.items()}
-    sites = sites_of(pipe, config, problems)
-    factors, free = solve_sites(pipe, problems, sites, config)
-    for _ in range(config.adversarial):
-        more = adversarial_rows(problems[ROWS].rows, factors, [s for s in sites if s.reads == ROWS], config)
-        problems[ROWS] = Problem.of(more, kept[ROWS], config)
-        factors, free = solve_sites(pipe, problems, sites, config)
+    settings = resolve(config, Settings)
+    kept = kept_rows(pipe, settings.retain, settings.retained_in, with_gram=settings.retain_rows == "all")
+    found = {name: (rows, kept[name]) for name, rows in targets[""].items() if name == ROWS or settings.pooled}
+    _warn_of_units(settings, found[ROWS][0])
+    problems = {name: Problem.of(*pair, settings) for name, pair in found.items()}
+    sites = sites_of(pipe, settings, problems)
+    factors, free = solve_sites(pipe, problems, sites, settings)
+    for _ in range(settings.adversarial):
+        more = adversarial_rows(problems[ROWS].rows, factors, [s for s in sites if s.reads == ROWS], settings)
+        problems[ROWS] = Problem.of(more, kept[ROWS], settings)
+        factors, free = solve_sites(pipe, problems, sites, settings)
     maps = {
         name: [
             (factors[site.name][0], problems[name].rows.way / problems[name].rows.concepts)
@@ -313,14 +333,14 @@ def refit(
         ]
         for name in problems
     }
-    diagnostics = report(found, maps, concepts, kept_names(config))
+    diagnostics = report(found, maps, concepts, kept_names(settings))
     diagnostics["null_space"] = null_space(free, sites)
     lazy = {
         site.name: (lambda site=site: (padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]))
         for site in sites
     }
-    published = as_lora(lazy, config)
-    return make_erasure(pipe, "speed", concepts, config, published, diagnostics, targets, seed=config.seed)
+    edit = as_lora(lazy, settings)
+    return make_erasure(pipe, "speed", concepts, settings, edit, diagnostics, targets, seed=settings.seed)
 
 
 def null_space(free: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]:
@@ -337,8 +357,8 @@ def null_space(free: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]
     return {"least": min(values), "largest": max(values), "width": width}
 
 
-def _warn_of_units(config: Config, rows: TargetRows) -> None:
-    if config.units == "absolute" and not SQUARES / 4 < rows.squares < SQUARES * 4:
+def _warn_of_units(settings: Settings, rows: TargetRows) -> None:
+    if settings.units == "absolute" and not SQUARES / 4 < rows.squares < SQUARES * 4:
         logger.warning(
             "Absolute `threshold`, `ridge` and `lamb` were published for text rows with |x|^2 of about %.0f; those of this "
             "base model have %.3g. Use `units='relative'`.",
@@ -348,7 +368,7 @@ def _warn_of_units(config: Config, rows: TargetRows) -> None:
 
 
 def adversarial_rows(
-    rows: TargetRows, factors: Mapping[str, Factors], sites: Sequence[Site], config: Config
+    rows: TargetRows, factors: Mapping[str, Factors], sites: Sequence[Site], settings: Settings
 ) -> TargetRows:
     """Add RECE's rows as targets: those which the edited weights W' map nearest to what W made of the targets.
 
@@ -362,8 +382,8 @@ def adversarial_rows(
         after = torch.addmm(before, b, a)
         edited.addmm_(after.T, after)
         mixed.addmm_(after.T, before)
-    scale = float(edited.diagonal().mean()) if config.units == "relative" else 1.0
-    edited.diagonal().add_(config.reg * scale)
+    scale = float(edited.diagonal().mean()) if settings.units == "relative" else 1.0
+    edited.diagonal().add_(settings.reg * scale)
     reached = rows.targets @ torch.linalg.solve(edited, mixed).T
     return TargetRows(
         torch.cat([rows.targets, reached]),

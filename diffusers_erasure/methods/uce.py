@@ -18,10 +18,9 @@ import torch
 
 from ..artifact import Erasure
 from ..base_model import text_readers, weight_times
-from ..errors import ErasureInputError
 from ..low_rank import compress
 from ..schema import Concept
-from ..settings import Number
+from ..settings import Number, resolve
 from .publishing import (
     POOLED_SITE,
     Edit,
@@ -34,47 +33,88 @@ from .publishing import (
     pooled_linear,
     report,
 )
-from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, kept_rows, target_rows
+from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, TextSettings, kept_rows, target_rows
+
+
+# What the authors' code of 2025 does, whatever the concept is.
+PUBLISHED: dict[str, Any] = {
+    "rows": "last",
+    "templates": "none",
+    "retain_rows": "last",
+    "erase_scale": 1.0,
+    "retain_scale": 1.0,
+    "lamb": 0.5,
+    "absolute": True,
+}
+# Ours: in prompts around the concept, and relative to the rows' own scale; chosen by hand (docs/methods/uce.md).
+PRESETS: dict[str, dict[str, Any]] = {
+    task: {**PUBLISHED, "templates": task, "retain_rows": "all", "lamb": 1e-3, "absolute": False}
+    for task in ("object", "style", "person")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TextConfig):
-    """Settings of UCE.
+    """Settings of UCE. Those that are left out (`None`) come from the preset.
 
     Args:
-        rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*, defaults to `"last"`): which rows of a target's encoding
-            are mapped, see [`TextConfig`]. `"last"` is the row of its last word piece (the authors' code of 2025); `"window"` that row and all
+        preset (`"object"`, `"style"` or `"person"`, *optional*, defaults to `"object"`): the kind of concept, which says in
+            which `templates` it is encoded.
+        published (`bool`, *optional*, defaults to `False`): take the settings of the authors' code of 2025 (no templates, the
+            retained prompts' last rows, absolute weights) instead of this library's.
+        rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target's encoding are mapped, see
+            [`TextConfig`]. `"last"` is the row of its last word piece (the authors' code of 2025); `"window"` that row and all
             after it, padding included (their code of 2023, which RECE, MACE and SPEED compare with).
-        templates (`str` or a tuple of `str`, *optional*, defaults to `"object"`): prompts, with `{}` for the concept, in which
-            each target and its anchor are encoded; the name of a set of them, see [`TextConfig`], or one's own.
+        templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which each target and its
+            anchor are encoded; the name of a set of them, see [`TextConfig`], or one's own.
         retain (tuple of `str`, *optional*): prompts whose rows must not change.
-        retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt must not
-            change: all of them (published with `"window"`), or that of its last word piece (published with `"last"`).
-        retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
-        erase_scale (`float`, *optional*, defaults to 1.0): weight `a` of the targets' rows.
-        retain_scale (`float`, *optional*, defaults to 1.0): weight `b` of the retained rows. Relative to the number of
-            prompts: all the retained ones together weigh no more than all the targets', however long the list is.
-        lamb (`float`, *optional*, defaults to 1e-3): weight of staying near the original. Relative to the mean squared
-            norm of the targets' rows: the published 0.5 is 7e-4 for Stable Diffusion 1.x (|x|^2 about 750).
-        absolute (`bool`, *optional*, defaults to `False`): take `retain_scale` and `lamb` as they are, as published.
+        retain_rows (`"all"` or `"last"`, *optional*): which rows of a retained prompt must not change: all of them (published
+            with `"window"`), or that of its last word piece (published with `"last"`).
+        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
+        erase_scale (`float`, *optional*): weight `a` of the targets' rows.
+        retain_scale (`float`, *optional*): weight `b` of the retained rows. Relative to the number of prompts: all the
+            retained ones together weigh no more than all the targets, however long the list is.
+        lamb (`float`, *optional*): weight of staying near the original. Relative to the mean squared norm of the targets'
+            rows: the published 0.5 is 7e-4 for Stable Diffusion 1.x (|x|^2 about 750).
+        absolute (`bool`, *optional*): take `retain_scale` and `lamb` as they are, as published.
         layer (`"lora"` or `"text_map"`, *optional*, defaults to `"lora"`): how the erasure is published: as a LoRA,
             or as a map of the text rows.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        rank (`int`, *optional*): truncate to this rank; the error is recorded. The exact rank by default.
-        max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger.
+        rank (`int`, *optional*): truncate to this rank; the error is recorded. 0, the default, for the exact one.
+        max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger; 0, the default, for none.
     """
 
-    retain_rows: Literal["all", "last"] = "all"
-    erase_scale: Annotated[float, Number(above=0)] = 1.0
-    retain_scale: Annotated[float, Number()] = 1.0
-    lamb: Annotated[float, Number(above=0)] = 1e-3
-    absolute: bool = False
+    preset: Literal["object", "style", "person"] = "object"
+    published: bool = False
+    retain_rows: Literal["all", "last"] | None = None
+    erase_scale: Annotated[float | None, Number(above=0)] = None
+    retain_scale: Annotated[float | None, Number()] = None
+    lamb: Annotated[float | None, Number(above=0)] = None
+    absolute: bool | None = None
     layer: Literal["lora", "text_map"] = "lora"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rows is None or self.templates is None:
-            raise ErasureInputError("UCE has no presets: name `rows` and `templates`.")
+    def stated(self) -> Mapping[str, Any]:
+        return {**super().stated(), **(PUBLISHED if self.published else PRESETS[self.preset])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapSettings(TextSettings):
+    """What UCE and RECE, which map the rows, share."""
+
+    preset: str
+    published: bool
+    retain_rows: Literal["all", "last"]
+    layer: Literal["lora", "text_map"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(MapSettings):
+    """What UCE works with: a [`Config`] with nothing left out."""
+
+    erase_scale: float
+    retain_scale: float
+    lamb: float
+    absolute: bool
 
 
 def solve(
@@ -94,18 +134,18 @@ def relative_units(rows: TargetRows, kept: KeptRows) -> tuple[float, float]:
 
 
 def solve_all(
-    found: Mapping[str, tuple[TargetRows, KeptRows]], config: Config
+    found: Mapping[str, tuple[TargetRows, KeptRows]], settings: Settings
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Solve for each input of the denoiser, in the units of the settings."""
     maps = {}
     for name, (rows, kept) in found.items():
-        norm, share = (1.0, 1.0) if config.absolute else relative_units(rows, kept)
+        norm, share = (1.0, 1.0) if settings.absolute else relative_units(rows, kept)
         maps[name] = solve(
             rows,
             kept,
-            erase_scale=config.erase_scale,
-            retain_scale=config.retain_scale * share,
-            lamb=config.lamb * norm,
+            erase_scale=settings.erase_scale,
+            retain_scale=settings.retain_scale * share,
+            lamb=settings.lamb * norm,
         )
     return maps
 
@@ -114,27 +154,27 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
-    assert config.rows is not None
-    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, config.template_list(), config.rows)})
+    settings = resolve(config, Settings)
+    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings.template_list, settings.rows)})
 
 
 def refit(
     pipe: Any, concepts: Sequence[Concept], config: Config, targets: Mapping[str, Mapping[str, TargetRows]]
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
-    templates = config.template_list() if config.retain_templates else ("{}",)
-    kept = kept_rows(pipe, config.kept(), templates, with_gram=config.retain_rows == "all")
-    wanted = [name for name in targets[""] if name == ROWS or config.pooled]
+    settings = resolve(config, Settings)
+    kept = kept_rows(pipe, settings.retain, settings.retained_in, with_gram=settings.retain_rows == "all")
+    wanted = [name for name in targets[""] if name == ROWS or settings.pooled]
     found = {name: (targets[""][name], kept[name]) for name in wanted}
-    maps = solve_all(found, config)
-    diagnostics = report(found, {name: [factors] for name, factors in maps.items()}, concepts, kept_names(config))
-    return make_erasure(pipe, "uce", concepts, config, publish(pipe, maps, config), diagnostics, targets)
+    maps = solve_all(found, settings)
+    diagnostics = report(found, {name: [factors] for name, factors in maps.items()}, concepts, kept_names(settings))
+    return make_erasure(pipe, "uce", concepts, settings, publish(pipe, maps, settings), diagnostics, targets)
 
 
-def publish(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> Edit:
+def publish(pipe: Any, maps: Mapping[str, Factors], settings: MapSettings) -> Edit:
     """Turn maps T = I + D^T A of the denoiser's inputs into layers: as they are, or as a LoRA `W D^T A` on what reads them."""
-    if getattr(config, "layer", "lora") == "text_map":
-        return as_text_map(maps, config)
+    if settings.layer == "text_map":
+        return as_text_map(maps, settings)
     sites: dict[str, Any] = {}
     a, d = compress(*maps[ROWS])
     for site, linear in text_readers(pipe).items():
@@ -144,4 +184,4 @@ def publish(pipe: Any, maps: Mapping[str, Factors], config: TextConfig) -> Edit:
         pooled_a, pooled_d = compress(*maps[POOLED])
         wide = padded(pooled_d, linear.in_features)
         sites[POOLED_SITE] = lambda: (padded(pooled_a, linear.in_features), weight_times(linear, POOLED_SITE, wide.T))
-    return as_lora(sites, config)
+    return as_lora(sites, settings)

@@ -3,15 +3,17 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..artifact import Erasure
 from ..base_model import describe_base
 from ..compat import accelerate_state_restored
 from ..encoding import last_rows
 from ..layers.layer import Layer
+from ..runs.options import TrainingRun
 from ..schema import Concept
-from .config import TrainConfig, TrainingRun
+from ..settings import Facts, resolve
+from .config import TrainConfig, TrainSettings
 from .loop import Trained, Trainer
 from .network import check_trainable
 from .objective import Objective
@@ -20,7 +22,22 @@ from .sites import check_rank, find_sites
 from .student import LoraStudent, Student
 
 
-__all__ = ["Fit", "TrainConfig", "TrainingRun", "fit_by_training"]
+__all__ = ["Fit", "TrainConfig", "TrainSettings", "TrainingRun", "fit_by_training", "resolved_for"]
+
+
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+def resolved_for(pipe: Any, concepts: Sequence[Concept], config: TrainConfig, into: type[Settings]) -> Settings:
+    """A method's settings for some concepts on a base model, with nothing left out.
+
+    Raises:
+        ErasureInputError: the base model cannot be trained as it is, or a target is too long.
+    """
+    check_trainable(pipe)
+    targets = [str(concept.target) for concept in concepts]
+    squares = float(last_rows(pipe, targets).double().square().sum(1).mean())
+    return resolve(config, into, Facts(len(concepts), squares))
 
 
 class Fit:
@@ -31,7 +48,7 @@ class Fit:
         name (`str`): the method's.
         concepts (sequence of [`Concept`]): what is erased.
         objective ([`Objective`]): prompts and loss.
-        config ([`TrainConfig`]): effective settings.
+        settings ([`TrainSettings`]): from [`resolved_for`].
         run ([`TrainingRun`], *optional*): checkpoints, progress and samples.
     """
 
@@ -41,15 +58,11 @@ class Fit:
         name: str,
         concepts: Sequence[Concept],
         objective: Objective,
-        config: TrainConfig,
+        settings: TrainSettings,
         run: TrainingRun | None = None,
     ) -> None:
-        check_trainable(pipe)
         self.pipe, self.name, self.concepts, self.objective = pipe, name, concepts, objective
-        self.run = run or TrainingRun()
-        targets = [str(concept.target) for concept in concepts]
-        squares = float(last_rows(pipe, targets).double().square().sum(1).mean())
-        self.config = config.resolved(len(concepts), squares)
+        self.run, self.settings = run or TrainingRun(), settings
         self.base = describe_base(pipe)
 
     def train(self, student: Student, earlier: Trained | None = None, **stage: Any) -> Trained:
@@ -63,17 +76,17 @@ class Fit:
         run, folder = self.run, stage.pop("folder", None)
         if folder is not None and run.checkpoint_dir is not None:
             run = dataclasses.replace(run, checkpoint_dir=Path(run.checkpoint_dir) / folder)
-        settings, _ = self.config.recorded()
+        settings, _ = self.settings.recorded()
         pairs = [[concept.target, concept.anchor] for concept in self.concepts]
         identity = {"method": self.name, "settings": settings, "concepts": pairs}
-        config = dataclasses.replace(self.config, **stage)
+        own = dataclasses.replace(self.settings, **stage)
         with accelerate_state_restored():
-            how = config, run, identity, self.base, earlier
+            how = own, run, identity, self.base, earlier
             return Trainer(self.pipe, student, self.concepts, self.objective, *how).train()
 
     def erasure(self, layer: Layer, **diagnostics: Any) -> Erasure:
         """The erasure of what was trained."""
-        return as_erasure(self.name, self.concepts, self.config, [layer], self.base, diagnostics)
+        return as_erasure(self.name, self.concepts, self.settings, [layer], self.base, diagnostics)
 
 
 def fit_by_training(
@@ -81,14 +94,13 @@ def fit_by_training(
     name: str,
     concepts: Sequence[Concept],
     objective: Objective,
-    config: TrainConfig,
+    settings: TrainSettings,
     run: TrainingRun | None = None,
 ) -> Erasure:
     """Train a LoRA by a method's objective, and make the erasure. The arguments are those of [`Fit`]."""
-    fit = Fit(pipe, name, concepts, objective, config, run)
-    sites = find_sites(pipe, config.train_set or "x")
-    assert config.rank is not None  # filled in by the preset
-    check_rank(sites, config.rank)
-    student = LoraStudent(list(sites), config.rank, config.seed)
+    fit = Fit(pipe, name, concepts, objective, settings, run)
+    sites = find_sites(pipe, settings.train_set)
+    check_rank(sites, settings.rank)
+    student = LoraStudent(list(sites), settings.rank, settings.seed)
     trained = fit.train(student)
     return fit.erasure(student.layer(trained.tensors), loss=curve(trained.losses))

@@ -1,28 +1,52 @@
-"""What all fine-tuning methods can be told: settings that decide about the result, and those that only run it."""
+"""What all fine-tuning methods can be told that decides about the result."""
 
-import dataclasses
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from ..errors import ErasureInputError
 from ..lists import Retained
-from ..methods.rows import Retain, Templates, recorded_settings, template_list, tidy_texts
-from ..settings import Number, Of, Whole, check_settings, fill
+from ..settings import ByFacts, Number, Of, Whole, check_settings
+from ..settings.texts import Retain, Templates, recorded_settings, template_list
 from .sites import TRAIN_SETS, train_set_name
 
 
 Policy = Literal["base", "student", "ema"]
-STEPS, MORE_STEPS = 300, 25  # for one concept, and for each further one
 RATE, SQUARES = 1e-4, 750.0  # the learning rate for Stable Diffusion 1.x, and the |x|^2 of its text rows
-TRAJECTORIES = 16  # in a pool, if these are enough for the concepts
+STEPS = ByFacts("300, and 25 for each further concept", lambda facts: 300 + 25 * (facts.concepts - 1))
+LEARNING_RATE = ByFacts(
+    f"{RATE:g} where text rows are as large as those of Stable Diffusion 1.x, and more where they are smaller",
+    lambda facts: float(f"{RATE * (SQUARES / max(facts.squares, 1e-12)) ** 0.5:.2g}"),
+)
+TRAJECTORIES = ByFacts("16, or two a concept if these are more", lambda facts: max(16, 2 * facts.concepts))
 LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
+# What stands for a setting that neither the caller nor the method's preset gives.
+DEFAULTS: dict[str, Any] = {
+    "train_set": "x",
+    "rank": 4,
+    "templates": "none",
+    "retain_weight": 1.0,
+    "retain_nearest": 8,
+    "steps": STEPS,
+    "batch_size": 4,
+    "learning_rate": LEARNING_RATE,
+    "weight_decay": 0.0,
+    "lr_scheduler": "constant",
+    "ema_decay": 0.0,
+    "save": "student",
+    "policy": "base",
+    "trajectories": TRAJECTORIES,
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+    "resolution": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of a training run. Those that are `None` come from the method's preset.
+    """Settings of a training run. Those that are left out (`None`) come from the method's preset.
 
     Args:
         train_set (`str` or a tuple of `str`, *optional*): which layers get a LoRA: `"x"` (cross-attention), `"x-strict"` (its
@@ -46,7 +70,7 @@ class TrainConfig:
             `"linear"`, `"cosine"`, `"cosine_with_restarts"` or `"polynomial"`.
         lr_warmup_steps (`int`, *optional*, defaults to 0): steps over which the learning rate rises.
         max_grad_norm (`float`, *optional*, defaults to 1.0): gradients are scaled down to this norm.
-        ema_decay (`float`, *optional*): decay of the moving average of what is trained; none is kept without it.
+        ema_decay (`float`, *optional*): decay of the moving average of what is trained; 0, the default, for none.
         save (`"student"` or `"ema"`, *optional*): what becomes the erasure: what was trained, or its moving average.
         policy (`"base"`, `"student"` or `"ema"`, *optional*): whose denoising gives the noisy latents. With `"base"` the
             base's predictions along it are also the teacher's, so that a step is one forward pass.
@@ -59,19 +83,23 @@ class TrainConfig:
         guidance_scale (`float`, *optional*): classifier-free guidance of the sampler that denoises; 1 is none.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): compute activations again in the backward pass: less
             memory, for more time.
-        resolution (`int`, *optional*): pixels of a side; the base's own by default.
+        resolution (`int`, *optional*): pixels of a side; 0, the default, for the base's own.
         seed (`int`, *optional*, defaults to 0): everything random depends on it and on the step, nothing on the process.
     """
 
     train_set: Annotated[
         str | Sequence[str] | None,
-        Of(f"one of {', '.join(TRAIN_SETS)}, or a list of endings of module names", str, Iterable),
+        Of(
+            f"one of {', '.join(TRAIN_SETS)}, or a list of endings of module names",
+            *(str, Collection),
+            plain=train_set_name,
+        ),
     ] = None
     rank: Annotated[int | None, Whole(least=1)] = None
     templates: Templates = None
     retain: Retain = ()
     retain_weight: Annotated[float | None, Number()] = None
-    retain_nearest: Annotated[int | None, Whole(least=0)] = 8
+    retain_nearest: Annotated[int | None, Whole(least=0)] = None
     steps: Annotated[int | None, Whole(least=1)] = None
     batch_size: Annotated[int | None, Whole(least=1)] = None
     accumulation: Annotated[int, Whole(least=1)] = 1
@@ -89,87 +117,56 @@ class TrainConfig:
     num_inference_steps: Annotated[int | None, Whole(least=1)] = None
     guidance_scale: Annotated[float | None, Number()] = None
     gradient_checkpointing: bool = False
-    resolution: Annotated[int | None, Whole(least=1)] = None
+    resolution: Annotated[int | None, Whole(least=0)] = None
     seed: Annotated[int, Whole(least=0)] = 0
 
-    def filled(self) -> dict[str, Any]:
-        """What stands for settings that are `None`; a method's config answers with its preset."""
-        return {}
+    def stated(self) -> Mapping[str, Any]:
+        """What stands for settings that are left out; a method's config adds its preset."""
+        return DEFAULTS
 
     def __post_init__(self) -> None:
         check_settings(self)
-        fill(self, {**DEFAULTS, **self.filled()})
-        tidy_texts(self)
-        assert self.train_set is not None  # filled in above
-        object.__setattr__(self, "train_set", train_set_name(self.train_set))
-        if self.ema_decay is None and "ema" in (self.policy, self.save):
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What a training run works with: a [`TrainConfig`] with nothing left out."""
+
+    train_set: str | tuple[str, ...]
+    rank: int
+    templates: str | tuple[str, ...]
+    retain: Retained
+    retain_weight: float
+    retain_nearest: int
+    steps: int
+    batch_size: int
+    accumulation: int
+    learning_rate: float
+    weight_decay: float
+    lr_scheduler: LRSchedule
+    lr_warmup_steps: int
+    max_grad_norm: float
+    ema_decay: float
+    save: Literal["student", "ema"]
+    policy: Policy
+    trajectories: int
+    refresh_every: int
+    refresh: int
+    num_inference_steps: int
+    guidance_scale: float
+    gradient_checkpointing: bool
+    resolution: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.ema_decay and "ema" in (self.policy, self.save):
             raise ErasureInputError("`policy` or `save` is 'ema', but there is no moving average: give `ema_decay`.")
 
-    def resolved(self, count: int, squares: float) -> Self:
-        """The settings with those filled in that depend on the number of concepts and the mean |x|^2 of their text rows."""
-        relative = float(f"{RATE * (SQUARES / max(squares, 1e-12)) ** 0.5:.2g}")
-        rate = relative if self.learning_rate is None else self.learning_rate
-        steps = STEPS + MORE_STEPS * (count - 1) if self.steps is None else self.steps
-        trajectories = max(TRAJECTORIES, 2 * count) if self.trajectories is None else self.trajectories
-        return dataclasses.replace(self, steps=steps, trajectories=trajectories, learning_rate=rate)
-
+    @property
     def template_list(self) -> tuple[str, ...]:
         """The templates themselves."""
         return template_list(self.templates)
 
-    def kept(self) -> Retained:
-        """What is retained."""
-        assert isinstance(self.retain, Retained)
-        return self.retain
-
     def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The settings for the artefact, and the names of those that would reveal a concept."""
         return recorded_settings(self)
-
-
-# What stands for a setting that neither the caller nor the method's preset gives.
-DEFAULTS: dict[str, Any] = {
-    "train_set": "x",
-    "rank": 4,
-    "templates": "none",
-    "retain_weight": 1.0,
-    "batch_size": 4,
-    "weight_decay": 0.0,
-    "lr_scheduler": "constant",
-    "save": "student",
-    "policy": "base",
-    "num_inference_steps": 20,
-    "guidance_scale": 3.0,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-    """How a training run is carried out; nothing of it changes the result.
-
-    Args:
-        checkpoint_dir (`str` or `os.PathLike`, *optional*): folder for checkpoints and sample images. Without it an
-            interrupted run is lost.
-        checkpoint_every (`int`, *optional*, defaults to 100): steps between checkpoints; the last two are kept. Ctrl-C and
-            SIGTERM save one too.
-        resume (`bool`, *optional*, defaults to `False`): go on from the newest checkpoint, where there is one.
-        sample_every (`int`, *optional*): steps between sample images.
-        sample_prompts (sequence of `str`, *optional*): their prompts; the concepts and the first retained prompts by default.
-        release (`bool`, *optional*, defaults to `False`): take the text encoders (and, without sample images, the VAE) out
-            of the pipeline for good, as soon as they are not needed any more. Otherwise an accelerator's memory is freed
-            of them during the training, and they come back.
-        progress (`bool`, *optional*, defaults to `True`): show a bar.
-    """
-
-    checkpoint_dir: Annotated[str | os.PathLike[str] | None, Of("a folder", str, os.PathLike)] = None
-    checkpoint_every: Annotated[int, Whole(least=1)] = 100
-    resume: bool = False
-    sample_every: Annotated[int | None, Whole(least=1)] = None
-    sample_prompts: Annotated[Sequence[str], Of("a list of prompts", Iterable)] = ()
-    release: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if self.checkpoint_dir is None and (self.resume or self.sample_every):
-            raise ErasureInputError("`resume` and `sample_every` need a `checkpoint_dir`.")

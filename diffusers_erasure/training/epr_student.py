@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..layers.base import placement
+from ..layers.buffers import placement
 from ..layers.epr import EPR, LearnedSchedule, skip_sites
 from ..layers.layer import Layer
 

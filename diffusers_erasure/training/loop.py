@@ -15,17 +15,18 @@ from tqdm.auto import tqdm
 
 from .. import compat
 from ..base_model import component
+from ..denoising.prompts import Prompts, nearest
+from ..denoising.sampler import SAMPLE, Predict, Sampler
 from ..errors import ErasureInputError, ErasureTrainingError
 from ..logging import get_logger
+from ..runs.checkpoint import POOL_FILE, Checkpoints
+from ..runs.interrupts import Interrupt, noted
+from ..runs.options import TrainingRun
 from ..schema import BaseModel, Concept
-from .checkpoint import POOL_FILE, Checkpoints
-from .config import TrainConfig, TrainingRun
-from .interrupts import Interrupt, noted
+from .config import TrainSettings
 from .network import Network, in_training
 from .objective import RETAIN, Objective, Step
 from .pool import MOST_RETAINED, Example, Source
-from .prompts import Prompts, nearest
-from .sampler import SAMPLE, Predict, Sampler
 from .samples import write_samples
 from .state import State
 from .student import Student
@@ -64,7 +65,7 @@ class Trainer:
         student ([`Student`]): what is trained.
         concepts: what is erased.
         objective ([`Objective`]): the method.
-        config ([`TrainConfig`]): settings that decide about the result.
+        config ([`TrainSettings`]): settings that decide about the result.
         run ([`TrainingRun`]): those that only carry it out.
         identity: name and settings of the method, by which a checkpoint is known again.
         base ([`BaseModel`]): the base model's fingerprint.
@@ -78,7 +79,7 @@ class Trainer:
         student: Student,
         concepts: Sequence[Concept],
         objective: Objective,
-        config: TrainConfig,
+        config: TrainSettings,
         run: TrainingRun,
         identity: dict[str, Any],
         base: BaseModel,
@@ -86,8 +87,6 @@ class Trainer:
     ) -> None:
         self.pipe, self.student, self.objective, self.config, self.run = pipe, student, objective, config, run
         self.earlier = earlier
-        # Filled in by the preset and by `resolved`; the assert tells the type checker.
-        assert config.num_inference_steps is not None and config.steps is not None and config.batch_size is not None
         self.steps, self.batch_size = config.steps, config.batch_size
         unet = component(pipe, "unet")
         self.device = compat.execution_device(unet)
@@ -100,11 +99,11 @@ class Trainer:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.shape = unet.config.in_channels, *self.size
         self.sampler = Sampler(pipe.scheduler.config, config.num_inference_steps)
-        self.examples = objective.examples(concepts, config.template_list())
+        self.examples = objective.examples(concepts, config.template_list)
         targets = [str(concept.target) for concept in concepts]
-        kept = config.kept().prompts if config.retain_weight else ()
-        self.near = nearest(pipe, kept, targets, config.retain_nearest or 0) if earlier is None else earlier.near
-        self.retained = retained_examples(kept, self.near, config.template_list())
+        kept = config.retain.prompts if config.retain_weight else ()
+        self.near = nearest(pipe, kept, targets, config.retain_nearest) if earlier is None else earlier.near
+        self.retained = retained_examples(kept, self.near, config.template_list)
         if len(kept) > len({example.prompts[RETAIN] for example in self.retained}):
             logger.warning(
                 "%d prompts are retained, but only %d of them, the nearest to a target first, are trained on.",
@@ -113,7 +112,7 @@ class Trainer:
             )
         self.sample_prompts = list(run.sample_prompts) or [
             *(str(concept.target) for concept in concepts[:4]),
-            *config.kept().prompts[:4],
+            *config.retain.prompts[:4],
         ]
         self.checkpoints: Checkpoints | None = None
         if run.checkpoint_dir is not None:
@@ -157,7 +156,7 @@ class Trainer:
             interrupt = stack.enter_context(noted())
             self._fill(state, interrupt)
             self._steps(state, interrupt)
-            return Trained(state.factors(config.save or "student"), state.losses, state.sources, prompts, self.near)
+            return Trained(state.factors(config.save), state.losses, state.sources, prompts, self.near)
 
     def _steps(self, state: State, interrupt: Interrupt) -> None:
         """The loop itself."""
@@ -192,7 +191,7 @@ class Trainer:
     def _loss(self, step: Step) -> torch.Tensor:
         loss = self.objective.loss(step).mean()
         if step.retained is not None:
-            loss = loss + (self.config.retain_weight or 0.0) * step.retain_loss().mean()
+            loss = loss + self.config.retain_weight * step.retain_loss().mean()
         return loss
 
     def _draw(self, state: State, what: tuple[int, int], total: int, own: slice) -> Step:
@@ -248,13 +247,13 @@ class Trainer:
 
     def _sources(self, network: Network) -> dict[str, Source]:
         config = self.config
-        count = config.trajectories or 0
+        count = config.trajectories
 
         def source(
             name: str, examples: Sequence[Example], count: int, keep: Sequence[str], favoured: Sequence[int] = ()
         ) -> Source:
-            scale, dtype = config.guidance_scale or 1.0, network.unet.dtype
-            return Source(self.sampler, examples, count, keep, self.shape, scale, config.seed, name, dtype, favoured)
+            how = self.shape, config.guidance_scale, config.seed, name, network.unet.dtype, favoured
+            return Source(self.sampler, examples, count, keep, *how)
 
         keep = self.objective.teacher_roles if config.policy == "base" else ()
         sources = {CONCEPTS: source(CONCEPTS, self.examples, count, keep)}
@@ -265,7 +264,7 @@ class Trainer:
 
     def _favoured(self) -> list[int]:
         """Retained examples about prompts that are near a target."""
-        texts = {template.format(prompt) for template in self.config.template_list() for prompt in self.near}
+        texts = {template.format(prompt) for template in self.config.template_list for prompt in self.near}
         return [i for i, example in enumerate(self.retained) if example.prompts[RETAIN] in texts]
 
     def _predict(self, state: State, policy: str | None) -> Predict:

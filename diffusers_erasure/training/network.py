@@ -10,9 +10,9 @@ from torch import nn
 
 from .. import compat
 from ..base_model import component
+from ..denoising.prompts import Prompts
+from ..denoising.sampler import Sampler
 from ..errors import ErasureInputError
-from .prompts import Prompts
-from .sampler import Sampler
 from .student import Student
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 
-from .sampler import SAMPLE, Pairs, Predict, Sampler, generator_for, partial, trajectories
+from ..denoising.sampler import SAMPLE, Pairs, Predict, Sampler, generator_for, partial, trajectories
 
 
 MOST_RETAINED = 256  # retained prompts that are trained on

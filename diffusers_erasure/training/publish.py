@@ -1,13 +1,12 @@
 """From a trained student to an erasure."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..artifact import Erasure
-from ..assembling import made_by
+from ..assembling import bound_to_text, made_by
 from ..errors import ErasureTrainingError
 from ..layers.layer import Layer
 from ..schema import BaseModel, Concept
@@ -33,9 +32,7 @@ def as_erasure(
     """
     if not all(bool(torch.isfinite(value).all()) for layer in layers for value in layer.tensors.values()):
         raise ErasureTrainingError("What was trained is not finite; lower `learning_rate`.")
-    # Trained with these text rows: with another text encoder's the edit would miss.
-    bound = [dataclasses.replace(layer, derived_from=base.text_components) for layer in layers]
-    method = made_by(name, config, config.seed)
+    method, bound = made_by(name, config, config.seed), bound_to_text(layers, base)
     return Erasure.from_layers(bound, base=base, concepts=concepts, method=method, diagnostics=diagnostics)
 
 

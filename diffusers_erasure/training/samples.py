@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from ..base_model import component
+from ..denoising.sampler import SAMPLE, Sampler, trajectories
 from ..logging import get_logger
-from ..pictures import contact_sheet
-from .config import TrainConfig
+from ..pictures import as_png, contact_sheet
+from ..storage import write_file
+from .config import TrainSettings
 from .network import Network
-from .sampler import SAMPLE, Sampler, trajectories
 
 
 logger = get_logger(__name__)
@@ -23,7 +24,7 @@ def write_samples(
     sampler: Sampler,
     prompts: Sequence[str],
     shape: Sequence[int],
-    config: TrainConfig,
+    config: TrainSettings,
     file: Path,
 ) -> None:
     """Draw each prompt with the base and the student from the same noise, and write a contact sheet."""
@@ -33,15 +34,13 @@ def write_samples(
     noise = torch.stack([sampler.noise(config.seed, ("sample", prompt), shape) for prompt in prompts])
     rows = []
     for label, predict in (("base", network.teacher_rows), ("now", network.student_rows)):
-        found = trajectories(
-            predict, sampler, noise, {SAMPLE: list(prompts)}, config.guidance_scale or 1.0, keep=(SAMPLE,)
-        )
+        found = trajectories(predict, sampler, noise, {SAMPLE: list(prompts)}, config.guidance_scale, keep=(SAMPLE,))
         # The last latent lies one step before the end; its noise-free estimate is the end.
         last = len(sampler) - 1
         latents = sampler.step(found.predictions[SAMPLE][:, last].float(), last, found.latents[:, last])
         rows.append((label, _decoded(pipe, latents)))
     file.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows, columns=list(prompts)).save(file)
+    write_file(file, as_png(contact_sheet(rows, columns=list(prompts))))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from .. import compat
-from ..base_model import component, family_of
+from ..base_model import component
 from ..errors import ErasureCompatibilityError, ErasureInputError
 
 
@@ -51,15 +51,10 @@ def find_sites(pipe: Any, train_set: str | Sequence[str]) -> dict[str, nn.Module
     """The modules of a train set by name, in model order.
 
     Raises:
-        ErasureCompatibilityError: the base is no UNet, its attention projections are fused, or no module matches.
+        ErasureCompatibilityError: the base's attention projections are fused, or no module matches.
     """
-    family = family_of(pipe)
-    if family.denoiser != "unet":
-        raise ErasureCompatibilityError(
-            f"Fine-tuning is there for Stable Diffusion 1.x, 2.x and XL; this pipeline is {family.name}."
-        )
     wanted = train_set_name(train_set)
-    unet = component(pipe, family.denoiser)
+    unet = component(pipe, "unet")
     sites: dict[str, nn.Module] = {}
     for name, module in unet.named_modules():
         if compat.has_fused_projections(module):

@@ -7,7 +7,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from .config import TrainConfig
+from .config import TrainSettings
 from .network import Network
 from .pool import Source
 
@@ -17,24 +17,21 @@ class State:
 
     Args:
         network ([`Network`]): has the student.
-        config ([`TrainConfig`]): the settings.
+        config ([`TrainSettings`]): the settings.
         sources: by name, where noisy latents come from.
     """
 
-    def __init__(self, network: Network, config: TrainConfig, sources: Mapping[str, Source]) -> None:
-        assert config.learning_rate is not None and config.lr_scheduler is not None
+    def __init__(self, network: Network, config: TrainSettings, sources: Mapping[str, Source]) -> None:
         self.network, self.sources = network, dict(sources)
         parameters = network.parameters
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay or 0.0
-        )
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.schedule = get_scheduler(
             config.lr_scheduler,
             self.optimizer,
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.steps,
         )
-        self.ema = None if config.ema_decay is None else EMAModel(parameters, decay=config.ema_decay)
+        self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
         self.losses: list[float] = []
 
     @property

@@ -9,9 +9,9 @@ from peft import LoraConfig
 from torch import nn
 
 from .. import compat
+from ..denoising.sampler import generator_for
 from ..layers.layer import Layer
 from ..low_rank import DOWN, UP
-from .sampler import generator_for
 
 
 ADAPTER = "erasure_in_training"

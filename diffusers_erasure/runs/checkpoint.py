@@ -1,7 +1,6 @@
 """Checkpoints: one safetensors file each, written whole or not at all, that knows what it belongs to."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError, ErasureTrainingError
 from ..logging import get_logger
+from ..storage import write_file
 from ..tensors import content_hash
 
 
@@ -67,7 +67,6 @@ class Checkpoints:
             ErasureTrainingError: it cannot be written; what was there stays.
         """
         path = self.folder / name
-        part = self.folder / f".{name}.{os.getpid()}.part"
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         about = {
             "format": FORMAT,
@@ -79,13 +78,8 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             data = safetensors.torch.save(plain, metadata={"diffusers_erasure": json.dumps(about)})
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            write_file(path, data)
         except OSError as error:
-            part.unlink(missing_ok=True)
             good = self.steps()
             last = f"the last good one is of step {good[-1]}" if good else "there is none yet"
             raise ErasureTrainingError(

@@ -1,4 +1,4 @@
-"""What `efficacy.py` erases and draws: the halves, the scenarios, and every prompt with its seed. Nothing runs here."""
+"""What is erased and drawn: the halves, the scenarios, and every prompt with its seed. Nothing runs here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from diffusers_erasure.demo.captions import STYLED_TEMPLATES
-from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+from diffusers_erasure.demo.words import BROADER, HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+from tools.demo_model.captions import STYLED_TEMPLATES
 
 
 HALVES = ("dev", "report")
@@ -123,6 +123,11 @@ def retained(targets: Sequence[str], anchors: Sequence[str]) -> list[str]:
     return [word for word in words if word not in targets and word not in anchors]
 
 
+def members(hypernym: str) -> set[str]:
+    """The objects that the model's captions call by a hypernym."""
+    return {name for name, direct in HYPERNYMS.items() if hypernym in (direct, BROADER.get(direct))}
+
+
 def find_neighbours(pipe: Any) -> Neighbours:
     """For each object all the others, the nearest first: by cosine of the last word piece's rows less their mean."""
     import torch
@@ -228,7 +233,7 @@ def with_shown(job: Job) -> Job:
 
 def fitting_prompts(targets: Sequence[str], anchors: Sequence[str]) -> set[str]:
     """All prompts that a method may have been fitted on: its templates around targets, anchors and retained words."""
-    from diffusers_erasure.methods.rows import TEMPLATES
+    from diffusers_erasure.settings.texts import TEMPLATES
 
     words = (*targets, *anchors, *retained(targets, anchors))
     templates = {template for group in TEMPLATES.values() for template in group}

@@ -2,11 +2,12 @@
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, Protocol
 
-from .errors import ErasureInputError
+from ..errors import ErasureInputError
 
 
 class Range(Protocol):
@@ -107,14 +108,20 @@ class Switch:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Of:
-    """A value of some types, described in words; what lies in it is looked at where it is used."""
+    """A value of some types, described in words.
+
+    Attributes:
+        plain: brings one into the form in which the method takes it, and refuses what is none after all.
+    """
 
     text: str
     types: tuple[type, ...]
+    plain: Callable[[Any], Any]
 
-    def __init__(self, text: str, *types: type) -> None:
+    def __init__(self, text: str, *types: type, plain: Callable[[Any], Any] = lambda value: value) -> None:
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "types", types)
+        object.__setattr__(self, "plain", plain)
 
     @property
     def expected(self) -> str:
@@ -130,6 +137,10 @@ class Rule:
 
     range: Range
     optional: bool
+
+    def plain(self, value: Any) -> Any:
+        """A value in the form in which the method takes it."""
+        return self.range.plain(value) if isinstance(self.range, Of) else value
 
 
 def rules_of(kind: type[Any]) -> dict[str, Rule]:
@@ -174,12 +185,8 @@ def check_settings(config: Any) -> None:
     """
     for name, rule in rules_of(type(config)).items():
         value = getattr(config, name)
-        if not (rule.range.holds(value) or (value is None and rule.optional)):
+        if value is None and rule.optional:
+            continue
+        if not rule.range.holds(value):
             raise ErasureInputError(f"`{name}` must be {rule.range.expected}, not {value!r}.")
-
-
-def fill(config: Any, values: typing.Mapping[str, Any]) -> None:
-    """Give the settings of a frozen dataclass that are `None` their values from a preset."""
-    for name, value in values.items():
-        if getattr(config, name) is None:
-            object.__setattr__(config, name, value)
+        rule.plain(value)

@@ -1,4 +1,4 @@
-"""From what was seen to the tables of `reemergence.py`: counts, Wilson intervals, Markdown."""
+"""From what was seen to tables: counts, Wilson intervals, Markdown for docs/modular.md."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reemergence_plan import ERASED, KEPT, LEARNT
+from benchmarks.command import markdown_table, print_table
+from benchmarks.reemergence.plan import ERASED, KEPT, LEARNT
 
 
-BEGIN, END = "<!-- reemergence: begin -->", "<!-- reemergence: end -->"
 Z = 1.959963984540054  # 95 %
 
 
@@ -109,6 +109,31 @@ def concept_tables(report: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     return result
 
 
+def print_report(report: Mapping[str, Any]) -> None:
+    by_concept = concept_tables(report)
+    for method, (header, *rows) in tables(report).items():
+        print_table(f"Erased by {method}; in %, [95 %]", header, rows)
+        for data, (first, second) in report["methods"][method]["discordant"].items():
+            print(f"{data}, last step: seen only with sequential {first}, only with modular {second}")
+        header, *rows = by_concept[method]
+        print_table("acc_e by concept, images", header, rows)
+    right, total = report["new_objects"]["validation"]
+    print(f"\nNearest centroid on real pictures, augmented: {right} of {total} right.")
+    print(f"{report['cpu_seconds']:.0f} CPU-seconds in all, stored parts included.")
+
+
+def as_json(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with plain keys and values."""
+    methods = {}
+    for method, part in report["methods"].items():
+        rows = [
+            {**row, "shares": {f"{cell}, {step}": each.numbers() for (cell, step), each in row["shares"].items()}}
+            for row in part["rows"]
+        ]
+        methods[method] = {**part, "rows": rows}
+    return {**report, "methods": methods}
+
+
 def markdown(report: Mapping[str, Any], command: str) -> str:
     """The tables of a run, for the docs."""
     right, total = report["new_objects"]["validation"]
@@ -131,16 +156,3 @@ def markdown(report: Mapping[str, Any], command: str) -> str:
         header, *body = by_concept[method]
         lines += ["", "acc_e by concept, images:", "", *markdown_table(header, body)]
     return "\n".join(lines)
-
-
-def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    rows = [f"| {' | '.join(row)} |" for row in (header, *body)]
-    return [rows[0], "|" + " --- |" * len(header), *rows[1:]]
-
-
-def replace_between(text: str, body: str) -> str:
-    """Put `body` between the markers of a page, and change nothing else."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the page must hold {BEGIN} and then {END}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}"

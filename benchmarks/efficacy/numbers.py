@@ -1,4 +1,4 @@
-"""From what the judge saw to the tables of `efficacy.py`: shares, intervals, Markdown."""
+"""From what the judge saw to numbers: shares, and intervals by resampling."""
 
 from __future__ import annotations
 
@@ -9,30 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from efficacy_methods import ENTRIES
-from efficacy_plan import ONE_OBJECT, ONE_STYLE, Job, Shot
 
-from diffusers_erasure.demo.words import BROADER, HYPERNYMS, OBJECTS, STYLES
+from benchmarks.efficacy.plan import Job, Shot, members
+from diffusers_erasure.demo.words import OBJECTS, STYLES
 
 
 RESAMPLES = 2000
 SEED = 0
-ENOUGH = 200  # images behind a number
-BEGIN, END = "<!-- efficacy: begin -->", "<!-- efficacy: end -->"
-
-# Metric -> heading; the order of the columns.
-COLUMNS = {
-    "acc_e": "acc_e ↓",
-    "acc_e_synonyms": "synonyms ↓",
-    "acc_r": "acc_r ↑",
-    "acc_r_ratio": "of un-erased ↑",
-    "acc_r_near": "five nearest ↑",
-    "acc_r_near_ratio": "of un-erased ↑",
-    "h_o": "H_o ↑",
-    "anchor": "anchor seen ↑",
-    "confidence": "confidence",
-    "other": "other right ↑",
-}
 
 
 @dataclass(frozen=True)
@@ -105,11 +88,6 @@ def is_anchor(job: Job, shot: Shot, seen: Seen, anchor: str) -> bool:
         styles = {anchor} if anchor in STYLES else set(STYLES) - set(job.targets)
         return seen.style in styles and seen.object == shot.object
     return seen.object in ({anchor} if anchor in OBJECTS else members(anchor) - set(job.targets))
-
-
-def members(hypernym: str) -> set[str]:
-    """The objects that the model's captions call by a hypernym."""
-    return {name for name, direct in HYPERNYMS.items() if hypernym in (direct, BROADER.get(direct))}
 
 
 # --------------------------------------------------------------------------------------------------- one number
@@ -188,11 +166,7 @@ class Bootstrap:
 
 
 def gather(
-    jobs: Sequence[Job],
-    seen: Sequence[Sequence[Seen]],
-    baseline: Sequence[Sequence[Seen]],
-    cell: str,
-    score: Any,
+    jobs: Sequence[Job], seen: Sequence[Sequence[Seen]], baseline: Sequence[Sequence[Seen]], cell: str, score: Any
 ) -> Samples | None:
     """
     The images of a cell in all jobs of a scenario.
@@ -271,60 +245,3 @@ def shares_by(jobs: Sequence[Job], seen: Sequence[Sequence[Seen]], cell: str, ke
             shot = job.shots[place]
             groups.setdefault(getattr(shot, key), []).append(is_seen(job, shot, each[place]))
     return {name: statistics.mean(hits) for name, hits in groups.items()}
-
-
-# --------------------------------------------------------------------------------------------------- tables
-
-
-def columns_of(rows: Mapping[str, Mapping[str, Number]]) -> list[str]:
-    """The metrics that a scenario has."""
-    return [name for name in COLUMNS if any(name in row for row in rows.values())]
-
-
-def show(number: Number | None) -> str:
-    """`3.5 [1-7]`, in per cent."""
-    if number is None or not np.isfinite(number.value):
-        return "–"
-    return f"{100 * number.value:.1f} [{100 * number.low:.0f}–{100 * number.high:.0f}]"
-
-
-def table(rows: Mapping[str, Mapping[str, Number]], fit: Mapping[str, float]) -> list[list[str]]:
-    """Header and rows of a scenario. `fit` are the processor seconds that making an erasure took."""
-    names = columns_of(rows)
-    body = [
-        [method, *(show(row.get(name)) for name in names), f"{fit[method]:.1f}" if method in fit else "–"]
-        for method, row in rows.items()
-    ]
-    return [["method", *(COLUMNS[name] for name in names), "fit, s"], *body]
-
-
-def images_in(jobs: Sequence[Job]) -> dict[str, int]:
-    """Images behind the numbers of each cell."""
-    cells = {name: sum(len(job.cell(name)) for job in jobs) for name in ("erased", "synonyms", "kept", "near")}
-    return {name: count for name, count in cells.items() if count}
-
-
-def markdown(report: Mapping[str, Any], command: str) -> str:
-    """The tables of a run, for the docs."""
-    lines = [
-        f"Half: {report['half']}. {report['images']:,} images for a method. Made by `{command}`. "
-        "In %, 95 % intervals in brackets."
-    ]
-    for scenario, part in report["scenarios"].items():
-        cells = ", ".join(f"{name} {count}" for name, count in part["images"].items())
-        title = scenario if scenario not in (ONE_OBJECT, ONE_STYLE) else f"{scenario}, one erasure each"
-        header, *body = part["table"]
-        lines += ["", f"### {title[0].upper()}{title[1:]}", "", f"Erased: {', '.join(part['targets'])}."]
-        lines += [f"Images in each cell: {cells}.", "", f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
-        lines += [f"| {' | '.join(row)} |" for row in body]
-    methods = dict.fromkeys(row[0] for part in report["scenarios"].values() for row in part["table"][1:])
-    lines += ["", *(f"- **{name}**: {ENTRIES[name].summary}." for name in methods if name in ENTRIES)]
-    return "\n".join(lines)
-
-
-def replace_between(text: str, body: str) -> str:
-    """Put `body` between the markers of a page, and change nothing else."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the page must hold {BEGIN} and then {END}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}"

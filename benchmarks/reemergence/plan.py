@@ -1,19 +1,18 @@
-"""What `reemergence.py` trains on and draws: pictures with captions, and every prompt with its seed. Nothing runs here."""
+"""What is trained on and drawn: pictures with captions, and every prompt with its seed. Nothing runs here."""
 
 from __future__ import annotations
 
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from efficacy_plan import Neighbours, Shot, spread
-from efficacy_report import members
 
+from benchmarks.efficacy.plan import Neighbours, Shot, members, spread
 from diffusers_erasure.demo import load_images, load_unseen_images
-from diffusers_erasure.demo.captions import PLAIN_TEMPLATES, STYLED_TEMPLATES
 from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+from tools.demo_model.captions import PLAIN_TEMPLATES, STYLED_TEMPLATES
 
 
 CONCEPTS = ("cat", "pizza", "rocket")
@@ -99,7 +98,7 @@ def shots_for(
         cell (`str`): [`ERASED`], [`KEPT`] or [`LEARNT`].
         concept (`str`): The erased concept.
         data (`str`): What is trained on.
-        neighbours (`Mapping`): See [`efficacy_plan.find_neighbours`].
+        neighbours (`Mapping`): See [`~benchmarks.efficacy.plan.find_neighbours`].
         counts ([`Counts`]): How many.
         seed (`int`): Other noises and other kept objects.
     """
@@ -113,12 +112,7 @@ def shots_for(
         others = [name for name in OBJECTS if name != concept and name not in related(concept, neighbours)]
         others = [others[11 * i % len(others)] for i in range(len(others))]
         shots = spread(KEPT, others, counts.kept, start=seed * counts.kept)
-    return tuple(_with_seed(shot, seed) for shot in shots)
-
-
-def _with_seed(shot: Shot, seed: int) -> Shot:
-    number = zlib.crc32(f"{seed}: {shot.seed}".encode())
-    return Shot(shot.cell, shot.concept, shot.object, shot.style, shot.wording, shot.prompt, number)
+    return tuple(replace(shot, seed=zlib.crc32(f"{seed}: {shot.seed}".encode())) for shot in shots)
 
 
 def fine_tuning_captions(objects: Sequence[str]) -> set[str]:

@@ -1,0 +1,171 @@
+"""What the commands share: options, tables, the JSON of the numbers, and the pages of docs/ that a table is put into."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.store import Store
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
+def arguments(
+    description: str | None, smoke: str = "small shapes and few repeats, to see that it runs"
+) -> argparse.ArgumentParser:
+    """The options that all the benchmarks have. The description is the module's docstring, with the command in it."""
+    command = re.search(r"python -m [\w.]+", description or "")
+    parser = argparse.ArgumentParser(
+        prog=command and command.group(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help=smoke)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch; all cores by default, 1 with --smoke")
+    parser.set_defaults(cpu_time=False)
+    return parser
+
+
+def timed_arguments(description: str | None) -> argparse.ArgumentParser:
+    """Those and the options of what is timed in turn."""
+    parser = arguments(description)
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds of the interleaved timing")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="measure this process's own processor time, on one thread: for a machine that others use too",
+    )
+    return parser
+
+
+def add_unet_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where a UNet's step is timed, and with which latents."""
+    parser.add_argument("--size", type=int, help="height and width of the latents; 64 by default, 8 with --smoke")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float16 on cuda, else float32")
+
+
+def unet_settings(options: argparse.Namespace) -> tuple[bool, str, torch.dtype, int, int]:
+    """Smoke, device, dtype, size and repeats by those options and their defaults."""
+    dtype = options.dtype or ("float16" if options.device.startswith("cuda") else "float32")
+    size, repeats = options.size or (8 if options.smoke else 64), options.repeats or (2 if options.smoke else 5)
+    return options.smoke, options.device, getattr(torch, dtype), size, repeats
+
+
+def add_store_arguments(parser: argparse.ArgumentParser, name: str, page: str | None = None) -> None:
+    """Where finished work is kept; with a page of docs/ also in how many processes it is done, and the page."""
+    store = ROOT / "build" / name
+    parser.add_argument("--store", type=Path, default=store, metavar="DIR", help=f"of finished work (build/{name})")
+    parser.add_argument("--fresh", action="store_true", help="do everything again, even if it is stored")
+    if page:
+        parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each")
+        parser.add_argument("--write-docs", action="store_true", help=f"put the tables into {page}")
+        parser.set_defaults(cpu_time=True)
+
+
+def start(options: argparse.Namespace) -> None:
+    """Set the threads and the clock, and keep libraries away from the network."""
+    if options.cpu_time:
+        timing.use_processor_time()
+    threads = 1 if options.smoke or options.cpu_time else options.threads
+    if threads:
+        torch.set_num_threads(threads)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def store_of(options: argparse.Namespace) -> Store:
+    """The store that the options name; with `--fresh` what is in it does not count."""
+    return Store.fresh(options.store) if options.fresh else Store(options.store)
+
+
+def in_process(*command: str) -> Any:
+    """Run Python in a process of its own, and read the JSON of the last line that it prints."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------- output
+
+
+def machine(device: str, cpu_time: bool) -> dict[str, Any]:
+    """What the numbers depend on."""
+    import diffusers
+    import peft
+
+    gpu = device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if gpu else f"CPU ({platform.machine()})",
+        "gpu": gpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "clock": "GPU events" if gpu else "processor time" if cpu_time else "wall time",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print columns, the first to the left and the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}")
+    for first, *others in cells:
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *right]).rstrip())
+
+
+def finish(options: argparse.Namespace, name: str, numbers: Mapping[str, Any], device: str = "cpu") -> None:
+    """Print the machine, and write the JSON where it is asked for."""
+    where = machine(device, options.cpu_time)
+    print("\n" + ", ".join(f"{key} {value}" for key, value in where.items() if key != "gpu"))
+    if not where["gpu"]:
+        print("Measured on a CPU.")
+    if options.smoke:
+        print("--smoke: small and few. These numbers say nothing.")
+    if options.json:
+        report = {"benchmark": name, "smoke": options.smoke, "machine": where, **numbers}
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------- pages
+
+
+def made_by(name: str, arguments: Sequence[str] | None) -> str:
+    """The command that is running, as it stands below a table."""
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def markdown_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table."""
+    first, *rows = (f"| {' | '.join(row)} |" for row in (header, *body))
+    return [first, "|" + " --- |" * len(header), *rows]
+
+
+def replace_between(text: str, name: str, body: str) -> str:
+    """Put `body` between a benchmark's two markers of a page, and change nothing else."""
+    begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the page must hold {begin} and then {end}, once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{body}\n\n{end}{rest.split(end)[1]}"
+
+
+def write_page(page: str, name: str, body: str) -> None:
+    """The same with a page of the repository."""
+    path = ROOT / page
+    path.write_text(replace_between(path.read_text(encoding="utf-8"), name, body), encoding="utf-8")

@@ -1,0 +1,106 @@
+"""One erasure by one method with its images: what is done, and stored, as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.drawing import draw
+from benchmarks.efficacy.methods import ENTRIES
+from benchmarks.efficacy.numbers import Seen
+from benchmarks.efficacy.plan import Job
+from benchmarks.store import Store, do_all
+from diffusers_erasure.demo import load_judge
+from diffusers_erasure.demo.drawing import BATCH, GUIDANCE_SCALE, fast_pipeline
+from diffusers_erasure.pictures import contact_sheet
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One erasure by one method, with its images."""
+
+    method: str
+    job: Job
+    half: str
+    steps: int
+
+    def identity(self) -> dict[str, Any]:
+        """All that the result depends on, but the library's code and the model."""
+        return {
+            "entry": ENTRIES[self.method].identity(self.job.targets),
+            "half": self.half,
+            "drawing": [self.steps, GUIDANCE_SCALE, BATCH],
+            "job": dataclasses.asdict(self.job),
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a unit: what the judge saw in each shot, and processor seconds."""
+
+    seen: tuple[Seen, ...]
+    fit_seconds: float
+    draw_seconds: float
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Result:
+        """From what the store keeps."""
+        return cls(tuple(Seen(*each) for each in stored["seen"]), stored["fit_seconds"], stored["draw_seconds"])
+
+
+def wanted_units(method: str, jobs: Iterable[Job], half: str, steps: int) -> list[Unit]:
+    """The units of a method: all erasures that it can make."""
+    most = ENTRIES[method].max_targets
+    return [Unit(method, job, half, steps) for job in jobs if most is None or len(job.targets) <= most]
+
+
+def run_all(units: Iterable[Unit], store: Store, jobs: int = 1) -> dict[Unit, Result]:
+    """The results of units: the stored ones and, in `jobs` processes, the others."""
+    stored = do_all(units, run_unit, store, jobs, label="images", size=lambda unit: len(unit.job.shots))
+    return {unit: Result.of(result) for unit, result in stored.items()}
+
+
+def run_unit(unit: Unit, store: Store) -> dict[str, Any]:
+    """Make the erasure, draw the images with a fresh pipeline, and have the judge look; keep those that are to be shown."""
+    entry, job = ENTRIES[unit.method], unit.job
+    started = time.process_time()
+    erasure = entry.make(job.targets)
+    fitted = time.process_time()
+    pipe = fast_pipeline()
+    if erasure is not None:
+        pipe.load_erasure(erasure)
+    prompts = [entry.prompt(shot, job.targets) for shot in job.shots]
+    images = draw(pipe, prompts, [shot.seed for shot in job.shots], unit.steps, **entry.drawing_for(job.targets))
+    looked = load_judge().predict(images)
+    confidences = looked.object_probabilities.max(1).tolist(), looked.style_probabilities.max(1).tolist()
+    if job.shown:
+        folder = store.new_files(unit)
+        for place in job.shown:
+            images[place].save(folder / f"{place}.png")
+    return {
+        "seen": [
+            [name, style, round(sure, 4), round(of_style, 4)]
+            for name, style, sure, of_style in zip(looked.objects, looked.styles, *confidences, strict=True)
+        ],
+        "fit_seconds": round(fitted - started, 2) if erasure is not None else 0.0,
+        "draw_seconds": round(time.process_time() - fitted, 2),
+    }
+
+
+def write_grid(file: Path, methods: Sequence[str], units: Iterable[Unit], store: Store) -> None:
+    """A contact sheet: the same images by each method in a row."""
+    shown = {unit.method: unit for unit in units if unit.job.shown}
+    job = shown[methods[0]].job
+    rows = [
+        (method, [Image.open(store.files_of(shown[method]) / f"{place}.png").convert("RGB") for place in job.shown])
+        for method in methods
+    ]
+    columns = [job.shots[place].object for place in job.shown]
+    contact_sheet(rows, columns=columns, scale=2).save(file)
+    print(f"The first {columns.count(columns[0])} columns of {file} name what is erased, the others do not.")

@@ -1,0 +1,166 @@
+"""The methods that come with the library, as data. A new one is a file in `methods/` and an entry here."""
+
+from .declaration import Citation, MethodDeclaration
+
+
+UNETS = ("stable-diffusion", "stable-diffusion-xl")
+METHODS = "diffusers_erasure.methods"
+
+# `python -m diffusers_erasure.methods.catalogue` writes down again what is told about them.
+BUILT_IN: tuple[MethodDeclaration, ...] = (
+    MethodDeclaration(
+        name="acterase",
+        module=f"{METHODS}.acterase",
+        summary="ActErase (2026): activations that carry the concept are replaced by their means without it; no training, minutes",
+        families=UNETS,
+        needs="base weights",
+        makes=("activation",),
+        resumable=True,
+        instead_of_retain="It spares the rest by changing few units: at most the share `top`, none whose importance without the "
+        "concept lies below the quantile `tau`, and each only as far as `blend` says.",
+        citation=Citation(
+            title="ActErase: A Training-Free Paradigm for Precise Concept Erasure via Activation Patching",
+            year=2026,
+            url="https://arxiv.org/abs/2601.00267",
+            bibtex="""\
+@article{sun2026acterase,
+  title={{ActErase: A Training-Free Paradigm for Precise Concept Erasure via Activation Patching}},
+  author={Sun, Yi and Zhong, Xinhao and Li, Hongyan and Zhou, Yimin and Li, Junhao and Chen, Bin and Wang, Xuan},
+  journal={arXiv preprint arXiv:2601.00267},
+  year={2026}
+}""",
+        ),
+    ),
+    MethodDeclaration(
+        name="dumo",
+        module=f"{METHODS}.dumo",
+        summary="DuMo (AAAI 2025): a network beside the encoder that adds to the skip connections, and its schedule; minutes",
+        families=UNETS,
+        needs="base weights",
+        makes=("skip",),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="DuMo: Dual Encoder Modulation Network for Precise Concept Erasure",
+            year=2025,
+            url="https://arxiv.org/abs/2501.01125",
+            bibtex="""\
+@inproceedings{han2025dumo,
+  title={DuMo: Dual Encoder Modulation Network for Precise Concept Erasure},
+  author={Han, Feng and Chen, Kai and Gong, Chao and Wei, Zhipeng and Chen, Jingjing and Jiang, Yu-Gang},
+  booktitle={Proceedings of the AAAI Conference on Artificial Intelligence},
+  year={2025}
+}""",
+        ),
+    ),
+    MethodDeclaration(
+        name="esd",
+        module=f"{METHODS}.esd",
+        summary="ESD (ICCV 2023): fine-tuning away from the concept by the base's own guidance, as a LoRA; minutes",
+        families=UNETS,
+        needs="base weights",
+        makes=("lora",),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="Erasing Concepts from Diffusion Models",
+            year=2023,
+            url="https://arxiv.org/abs/2303.07345",
+            bibtex="""\
+@inproceedings{gandikota2023erasing,
+  title={Erasing Concepts from Diffusion Models},
+  author={Gandikota, Rohit and Materzy{\\'n}ska, Joanna and Fiotto-Kaufman, Jaden and Bau, David},
+  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year={2023}
+}""",
+        ),
+    ),
+    MethodDeclaration(
+        name="rece",
+        module=f"{METHODS}.rece",
+        summary="RECE (ECCV 2024): UCE, then further closed-form edits against rows that still reach the target",
+        families=UNETS,
+        needs="base weights",
+        makes=(
+            "text_map",
+            "lora",
+        ),
+        citation=Citation(
+            title="Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models",
+            year=2024,
+            url="https://arxiv.org/abs/2407.12383",
+            bibtex="""\
+@inproceedings{gong2024reliable,
+  title={Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models},
+  author={Gong, Chao and Chen, Kai and Wei, Zhipeng and Chen, Jingjing and Jiang, Yu-Gang},
+  booktitle={European Conference on Computer Vision},
+  year={2024}
+}""",
+        ),
+    ),
+    MethodDeclaration(
+        name="sdd",
+        module=f"{METHODS}.sdd",
+        summary="SDD (ICML workshop 2023): self-distillation towards the empty prompt, averaged, as a LoRA; minutes",
+        families=UNETS,
+        needs="base weights",
+        makes=("lora",),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="Towards Safe Self-Distillation of Internet-Scale Text-to-Image Diffusion Models",
+            year=2023,
+            url="https://arxiv.org/abs/2307.05977",
+            bibtex="""\
+@inproceedings{kim2023towards,
+  title={Towards Safe Self-Distillation of Internet-Scale Text-to-Image Diffusion Models},
+  author={Kim, Sanghyun and Jung, Seohyeon and Kim, Balhae and Choi, Moonseok and Shin, Jinwoo and Lee, Juho},
+  booktitle={ICML 2023 Workshop on Challenges in Deployable Generative AI},
+  year={2023}
+}""",
+        ),
+    ),
+    MethodDeclaration(
+        name="speed",
+        module=f"{METHODS}.speed",
+        summary="SPEED (ICLR 2026): closed-form edit of the values in the null space of what is retained; seconds",
+        families=UNETS,
+        needs="base weights",
+        makes=("lora",),
+        citation=Citation(
+            title="SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models",
+            year=2026,
+            url="https://arxiv.org/abs/2503.07392",
+            bibtex="""\
+@inproceedings{li2026speed,
+  title={{SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models}},
+  author={Li, Ouxiang and others},
+  booktitle={International Conference on Learning Representations},
+  year={2026}
+}""",
+        ),
+    ),
+    MethodDeclaration(
+        name="uce",
+        module=f"{METHODS}.uce",
+        summary="UCE (WACV 2024): closed-form edit of the cross-attention keys and values; seconds, no training",
+        families=UNETS,
+        needs="base weights",
+        makes=(
+            "lora",
+            "text_map",
+        ),
+        citation=Citation(
+            title="Unified Concept Editing in Diffusion Models",
+            year=2024,
+            url="https://arxiv.org/abs/2308.14761",
+            bibtex="""\
+@inproceedings{gandikota2024unified,
+  title={Unified Concept Editing in Diffusion Models},
+  author={Gandikota, Rohit and Orgad, Hadas and Belinkov, Yonatan and Materzy{\\'n}ska, Joanna and Bau, David},
+  booktitle={Proceedings of the IEEE/CVF Winter Conference on Applications of Computer Vision},
+  year={2024}
+}""",
+        ),
+    ),
+)

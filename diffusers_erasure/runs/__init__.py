@@ -1,0 +1,1 @@
+"""Runs that take long: their options, checkpoints, and what happens when they are interrupted."""
