@@ -61,11 +61,6 @@ QUICK: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 @cache
 def quick() -> Erasure:
     """Of one concept, by a fresh pipeline."""

@@ -58,11 +58,6 @@ def open_model(folder: Path) -> Any:
     return pipe
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 @pytest.mark.parametrize("kind", ["lora", "text_map"])
 def test_the_model_and_the_pipeline_after(pipe: Any, tmp_path: Path, kind: str) -> None:
     one, two = make(kind), make(kind, 1)
