@@ -16,7 +16,7 @@ from benchmarks.command import arguments, finish, print_table, start
 from benchmarks.drawing import draw
 from benchmarks.efficacy.plan import members
 from diffusers_erasure import demo
-from tools.demo_model.captions import STYLED_TEMPLATES
+from diffusers_erasure.demo.words import STYLED_TEMPLATES
 
 
 @dataclass(frozen=True)

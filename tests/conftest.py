@@ -40,7 +40,11 @@ import torch  # noqa: E402
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from diffusers import DiffusionPipeline
+
+    from tests.mini_hub import Hub
 
 torch.set_num_threads(1)  # in case that torch was imported before
 
@@ -55,3 +59,20 @@ def demo_pipe() -> "DiffusionPipeline":
     from diffusers_erasure import demo
 
     return demo.load_pipeline()
+
+
+@pytest.fixture
+def pipe() -> "DiffusionPipeline":
+    """A fresh tiny pipeline with random weights; always the same."""
+    from tests.helpers import tiny_sd_pipe
+
+    return tiny_sd_pipe()
+
+
+@pytest.fixture(scope="module")
+def hub() -> "Iterator[Hub]":
+    """A Hub of its own for a file's tests."""
+    from tests.mini_hub import Hub
+
+    with Hub() as server:
+        yield server

@@ -300,6 +300,26 @@ def style_lora(pipe: Any, seed: int = 7, endings: tuple[str, ...] = STYLE_SITES,
     return state_dict
 
 
+def load_style(pipe: Any) -> None:
+    """Load a user's LoRA as the adapter "style"."""
+    pipe.load_lora_weights(style_lora(tiny_sd_pipe()), adapter_name="style")
+
+
+def cast_to_float8(pipe: Any) -> None:
+    """Store the UNet's weights as float8 and compute with them in float32."""
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    """Normal draws in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # --------------------------------------------------------------------------------------------- "as it was before"
 
 

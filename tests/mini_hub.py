@@ -19,6 +19,7 @@ Which files count as LFS is decided by their suffix. Faults are set through `Hub
 import base64
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -466,6 +468,25 @@ class Hub:
     def log(self) -> list[tuple[str, str, str]]:
         """The requests since the last call, as (method, path, query)."""
         return [(method, path, query) for method, path, query in self._control(do="log")]
+
+
+def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
+    """For a process whose only Hub is this one."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [known.get("PYTHONPATH")])])
+    return {
+        **known,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": paths,
+        **more,
+    }
 
 
 if __name__ == "__main__":

@@ -154,11 +154,6 @@ class Reference:
         return (x.double() + top * (mean - x.double())).to(x.dtype)
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 # ----------------------------------------------------------------------------------------------- acting, exactly
 
 

@@ -41,6 +41,7 @@ from tests.helpers import (
     UNET_SITES,
     assert_like,
     base_images,
+    contents,
     counting,
     dense_edit,
     far,
@@ -53,10 +54,6 @@ from tests.helpers import (
 @pytest.fixture(scope="module")
 def erasure() -> Erasure:
     return random_erasure(tiny_sd_pipe(), "lora", UNET_SITES[:2] + CONV_SITES[:1] + TEXT_SITES[:1])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same(a: Erasure, b: Erasure) -> bool:

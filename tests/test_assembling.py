@@ -35,11 +35,6 @@ HASHES = {  # as the version that wrote them gave them
 SITE = UNET_SITES[0].removeprefix("unet.")
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 def trained_lora(pipe: Any) -> dict[str, torch.Tensor]:
     """What a user's own training script holds: peft's factors of a UNet, alpha as large as the rank."""
     pipe.unet.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_k", "to_v"], init_lora_weights=False))

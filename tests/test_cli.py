@@ -1,8 +1,6 @@
 """The command line as a user meets it: output, JSON, exit codes, errors without tracebacks."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,33 +8,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from diffusers_erasure import ErasureInputError, ErasureNotFoundError, __version__, cli
-
-
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "diffusers_erasure.cli", *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=580)
-
-
-def invoke(*arguments: str) -> Any:
-    result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "160"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def fails(monkeypatch: pytest.MonkeyPatch, capfd: Any, *arguments: str) -> str:
-    """The message of a command that fails, as `main` tells it."""
-    monkeypatch.setattr(sys, "argv", ["diffusers-erasure", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    captured = capfd.readouterr()
-    assert stopped.value.code == 1 and captured.out == ""
-    assert "Traceback" not in captured.err and captured.err.count("error: ") == 1
-    return " ".join(captured.err.partition("error: ")[2].split())
+from tests.commands import fails, invoke, run
 
 
 @pytest.mark.timeout(600)
@@ -75,7 +49,6 @@ def test_erase_info_generate(tmp_path: Path) -> None:
     made = invoke(
         "erase", "cat", "--anchor", "animal", "--retain", "dog", "--set", "rank=2", "--json", "-o", str(folder)
     )
-    assert made.exit_code == 0, made.output
     result = json.loads(made.stdout)
     assert set(result["files"]) == {
         "README.md",
@@ -96,7 +69,6 @@ def test_erase_info_generate(tmp_path: Path) -> None:
     drawn = invoke(
         "generate", "a cat", "a dog", "-e", f"{folder}=0.5", "--steps", "2", "--json", "-o", str(tmp_path / "images")
     )
-    assert drawn.exit_code == 0, drawn.output
     answer = json.loads(drawn.stdout)
     assert answer["erasures"] == [
         {
@@ -160,16 +132,15 @@ def test_errors_are_one_line(
 
 def test_usage_errors_version_and_debug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert invoke("--version").stdout.strip() == __version__
-    assert invoke("erase").exit_code == 2  # no output folder
-    assert invoke("nonsense").exit_code == 2
+    invoke("erase", code=2)  # no output folder
+    invoke("nonsense", code=2)
     for arguments, message in (
         (("erase", "cat", "--set", "lamb", "-o", str(tmp_path / "x")), "name=value"),
         (("generate", "a cat", "-e", "x=high", "-o", str(tmp_path / "x")), "NAME=STRENGTH"),
         (("generate", "a cat", "-e", "a/b@v1=0.5@v2", "-o", str(tmp_path / "x")), "NAME=STRENGTH"),
         (("info", "user/no-cat@v2", "--revision", "v1"), "another one"),
     ):
-        wrong = invoke(*arguments)
-        assert wrong.exit_code == 2 and message in wrong.output
+        assert message in invoke(*arguments, code=2).output
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(sys, "argv", ["diffusers-erasure", "--debug", "info", "./missing"])
     with pytest.raises(ErasureNotFoundError):
@@ -181,4 +152,4 @@ def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("diffusers_erasure_cli.completion.catalogue", interrupted)
-    assert invoke("methods").exit_code == 130
+    invoke("methods", code=130)

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from diffusers_erasure import Erasure, cache, cli
+from diffusers_erasure import Erasure, cache
 from diffusers_erasure.lists import list_names, read_list
 from diffusers_erasure.low_rank import DOWN, UP
-from tests.test_cli import fails
+from tests.commands import answer, fails, invoke
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +21,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(work)
     monkeypatch.setenv(cache.VARIABLE, str(place))
     return place
-
-
-def invoke(*arguments: str) -> Any:
-    result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "160"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def answer(*arguments: str) -> Any:
-    return json.loads(invoke(*arguments, "--json").stdout)
 
 
 # --------------------------------------------------------------------------------------------------------- lists
@@ -95,8 +82,8 @@ def test_the_cache_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_kind(folder: Path) -> None:
     cache.fetch("rows", lambda: ["a"], lambda: {"rows": torch.ones(2, dtype=torch.float64)})
-    wrong = CliRunner().invoke(cli.app, ["cache", "clear", "--kind", "row"], env={"COLUMNS": "200"})
-    assert wrong.exit_code == 2 and "'row'" in wrong.output and all(kind in wrong.output for kind in cache.KINDS)
+    wrong = invoke("cache", "clear", "--kind", "row", code=2)
+    assert "'row'" in wrong.output and all(kind in wrong.output for kind in cache.KINDS)
     assert len(cache.entries()) == 1
 
 
@@ -257,8 +244,8 @@ def test_wrong_usage_and_help(parts: dict[str, str]) -> None:
         ("combine", parts["cat"]),
         ("combine", "a", "b", "-o", "x", "--rank", "0"),
     ):
-        assert CliRunner().invoke(cli.app, list(arguments)).exit_code == 2
-    assert CliRunner().invoke(cli.app, ["cache", "empty"]).exit_code == 2
+        invoke(*arguments, code=2)
+    invoke("cache", "empty", code=2)
     for command, words in (("combine", "erasure of several"), ("lists", "lists that"), ("cache", "kept on disk")):
         assert words in invoke(command, "--help").stdout
 
@@ -301,6 +288,5 @@ def test_what_cannot_be_repeated_or_is_no_option(monkeypatch: pytest.MonkeyPatch
         ((), "name the concepts"),
         (("cat", "--method", "esd", "--sample-prompt", "x"), "--sample-every"),
     ):
-        wrong = CliRunner().invoke(cli.app, ["erase", "-o", "no", *arguments], env={"COLUMNS": "200"})
-        assert wrong.exit_code == 2 and message in wrong.output
+        assert message in invoke("erase", "-o", "no", *arguments, code=2).output
     assert not Path("no").exists() and not Path("no.checkpoints").exists()

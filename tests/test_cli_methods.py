@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from diffusers_erasure import Erasure, cli
+from diffusers_erasure import Erasure
 from diffusers_erasure.methods import get_method, method_names
 from diffusers_erasure.schema import CONFIG_FILE, TENSOR_FILES
 from diffusers_erasure_cli.options import FILES
-from tests.test_cli_fit import invoke
+from tests.commands import invoke
 
 
 # What makes a run short, where a method has the setting.
@@ -84,10 +83,10 @@ def test_nothing_is_overwritten_in_silence(tmp_path: Path, monkeypatch: pytest.M
     invoke(*draw)
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     for command, message in ((erase, "holds an erasure already"), (draw, "0000.png exists already")):
-        refused = CliRunner().invoke(cli.app, list(command), env={"COLUMNS": "200"})
-        assert refused.exit_code == 2 and message in refused.output and "--overwrite" in refused.output
+        refused = invoke(*command, code=2)
+        assert message in refused.output and "--overwrite" in refused.output
     for command in (("combine", "out", "out"), ("convert", "dumo", "out", "--base", "demo")):
-        assert CliRunner().invoke(cli.app, [*command, "-o", "out"]).exit_code == 2
+        invoke(*command, "-o", "out", code=2)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
     Path("mine").mkdir()
     Path("mine/pytorch_lora_weights.safetensors").write_bytes(b"mine")
@@ -97,8 +96,7 @@ def test_nothing_is_overwritten_in_silence(tmp_path: Path, monkeypatch: pytest.M
         ("file", "is a file"),
         (".", "current folder"),
     ):
-        refused = CliRunner().invoke(cli.app, ["erase", "cat", "-o", place], env={"COLUMNS": "200"})
-        assert refused.exit_code == 2 and message in refused.output
+        assert message in invoke("erase", "cat", "-o", place, code=2).output
     assert Path("mine/pytorch_lora_weights.safetensors").read_bytes() == b"mine"
     invoke("erase", "dog", "--anchor", "animal", "-o", "out", "--overwrite")
     invoke("generate", "a dog", "--steps", "1", "-o", "out", "--overwrite")

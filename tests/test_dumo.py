@@ -42,11 +42,6 @@ SMALL: dict[str, Any] = {
 TABLE = "modifiers.0.schedule"
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 def make(pipe: Any, folder: Path | None = None, *, resume: bool = False, **more: Any) -> Erasure:
     run = TrainingRun(checkpoint_dir=folder, checkpoint_every=1, resume=resume, progress=False)
     return erase(pipe, "cat", anchors="dog", method="dumo", training=run, **{**SMALL, **more})

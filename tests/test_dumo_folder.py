@@ -27,11 +27,6 @@ from tests.helpers import assert_like, equal, far, images, rows_of, tiny_sd_pipe
 from tests.test_skip import assert_close, given, predict, random_tensors, stock_residuals
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 def as_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A full network's tensors under the published names."""
     found = {}

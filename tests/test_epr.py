@@ -36,11 +36,6 @@ from tests.test_skip import (
 SD15 = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 # --------------------------------------------------------------------------------------------------- files
 
 

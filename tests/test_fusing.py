@@ -26,6 +26,7 @@ from tests.helpers import (
     assert_merged_weights,
     assert_same_weights,
     base_images,
+    cast_to_float8,
     dense_edit,
     equal,
     images,
@@ -50,11 +51,6 @@ def make(kind: str, seed: int = 0) -> Erasure:
 @pytest.fixture(params=["lora", "text_map"])
 def erasure(request: pytest.FixtureRequest) -> Erasure:
     return make(request.param)
-
-
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
 
 
 def hooks(pipe: Any) -> int:
@@ -255,10 +251,6 @@ class PackedWeight(nn.Parameter):
 
 def offload(pipe: Any) -> None:
     cpu_offload(pipe.unet, "cpu")
-
-
-def cast_to_float8(pipe: Any) -> None:
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
 def quantise(pipe: Any) -> None:

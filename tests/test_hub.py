@@ -1,7 +1,6 @@
 """Push and pull with the real `huggingface_hub` against a Hub on loopback (`mini_hub.py`), in processes of their own."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.mini_hub import Hub
+from tests.mini_hub import Hub, environment
 
 
 HERE = Path(__file__).parent
@@ -23,24 +22,6 @@ CARD, CONFIG, LORA, TENSORS = (
     "pytorch_lora_weights.safetensors",
     "erasure.safetensors",
 )
-
-
-def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
-    known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    paths = os.pathsep.join([str(HERE.parent), *filter(None, [known.get("PYTHONPATH")])])
-    return {
-        **known,
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": paths,
-        **more,
-    }
 
 
 def python(code: str, endpoint: str, home: Path, **more: str) -> Any:
@@ -107,12 +88,6 @@ def failed(answer: dict[str, Any], kind: str, *texts: str) -> dict[str, Any]:
     for text in texts:
         assert text in error["message"], error["message"]
     return error
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from diffusers_erasure import Erasure, ErasureInputError, cli, save_kohya, to_kohya
+from diffusers_erasure import Erasure, ErasureInputError, save_kohya, to_kohya
+from tests.commands import invoke
 from tests.helpers import (
     CONV_SITES,
     TEXT_SITES,
@@ -112,16 +112,12 @@ def test_command_line(tmp_path: Path, demo_pipe: Any) -> None:
     erasure = random_erasure(demo_pipe, "lora", sites)
     erasure.save_pretrained(tmp_path / "erasure")
 
-    def export(*arguments: str) -> Any:
-        return CliRunner().invoke(cli.app, ["export", *arguments, "-e", str(tmp_path / "erasure")])
-
-    done = export(str(tmp_path / "lora.safetensors"), "--format", "kohya")
-    assert done.exit_code == 0, done.output
+    erased = ("-e", str(tmp_path / "erasure"))
+    invoke("export", *erased, str(tmp_path / "lora.safetensors"), "--format", "kohya")
     assert set(load_file(tmp_path / "lora.safetensors")) == set(to_kohya(erasure))
-    done = export(str(tmp_path / "model"), "--json")
-    assert done.exit_code == 0, done.output
+    invoke("export", *erased, str(tmp_path / "model"), "--json")
     back = type(demo_pipe).from_pretrained(tmp_path / "model")
     with pytest.raises(ErasureInputError, match="already contained"):
         back.load_erasure(tmp_path / "erasure")
     for arguments in (["x", "--format", "other"], [str(tmp_path / "new"), "--half"]):
-        assert export(*arguments).exit_code == 2
+        invoke("export", *erased, *arguments, code=2)

@@ -235,11 +235,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
         register_layer_kind(kind)
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 @cache
 def base() -> BaseModel:
     return describe_base(tiny_sd_pipe())

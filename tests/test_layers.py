@@ -45,11 +45,6 @@ from tests.helpers import (
 )
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 @cache  # none changes one
 def erasure_of(kind: str, seed: int = 0, size: float = 0.7) -> Erasure:
     sites = {

@@ -56,11 +56,6 @@ TEXT = ("text_encoder", "tokenizer")
 BOTH = UNET_SITES[:2] + CONV_SITES[:1] + TEXT_SITES[:1]
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 def with_tensor(erasure: Erasure, name: str, value: torch.Tensor) -> Erasure:
     ((file, tensors),) = erasure.tensors.items()
     return Erasure(erasure.config, {file: {**tensors, name: value}})

@@ -56,11 +56,6 @@ TABLE = [0.0, 0.3, 1.0, 0.6, 0.25]  # five bins of 200 timesteps
 KINDS = {"lora": UNET_SITES, "conv": CONV_SITES, "text_map": ()}
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 @cache  # none changes one
 def erasure_of(kind: str, seed: int = 0, size: float = 0.7) -> Erasure:
     layer = "text_map" if kind == "text_map" else "lora"

@@ -20,6 +20,7 @@ from tests.helpers import (
     dense_edit,
     equal,
     images,
+    load_style,
     random_erasure,
     roundings,
     style_lora,
@@ -34,15 +35,6 @@ SITES = UNET_SITES + CONV_SITES[:2] + TEXT_SITES[1:]
 @pytest.fixture
 def erasure() -> Erasure:
     return random_erasure(tiny_sd_pipe(), "lora", SITES, size=0.5)
-
-
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
-def load_style(pipe: Any) -> None:
-    pipe.load_lora_weights(style_lora(tiny_sd_pipe()), adapter_name="style")
 
 
 def with_style(erasure: Erasure | None = None) -> Any:

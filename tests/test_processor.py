@@ -46,11 +46,6 @@ ip_adapter = test_stays_on.ip_adapter  # a fixture
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 @pytest.fixture(scope="module")
 def erasure() -> Erasure:
     return as_erasure(make_plan(ATTENTION), make_plan(ATTENTION[:3], 5, (450.0,)))

@@ -16,11 +16,7 @@ from diffusers_erasure.methods.rece import PRESETS, PUBLISHED, Config, Scales, S
 from diffusers_erasure.methods.rows import KeptRows, TargetRows
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
 from diffusers_erasure.settings import resolve
-from tests.helpers import ROUNDINGS, edits, roundings
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.helpers import ROUNDINGS, edits, normal, roundings
 
 
 def target(e: torch.Tensor, g: torch.Tensor) -> TargetRows:
@@ -40,10 +36,10 @@ def test_the_common_map_is_the_dense_edit_of_every_layer(
     n: int, m: int, epochs: int, reg: float, retain_scale: float, seed: int
 ) -> None:
     width = 24
-    weights = {f"w{o}": random(o, width, seed=seed + o) for o in (8, 24, 40)}
-    e, g = random(n, width, seed=seed + 1), random(n, width, seed=seed + 2)
-    x, gx = random(m, width, seed=seed + 3), random(m, width, seed=seed + 4)
-    retain = random(5, width, seed=seed + 5)
+    weights = {f"w{o}": normal(o, width, seed=seed + o) for o in (8, 24, 40)}
+    e, g = normal(n, width, seed=seed + 1), normal(n, width, seed=seed + 2)
+    x, gx = normal(m, width, seed=seed + 3), normal(m, width, seed=seed + 4)
+    retain = normal(5, width, seed=seed + 5)
     expected = dense_rece(
         weights, targets=e, anchors=g, retain=retain, concept_rows=x, concept_anchors=gx, rece_retain=retain,
         uce=(0.5, 1.0, retain_scale), lamb=0.1, erase_scale=1.0, retain_scale=retain_scale, reg=reg, epochs=epochs,

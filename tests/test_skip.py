@@ -50,11 +50,6 @@ ip_adapter, backend = test_stays_on.ip_adapter, test_stays_on.backend  # fixture
 EFFECT = 0.05
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 def random_tensors(unet: Any, form: str, seed: int = 0, zero_rank: int | None = None) -> dict[str, torch.Tensor]:
     """A network's tensors, so that it has an effect: a changed copy of the encoder, and convolutions that are not zero."""
     tensors = {k: v.detach().clone() for k, v in EPR.fresh(unet, form, 4, zero_rank, seed).named_tensors().items()}

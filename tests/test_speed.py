@@ -18,16 +18,12 @@ from diffusers_erasure.methods.nullspace import Influence, edit, kept_directions
 from diffusers_erasure.methods.speed import PRESETS, PUBLISHED, SQUARES, Config, Settings, centres_of
 from diffusers_erasure.schema import LORA_FILE
 from diffusers_erasure.settings import resolve
-from tests.helpers import edits, roundings
-
-
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.helpers import edits, normal, roundings
 
 
 def decaying(rows: int, width: int, seed: int) -> torch.Tensor:
     """Rows with a spectrum that falls, so that a threshold cuts through it and the filters matter."""
-    return random(rows, width, seed=seed) * torch.logspace(0.5, -2.5, width, dtype=torch.float64) * 3
+    return normal(rows, width, seed=seed) * torch.logspace(0.5, -2.5, width, dtype=torch.float64) * 3
 
 
 def factored(
@@ -87,9 +83,9 @@ def test_the_factored_form_is_the_dense_one(
     one_concept: bool, seed: int,
 ) -> None:  # fmt: skip
     width = 24
-    w, e, g = random(rows_out, width, seed=seed), random(n, width, seed=seed + 1), random(n, width, seed=seed + 2)
-    retain, invariants = decaying(retained, width, seed + 3), random(4, width, seed=seed + 4)
-    draws = random(times, retained, seed=seed + 5) if times and retained else None
+    w, e, g = normal(rows_out, width, seed=seed), normal(n, width, seed=seed + 1), normal(n, width, seed=seed + 2)
+    retain, invariants = decaying(retained, width, seed + 3), normal(4, width, seed=seed + 4)
+    draws = normal(times, retained, seed=seed + 5) if times and retained else None
     concepts = 1 if one_concept else n
     numbers: dict[str, Any] = {"threshold": threshold, "ridge": ridge, "lamb": lamb, "filter": filter, "chunk": 16}
     expected = dense_speed(
@@ -106,8 +102,8 @@ def test_the_factored_form_is_the_dense_one(
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(2, 6), seed=st.integers(0, 10_000))
 def test_the_order_of_the_targets_does_not_matter(n: int, seed: int) -> None:
-    w, e, g = random(20, 24, seed=seed), random(n, 24, seed=seed + 1), random(n, 24, seed=seed + 2)
-    retain, invariants, draws = decaying(60, 24, seed), random(4, 24, seed=seed + 4), random(3, 60, seed=seed + 5)
+    w, e, g = normal(20, 24, seed=seed), normal(n, 24, seed=seed + 1), normal(n, 24, seed=seed + 2)
+    retain, invariants, draws = decaying(60, 24, seed), normal(4, 24, seed=seed + 4), normal(3, 60, seed=seed + 5)
     numbers: dict[str, Any] = {"threshold": 1e-2, "ridge": 1.0, "lamb": 0.0, "filter": True, "chunk": 16}
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     one, tolerance = factored(w, e, g, n, retain, invariants, draws, **numbers)
@@ -117,8 +113,8 @@ def test_the_order_of_the_targets_does_not_matter(n: int, seed: int) -> None:
 
 def test_invariants_that_are_retained_anyway_do_no_harm() -> None:
     """With the empty prompt's own rows retained, K lies outside the null space: there is nothing to invert there."""
-    w, e, g, k = random(20, 24, seed=1), random(2, 24, seed=2), random(2, 24, seed=3), random(4, 24, seed=4)
-    retain = torch.cat([k, random(6, 24, seed=5)])
+    w, e, g, k = normal(20, 24, seed=1), normal(2, 24, seed=2), normal(2, 24, seed=3), normal(4, 24, seed=4)
+    retain = torch.cat([k, normal(6, 24, seed=5)])
     numbers: dict[str, Any] = {"threshold": 1e-4, "ridge": 1.0, "lamb": 0.0, "filter": False}
     found, _ = factored(w, e, g, 2, retain, k, None, **numbers)
     expected = dense_speed({"w": w}, e, g, 2, retain, k, draws=None, **numbers)["w"]
@@ -128,7 +124,7 @@ def test_invariants_that_are_retained_anyway_do_no_harm() -> None:
 
 @pytest.mark.parametrize("shape", [(6, 24), (24, 24), (40, 24)])
 def test_the_least_direction_is_the_svds(shape: tuple[int, int]) -> None:
-    w = random(*shape, seed=7)
+    w = normal(*shape, seed=7)
     v = torch.linalg.svd(w, full_matrices=False).Vh[-1]
     found = least_direction(w)
     assert abs(float(found @ v)) == pytest.approx(1, abs=1e-9)

@@ -29,9 +29,11 @@ from tests.helpers import (
     UNET_SITES,
     assert_like,
     base_images,
+    cast_to_float8,
     dense_edit,
     equal,
     images,
+    load_style,
     noise,
     random_erasure,
     style_lora,
@@ -51,11 +53,6 @@ def erasure(request: pytest.FixtureRequest) -> Erasure:
     return random_erasure(tiny_sd_pipe(), "lora", UNET_SITES + CONV_SITES[:2] + TEXT_SITES[:1], size=0.5)
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 def both(erasure: Erasure, prepare: Step, *, load_first: bool) -> tuple[Any, Any, Any]:
     """`prepare` done to a pipeline with the erasure (before or after loading it), to the oracle, and to the base."""
     pipe = tiny_sd_pipe()
@@ -69,10 +66,6 @@ def both(erasure: Erasure, prepare: Step, *, load_first: bool) -> tuple[Any, Any
 
 
 # ------------------------------------------------------------------------------------------------ other LoRAs
-
-
-def load_style(pipe: Any) -> None:
-    pipe.load_lora_weights(style_lora(tiny_sd_pipe(), seed=7), adapter_name="style")
 
 
 def load_second(pipe: Any) -> None:
@@ -303,10 +296,7 @@ def test_layerwise_casting(erasure: Erasure, load_first: bool) -> None:
     The oracle adds B A to the weights after they were rounded, and stays in float32.
     """
 
-    def cast(pipe: Any) -> None:
-        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-
-    pipe, _, rounded = both(erasure, cast, load_first=load_first)
+    pipe, _, rounded = both(erasure, cast_to_float8, load_first=load_first)
     plain = tiny_sd_pipe()
     for name, value in plain.unet.state_dict().items():
         value.copy_(rounded.unet.state_dict()[name].float())

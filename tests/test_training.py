@@ -29,7 +29,7 @@ from diffusers_erasure.training.objective import RETAIN, STUDENT, Step
 from diffusers_erasure.training.pool import MOST_RETAINED, Drawn, Example, Source
 from diffusers_erasure.training.sites import TRAIN_SETS, check_rank, find_sites
 from diffusers_erasure.training.student import ADAPTER, LoraStudent
-from tests.helpers import ROUNDINGS, equal, images, roundings, tiny_sd_pipe, tiny_sdxl_pipe, tree
+from tests.helpers import ROUNDINGS, equal, images, roundings, tiny_sdxl_pipe, tree
 
 
 SHAPE = (4, 8, 8)
@@ -40,11 +40,6 @@ QUIET = TrainingRun(progress=False)
 def accelerate() -> Iterator[None]:
     with accelerate_state_restored():
         yield
-
-
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
 
 
 class Opened:

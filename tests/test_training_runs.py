@@ -29,7 +29,7 @@ from diffusers_erasure.runs.checkpoint import POOL_FILE, Checkpoints
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.state import State
 from tests.forks import Fork, cli
-from tests.helpers import ROUNDINGS, equal, far, images, roundings, tiny_sd_pipe
+from tests.helpers import ROUNDINGS, contents, equal, far, images, roundings, tiny_sd_pipe
 
 
 SMALL: dict[str, Any] = {
@@ -50,11 +50,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "fresh": {"method": "esd", "policy": "student", "trajectories": 0, "accumulation": 2},
     "ema": {"method": "sdd", "ema_decay": 0.8},
 }
-
-
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
 
 
 def make(pipe: Any, kind: str = "base", folder: Path | None = None, *, resume: bool = False, **more: Any) -> Erasure:
@@ -186,10 +181,6 @@ def wait_for(path: Path, process: Fork) -> None:
     while not path.exists():
         assert process.is_running and time.monotonic() < deadline, f"{path.name} never came: {process.errors[-3000:]}"
         time.sleep(0.005)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -414,9 +405,9 @@ def test_pipelines_that_cannot_be_trained(pipe: Any) -> None:
     with pytest.raises(ErasureInputError, match="LoRA"):
         make(pipe)
     pipe.unload_lora_weights()
+    half = tiny_sd_pipe()
+    half.unet.half()
     with pytest.raises(ErasureInputError, match="bfloat16"):
-        half = tiny_sd_pipe()
-        half.unet.half()
         make(half)
     with pytest.raises(ErasureInputError, match="closed form"):
         erase(pipe, "cat", method="uce", training=TrainingRun())

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_erasure.demo.augment import Augmentation
 from diffusers_erasure.demo.dataset import Dataset
 from diffusers_erasure.demo.judge import Judge
-from diffusers_erasure.demo.train_judge import LATENT_NOISE, TEST_AUGMENTATION
+from tools.demo_model.augment import Augmentation
+from tools.demo_model.train_judge import LATENT_NOISE, TEST_AUGMENTATION
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
