@@ -113,6 +113,7 @@ def run_demo(concept: str, anchor: str | None, output: Path | None, progress: Pr
     from diffusers_erasure.demo.drawing import draw, fast_pipeline
     from diffusers_erasure.errors import ErasureInputError
     from diffusers_erasure.schema import GRID_FILE
+    from diffusers_erasure.storage import write_file
 
     started = time.perf_counter()
     if concept not in (*OBJECTS, *STYLES):
@@ -160,7 +161,7 @@ def run_demo(concept: str, anchor: str | None, output: Path | None, progress: Pr
         grid=str(grid),
         erasure=str(folder / "erasure"),
     )
-    (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    write_file(folder / "report.json", f"{report.to_json()}\n".encode())
     return report
 
 
@@ -212,14 +213,16 @@ def with_results(erasure: "Erasure", before: Accuracy, after: Accuracy, images: 
 
 def _draw_grid(before: list[Any], after: list[Any], pairs: list[Pair], num_erased: int, path: Path) -> None:
     """A picture of five erased and eight kept pairs, before and after."""
-    from diffusers_erasure.pictures import contact_sheet
+    from diffusers_erasure.pictures import as_png, contact_sheet
+    from diffusers_erasure.storage import write_file
 
     indices = [*[*range(0, num_erased, 8)][:5], *[*range(num_erased, len(pairs), 16)][:8]]
-    contact_sheet(
+    sheet = contact_sheet(
         [("before", [before[i] for i in indices]), ("after", [after[i] for i in indices])],
         columns=[pairs[i][0] for i in indices],
         scale=2,
-    ).save(path)
+    )
+    write_file(path, as_png(sheet))
 
 
 def _new_folder(output: Path | None) -> Path:
