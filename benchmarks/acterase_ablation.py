@@ -39,6 +39,7 @@ from diffusers_erasure.methods import acterase
 from diffusers_erasure.methods.acterase_pairs import pairs_for
 from diffusers_erasure.methods.probes import inputs_seen
 from diffusers_erasure.schema import Concept
+from diffusers_erasure.settings import resolve
 
 
 # As the embedded model is drawn, and every step stored, so that pooling over timesteps can be read from it too.
@@ -97,12 +98,12 @@ class Bench:
     def concept(self, name: str, anchored: bool) -> Concept:
         return Concept(name, HYPERNYMS.get(name, "") if anchored else "")
 
-    def calibration(self, concept: Concept, config: acterase.Config) -> tuple[acterase.Calibration, float]:
+    def calibration(self, concept: Concept, config: acterase.Settings) -> tuple[acterase.Calibration, float]:
         """A calibration at all sites, which serves all settings that only read it; and its processor seconds."""
         shared = dataclasses.replace(config, **{name: getattr(acterase.Config(sites="all"), name) for name in READ})
         key = repr((concept, shared))
         if key not in self.calibrations:
-            pairs = pairs_for(concept, config.num_pairs, config.preset, None, True)
+            pairs = pairs_for(concept, config.num_pairs, config.preset, (), True)
             drawn = {shot.prompt for shot in self.jobs[str(concept.target)].shots}
             assert not drawn & {right for _, right in pairs}, "a prompt is used in fitting and in testing"
             made = acterase.Calibration(self.pipe, shared, [pairs])
@@ -118,7 +119,7 @@ class Bench:
         changes = {**self.further, **changes}
         anchored = changes.pop("anchor", True)
         preset = "style" if name in STYLES else "object"
-        config = acterase.Config(**{"preset": preset, **CALIBRATION, **BASE, **changes})
+        config = resolve(acterase.Config(**{"preset": preset, **CALIBRATION, **BASE, **changes}), acterase.Settings)
         key = (name, anchored, repr(config))
         if key not in self.scores:
             concept = self.concept(name, anchored)
@@ -142,7 +143,7 @@ class Bench:
         return erased, kept
 
 
-def patched(calibration: acterase.Calibration, config: acterase.Config, erasure: Erasure) -> float:
+def patched(calibration: acterase.Calibration, config: acterase.Settings, erasure: Erasure) -> float:
     """Share of the units at the sites that is patched, over all timesteps."""
     (layer,) = erasure.config.layers
     tensors = erasure.layer_tensors(layer)

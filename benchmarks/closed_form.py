@@ -54,6 +54,7 @@ from diffusers_erasure import Erasure, base_model, cache, combine, encoding, era
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods import base_sums, rece, speed, uce
 from diffusers_erasure.methods.rows import POOLED, ROWS, KeptRows, TargetRows
+from diffusers_erasure.settings import resolve
 
 
 TABLES = {"sd15": ("speed", "erase", "rece", "combine", "memory", "files"), "sdxl": ("speed", "rece")}
@@ -198,7 +199,7 @@ def from_rows(kind: str, pipe: Any, found: Mapping[str, tuple[TargetRows, KeptRo
     for name, (rows, kept) in found.items():
         weights = base_sums.weight_gram(rece.readers_of(pipe, name), rows.targets.shape[1])
         scales = rece.Scales.of(config, rows, rows, kept, weights)
-        maps[name] = rece.solve(rows, rows, kept, weights, scales, config.epochs, bool(config.keep_erased))
+        maps[name] = rece.solve(rows, rows, kept, weights, scales, config.epochs, config.keep_erased)
     return uce.publish(pipe, maps, config)
 
 
@@ -206,7 +207,7 @@ def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> l
     """The table `speed` of Stable Diffusion 1.5."""
     pipe = UNetOnly(make_unet(options.smoke))
     width = pipe.unet.config.cross_attention_dim
-    config = speed.Config(preset="style", published=True)
+    config = resolve(speed.Config(preset="style", published=True), speed.Settings)
     sites = {name: linear for name, linear in base_model.text_readers(pipe).items() if name.endswith("to_v")}
     groups: dict[int, list[str]] = {}
     for name, linear in sites.items():
@@ -413,12 +414,12 @@ def sdxl(options: Any, size: Size, repeats: int, only: Sequence[str]) -> dict[st
     numbers: dict[str, Any] = {}
     if "speed" in only:
         relative = {name: speed.PUBLISHED["style"][name] / SQUARED_NORM for name in ("threshold", "ridge")}
-        config = speed.Config(preset="style", published=True, units="relative", **relative)
+        config = resolve(speed.Config(preset="style", published=True, units="relative", **relative), speed.Settings)
         title = f"SDXL: SPEED with {size.retain_rows} known rows to retain"
         numbers["speed"] = time_calls(title, known_rows_calls("speed", pipe, size, config), repeats)
     if "rece" in only:
-        calls = known_rows_calls("rece", pipe, size, rece.Config(preset="nudity"))
-        calls += known_rows_calls("uce", pipe, size, uce.Config())
+        calls = known_rows_calls("rece", pipe, size, resolve(rece.Config(preset="nudity"), rece.Settings))
+        calls += known_rows_calls("uce", pipe, size, resolve(uce.Config(), uce.Settings))
         numbers["rece"] = time_calls("SDXL: RECE (3 epochs) and UCE on known rows", calls, repeats)
     return numbers
 

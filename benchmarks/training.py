@@ -43,6 +43,7 @@ from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS
 from diffusers_erasure.denoising.prompts import nearest
 from diffusers_erasure.encoding import last_rows
 from diffusers_erasure.methods import esd
+from diffusers_erasure.settings import USUAL, Facts, resolve
 from diffusers_erasure.training import TrainingRun
 from diffusers_erasure.training.sites import find_sites
 
@@ -77,7 +78,7 @@ def counted(unet: Any) -> Iterator[Count]:
         handle.remove()
 
 
-def plain_esd(pipe: Any, target: str, anchor: str, retain: Sequence[str], config: esd.Config, updates: int) -> None:
+def plain_esd(pipe: Any, target: str, anchor: str, retain: Sequence[str], config: esd.Settings, updates: int) -> None:
     """The first updates of ESD as its paper's algorithm reads, on-policy, sample by sample; leaves its LoRA in the pipeline."""
     unet, steps = pipe.unet, config.num_inference_steps
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="trailing")
@@ -118,7 +119,7 @@ def plain_esd(pipe: Any, target: str, anchor: str, retain: Sequence[str], config
     for _ in range(updates):
         optimizer.zero_grad()
         for sample in range(config.batch_size):
-            template = draw.choice(config.template_list())
+            template = draw.choice(config.template_list)
             concept, neutral = template.format(target), template.format(anchor)
             x, t = denoised(concept)
             away = base(x, t, neutral) - config.eta * (base(x, t, concept) - base(x, t, neutral))
@@ -157,7 +158,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         anchor = HYPERNYMS[target]
         retain = ["dog", "pizza"] if options.smoke else [name for name in OBJECTS if name != target]
         squares = float(last_rows(fast_pipeline(), [target]).square().sum())
-        config = esd.Config(**settings).resolved(1, squares)  # as `erase` does
+        config = resolve(esd.Config(**settings), esd.Settings, Facts(1, squares))  # as `erase` does
         row: dict[str, Any] = {"concept": target, "steps": options.steps}
         for name in ("plain", "library"):
             # Not `fast_pipeline`: its channels-last weights are slow in batches as small as the plain way's.
@@ -185,7 +186,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         row["ratio"] = {key: row["library"][key] / row["plain"][key] for key in ("forwards", "passes", "seconds")}
         found.append(row)
     print_table(
-        f"ESD on the embedded model, {options.steps} updates of {esd.Config(**settings).batch_size} samples and as many retained ones, for each "
+        f"ESD on the embedded model, {options.steps} updates of {resolve(esd.Config(**settings), esd.Settings, USUAL).batch_size} samples and as many retained ones, for each "
         "update; processor time, encoding and pool included (aims: forwards <= 0.20, seconds <= 0.33)",
         ["", "updates", "forwards", "with backward", "seconds", "acc_e", "acc_r"],
         [

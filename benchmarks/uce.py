@@ -20,7 +20,8 @@ from benchmarks.timing import interleave_calls, ratios, spread, summary
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods.rows import ROWS, KeptRows, TargetRows
-from diffusers_erasure.methods.uce import Config, publish, solve
+from diffusers_erasure.methods.uce import Config, Settings, publish, solve
+from diffusers_erasure.settings import resolve
 
 
 LAMB, SQUARED_NORM = 0.5, 750.0
@@ -64,7 +65,7 @@ def main() -> None:
     repeats = options.repeats or (3 if options.smoke else 7)
     pipe = UNetOnly(make_unet(options.smoke))
     weights = {name: linear.weight for name, linear in text_readers(pipe).items()}
-    config = Config(rows="last", templates="none", absolute=True, lamb=LAMB)
+    config = resolve(Config(published=True, lamb=LAMB), Settings)
     table: list[dict[str, Any]] = []
     for count in counts:
         rows = random_rows(count, retain, pipe.unet.config.cross_attention_dim)
