@@ -168,7 +168,7 @@ class MapChange(WeightChange):
 
     def values(self, name: str, positions: list[int]) -> torch.Tensor | None:
         """Values of W (T - I), from W T, which is what a fused module holds."""
-        held = self.module._parameters.get(name)
+        held = compat.own_parameter(self.module, name)
         if name != "weight" or held is None or held.device.type == "meta" or held.shape[1:] != self.a.shape[1:]:
             return None
         weight = held.detach()
