@@ -18,9 +18,10 @@ from .errors import (
 from .fitting import erase
 from .formats.erased_model import export_erased, push_erased_model
 from .formats.kohya import save_kohya, to_kohya
+from .layers import Layer
 from .live.processor import ActEraseAttnProcessor
 from .live.prompt_guard import prompt_embeds_are_erased
-from .modifying import with_gate, with_schedule, without_gate, without_schedule
+from .modifying import with_gate, with_schedule, with_stock_lora, without_gate, without_schedule
 from .pipeline import (
     ErasablePipeline,
     ErasureInfo,
@@ -37,6 +38,7 @@ from .pipeline import (
     unload_erasure,
 )
 from .registry import Citation, MethodDeclaration, register_method
+from .stock_lora import without_stock_lora
 
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "ErasureInputError",
     "ErasureNotFoundError",
     "ErasureTrainingError",
+    "Layer",
     "MethodDeclaration",
     "__version__",
     "as_erasable",
@@ -79,8 +82,10 @@ __all__ = [
     "unload_erasure",
     "with_gate",
     "with_schedule",
+    "with_stock_lora",
     "without_gate",
     "without_schedule",
+    "without_stock_lora",
 ]
 
 

@@ -258,7 +258,7 @@ def parse_card(card: str) -> ParsedCard:
 def check_card(card: str) -> None:
     """Raise `ValueError` where a card's metadata cannot be read or written again."""
     parsed = parse_card(card)
-    assemble([], parsed.data, parsed.text)
+    compose([], parsed.data, parsed.text)
 
 
 def licence_of(card: str) -> str | None:
@@ -267,7 +267,7 @@ def licence_of(card: str) -> str | None:
     return licence if isinstance(licence, str) and _LICENCE.fullmatch(licence) else None
 
 
-def assemble(sides: Sequence[ParsedCard], data: Mapping[str, Any], text: str) -> str:
+def compose(sides: Sequence[ParsedCard], data: Mapping[str, Any], text: str) -> str:
     """Put a card together; one of `sides` that has the same content is returned without a byte changed.
 
     Args:
@@ -307,9 +307,9 @@ def merge_card(old: str, new: str) -> tuple[str, bool]:
         ValueError: the old card's metadata cannot be read.
     """
     there, fresh = parse_card(old), parse_card(new)
-    kept = there.written is not None
+    by_hand = there.written is not None
     data = {**there.foreign(fresh), **fresh.data, "tags": joined_tags(fresh, there.foreign_tags)}
-    return assemble([there, fresh], data, there.text if kept else fresh.text), kept
+    return compose([there, fresh], data, there.text if by_hand else fresh.text), by_hand
 
 
 def joined_tags(fresh: ParsedCard, others: Iterable[Any]) -> list[Any]:

@@ -1,18 +1,19 @@
 """Schedules and gates put on an erasure, and taken off: strength by timestep and site, and by the prompt."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .artifact import Erasure
-from .base_model import denoiser_name
+from .base_model import compare_base, denoiser_name
 from .encoding import all_rows
 from .errors import ErasureInputError
 from .layers import layer_kind
 from .live.blocks import erasures_disabled
 from .schema import MODIFIER_PREFIX, TENSOR_FILE, GateSpec, LayerSpec, ScheduleSpec
+from .stock_lora import give_stock_lora, without_stock_lora
 
 
 def with_schedule(
@@ -131,6 +132,54 @@ def without_schedule(erasure: Erasure) -> Erasure:
     return _changed(erasure, {i: {"schedule": None} for i in range(len(erasure.config.layers))}, {})
 
 
+def with_stock_lora(
+    erasure: Erasure,
+    pipe: Any,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    *,
+    error: float | None = None,
+    rank: int | None = None,
+    max_error: float | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> Erasure:
+    """Give an erasure that acts by other layers a LoRA besides, which stock diffusers loads in their place.
+
+    This library goes on acting by the layers; the LoRA lies in the file that `load_lora_weights` reads. A text map's is
+    computed from the base model's weights, and is the same edit. Any other erasure can carry a LoRA that comes near it, such
+    as one that was trained to do what it does; the card says how near. Also an exact one differs where a LoRA of the
+    user's lies on the same modules: a text map T gives (W + U) T there, its LoRA W T + U.
+
+    Args:
+        erasure ([`Erasure`]): the erasure, which stays as it is. A LoRA that was given to it before is replaced.
+        pipe ([`DiffusionPipeline`]): the base model.
+        state_dict (mapping, *optional*): the LoRA's factors, as for [`Erasure.from_lora`]; computed by default. Its distance
+            from the layers' change of the weights is measured, and up to 1e-5 it counts as exact.
+        error (`float`, *optional*): how far `state_dict` is from the erasure, relative, where not all of its layers are
+            changes of weights, so that you measured it.
+        rank (`int`, *optional*), max_error (`float`, *optional*): truncate the LoRA that is computed.
+        results (mapping, *optional*): what was measured on images with the LoRA.
+
+    Raises:
+        ErasureInputError: the layers are a LoRA already; no LoRA does what they do and none is given; or it does not fit.
+        ErasureCompatibilityError: the erasure was made for another base model.
+
+    Examples:
+
+    ```py
+    >>> erasure = with_stock_lora(erase(pipe, "Van Gogh", layer="text_map"), pipe)
+    >>> erasure.config.stock.form
+    'exact'
+    ```
+    """
+    layers = erasure.config.layers
+    origins = {name for layer in layers for name in layer.derived_from}
+    with erasures_disabled(pipe):
+        compare_base(
+            erasure.config.base_model, pipe, needed={layer.component for layer in layers}, derived_from=origins
+        )
+        return give_stock_lora(erasure, pipe, state_dict, error=error, rank=rank, max_error=max_error, results=results)
+
+
 def _denoising(erasure: Erasure, layer: int | None) -> list[int]:
     layers = erasure.config.layers
     found = [i for i, spec in enumerate(layers) if spec.component in ("unet", "transformer") and layer in (None, i)]
@@ -148,6 +197,7 @@ def _refuse(index: int, spec: LayerSpec, word: str, reason: str | None) -> None:
 
 
 def _changed(erasure: Erasure, changes: dict[int, dict[str, Any]], added: dict[str, torch.Tensor]) -> Erasure:
+    erasure = without_stock_lora(erasure)  # it was that of the layers as they were
     layers: list[LayerSpec] = []
     for index, spec in enumerate(erasure.config.layers):
         layers.append(dataclasses.replace(spec, **changes.get(index, {})))

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 
 from diffusers_erasure import Erasure, ErasureConfigError, ErasureError, ErasureInputError, export_erased
 from diffusers_erasure.formats.erased_model import render_model_card
-from diffusers_erasure.provenance import Contained, Provenance, contained_config
 from diffusers_erasure.schema import SCHEMA, BaseModel, Concept, Library
+from diffusers_erasure.schema.erased_model import Contained, Provenance, contained_config
 from tests.helpers import (
     CONV_SITES,
     TEXT_SITES,

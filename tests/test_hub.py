@@ -194,19 +194,16 @@ def test_each_thing_is_done_once(client: Client) -> None:
     code = """
         from tests.helpers import counting
 
-        def counts(action):
-            with counting() as found:
-                action()
-            return dict(found)
-
-        result = [
-            len(lora.tensors["pytorch_lora_weights.safetensors"]) + len(lora.tensors["erasure.safetensors"]),
-            counts(lambda: lora.push_to_hub("alice/once", token="hf_alice")),
-            counts(lambda: Erasure.from_pretrained("alice/once", token="hf_alice", cache_dir=cache)),
-            counts(lambda: pipe.load_erasure("alice/once", token="hf_alice", cache_dir=cache)),
-        ]
+        pull = dict(token="hf_alice", cache_dir=cache)
+        with counting() as pushing:
+            lora.push_to_hub("alice/once", token="hf_alice")
+        with counting() as pulling:
+            Erasure.from_pretrained("alice/once", **pull)
+        with counting() as loading:
+            pipe.load_erasure("alice/once", **pull)
+        result = [sum(map(len, lora.tensors.values())), pushing, pulling, loading]
     """
-    tensors, pushing, pulling, loading = ok(client(script(code), cache=client.cache()))
+    tensors, pushing, pulling, loading = ok(client(textwrap.dedent(code), cache=client.cache()))
     once = {"configs parsed": 1, "files hashed": 2, "tensors checked": tensors}
     assert pushing == {**once, "cards rendered": 1}
     assert pulling == once

@@ -490,6 +490,8 @@ def test_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(GainKind, "name", name)
         with pytest.raises(ErasureInputError, match="cannot be the name"):
             register_layer_kind(GainKind())
+    with pytest.raises(ErasureInputError, match="is an instance"):
+        register_layer_kind(GainKind)  # type: ignore[arg-type]
     monkeypatch.undo()
     assert layer_kind("lora").name == "lora"
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+import runpy
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,9 @@ from diffusers_erasure.settings import (
 )
 from diffusers_erasure.training import TrainConfig, TrainingRun
 from diffusers_erasure_cli import base_models as loading
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # ------------------------------------------------------------------------------------------------------ templates
@@ -257,7 +261,7 @@ def test_what_the_catalogue_says() -> None:
     assert esd["ema_decay"]["range"] == "a number, at least 0 and below 1"
     assert found["speed"]["settings"]["filter"]["range"] == "true or false"
     assert found["speed"]["settings"]["filter"]["choices"] == ["true", "false"]
-    assert found["uce"]["settings"]["layer"]["choices"] == ["lora", "text_map"]
+    assert found["uce"]["settings"]["layer"]["choices"] == ["lora", "text_map", "both"]
     assert (found["uce"]["presets"], found["uce"]["has_published"]) == (["object", "style", "person"], True)
     assert found["uce"]["settings"]["lamb"]["presets"]["style"] == 1e-3
     assert found["uce"]["settings"]["lamb"]["published"]["style"] == 0.5
@@ -304,3 +308,25 @@ def test_several_settings_in_one_entry_and_a_derived_class() -> None:
         "third": "an end: with a colon.",
         "fourth": "an end: with a colon.",
     }
+
+
+def test_the_tables_in_the_documentation_are_up_to_date() -> None:
+    """Of every method its settings, and one of all methods."""
+    tool = runpy.run_path(str(ROOT / "tools" / "method_tables.py"))
+    found = json.loads(FILE.read_text(encoding="utf-8"))
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in tool["PAGES"]}
+    for name, page in pages.items():
+        assert tool["written"](page, found) == page, "run `python tools/method_tables.py`"
+        assert f"<!-- table: {'methods' if name == 'index' else name} -->\n| " in page
+    assert pages.keys() == {"index", *found}
+
+
+def test_a_table_says_what_presets_differ_in() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "method_tables.py"))
+    assert tool["by_preset"]({"a": 1, "b": 2, "c": 2}, "b") == "`2`; a: `1`"
+    assert tool["by_preset"]({"a": "x", "b": "x"}, "b") == '`"x"`'
+    assert (tool["value"]("two a concept"), tool["value"](None), tool["plain"]("|x|")) == (
+        "two a concept",
+        "none",
+        r"\|x\|",
+    )

@@ -61,7 +61,7 @@ class Entry:
         """One line about it for the docs."""
         if not self.erases:
             return self.note
-        parts = [get_method(self.method).summary.partition(" (")[0]]
+        parts = [get_method(self.method).declared.summary.partition(" (")[0]]
         common, styles = {**self.settings, **self.objects}, {**self.settings, **self.styles}
         parts += [f"`{key}={value!r}`".replace("'", '"') for key, value in common.items()]
         other = {key: value for key, value in styles.items() if value != common.get(key)}
@@ -99,12 +99,12 @@ class Entry:
         from diffusers_erasure.training import TrainingRun
 
         settings, anchors, method = self.settings_for(targets), self.anchors(targets), get_method(self.method)
-        if method.retains:
+        if method.declared.retains:
             settings["retain"] = retained(targets, anchors)
-        if method.resumable:
+        if method.declared.resumable:
             settings["training"] = TrainingRun(progress=False)
         # Backward passes through channels-last weights are slow in small batches, and torch 2.13 crashes in some on a CPU.
-        pipe = load_pipeline() if method.resumable else fast_pipeline()
+        pipe = load_pipeline() if method.declared.resumable else fast_pipeline()
         return erase(pipe, list(targets), anchors=anchors, method=self.method, **settings)
 
     def identity(self, targets: Sequence[str]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from ..hub.transfer import push_model
 from ..live import fusing
 from ..live.loaded import components, known, loaded, states
 from ..logging import get_logger
-from ..provenance import KIND, PLACES, Contained, Provenance, contained_config
 from ..schema import CARD_FILE, SCHEMA, Library
+from ..schema.erased_model import KIND, PLACES, Contained, Provenance, contained_config
 from ..storage import new_folder
 
 

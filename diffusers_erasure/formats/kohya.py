@@ -11,7 +11,8 @@ import torch
 from ..artifact import Erasure
 from ..errors import ErasureError, ErasureInputError
 from ..layers import layer_kind
-from ..low_rank import Factors, pad_rank
+from ..low_rank import DOWN, UP, Factors, pad_rank
+from ..schema import LORA_FILE
 from ..storage import write_file
 from ..tensors import dtype_of, dump
 
@@ -28,7 +29,8 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
     All modules have one rank (padded with zeros) and one alpha, equal to it: readers disagree about anything else.
 
     Args:
-        erasure ([`Erasure`]): of `lora` layers alone, for Stable Diffusion 1.x, 2.x or XL.
+        erasure ([`Erasure`]): for Stable Diffusion 1.x, 2.x or XL, of `lora` layers alone or with a LoRA for stock diffusers
+            besides (see [`with_stock_lora`]), which then is what is written.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): of the factors.
 
     Returns:
@@ -42,8 +44,10 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
     family = erasure.config.base_model.family
     prefixes = _PREFIXES.get(family)
     layers = erasure.config.layers
-    found = [(layer, layer_kind(layer.kind).lora(layer, erasure.layer_tensors(layer))) for layer in layers]
-    others = sorted({layer.kind for layer, factors in found if factors is None})
+    found = [(layer.component, layer_kind(layer.kind).lora(layer, erasure.layer_tensors(layer))) for layer in layers]
+    others = sorted({layer.kind for layer, (_, factors) in zip(layers, found, strict=True) if factors is None})
+    if erasure.lora_for_others():
+        found, others = _stock_factors(erasure), []
     if prefixes is None or others or any(layer.is_modified for layer in layers):
         why = f"it is for {family}" if prefixes is None else "it has a schedule or a gate"
         why = f"it has layers of the kinds {others}" if prefixes and others else why
@@ -51,26 +55,38 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
             f"This erasure has no kohya form: {why}. Only LoRA layers for {sorted(_PREFIXES)} have one; others are loaded "
             "with `load_erasure`."
         )
-    parts = [(layer, factors) for layer, factors in found if factors is not None]
+    parts = [(component, factors) for component, factors in found if factors is not None]
     tensors, expected = {}, {}
     rank = max(len(down) for _, factors in parts for down, _ in factors.values())
-    for layer, factors in parts:
+    for component, factors in parts:
         for site, own in factors.items():
             down, up = (pad_rank(factor, rank, dim).to(dtype) for dim, factor in enumerate(own))
             if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
                 raise ErasureInputError(f"Some values of {site!r} are too large for {dtype}; use float32.")
-            text = layer.component != "unet"
+            text = component != "unet"
             name = f"text_model.{site.removeprefix('text_model.')}" if text else site
-            key = prefixes[layer.component] + name.replace(".", "_")
+            key = prefixes[component] + name.replace(".", "_")
             if f"{key}.alpha" in tensors:
                 raise ErasureInputError(f"Two modules would have the name {key!r} in a kohya file.")
             tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
             tensors[f"{key}.alpha"] = torch.tensor(float(rank))
-            expected[f"{layer.component}.{name}"] = down
-        if layer.component != "unet":
-            tensors.update(_marker(factors, prefixes[layer.component], rank, dtype))
+            expected[f"{component}.{name}"] = down
+        if component != "unet":
+            tensors.update(_marker(factors, prefixes[component], rank, dtype))
     _check_names(tensors, expected, family)
     return tensors
+
+
+def _stock_factors(erasure: Erasure) -> list[tuple[str, dict[str, Factors] | None]]:
+    """The factors of the LoRA file by component, where they stand for layers that are none."""
+    parts: dict[str, dict[str, Factors] | None] = {}
+    file = erasure.tensors[LORA_FILE]
+    for name in sorted(key.removesuffix(DOWN) for key in file if key.endswith(DOWN)):
+        component, _, site = name.partition(".")
+        own = parts.setdefault(component, {})
+        assert own is not None
+        own[site] = file[name + DOWN], file[name + UP]
+    return list(parts.items())
 
 
 def _marker(factors: Mapping[str, Factors], prefix: str, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

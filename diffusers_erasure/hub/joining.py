@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cards import ParsedCard, assemble, is_edited, joined_tags, parse_card, render_card
+from ..cards import ParsedCard, compose, is_edited, joined_tags, parse_card, render_card
 from ..errors import ErasureError, ErasureInputError
 from ..logging import get_logger
 from ..schema import CARD_FILE, CONFIG_FILE, GRID_FILE, MAX_CONFIG_BYTES, ErasureConfig
@@ -36,13 +36,13 @@ class Joined:
     Attributes:
         card: the text.
         pictures: those of both sides.
-        kept: the side whose text, written by hand, was kept.
+        text_of: the side whose text, written by hand, holds.
         seen: what the local side knows of them: its own part, and for the rest what its record had seen of the Hub before.
     """
 
     card: str
     pictures: dict[str, bytes]
-    kept: Side | None
+    text_of: Side | None
     seen: Sight
 
 
@@ -71,14 +71,16 @@ def join(fresh: str, local: Beside, hub: Beside, *, card: Side | None = None) ->
     source = next((side for side in sides if written is not None and side.written == written), None)
     text = new.text if source is None else source.text
 
-    kept = [({}, []) if side is None else (side.foreign(new), side.foreign_tags) for side in (mine, theirs, *before)]
+    foreign = [
+        ({}, []) if side is None else (side.foreign(new), side.foreign_tags) for side in (mine, theirs, *before)
+    ]
     data: dict[str, Any] = {}
-    for key in dict.fromkeys(key for found, _ in (kept[1], kept[0]) for key in found):
-        value = choice.of(f"`{key}` of the metadata", *(found.get(key) for found, _ in kept))
+    for key in dict.fromkeys(key for found, _ in (foreign[1], foreign[0]) for key in found):
+        value = choice.of(f"`{key}` of the metadata", *(found.get(key) for found, _ in foreign))
         if value is not None:
             data[key] = value
-    others = dict.fromkeys(tag for _, found in (kept[1], kept[0]) for tag in found)
-    tags = [tag for tag in others if choice.of(f"tag {tag}", *(tag in found or None for _, found in kept))]
+    others = dict.fromkeys(tag for _, found in (foreign[1], foreign[0]) for tag in found)
+    tags = [tag for tag in others if choice.of(f"tag {tag}", *(tag in found or None for _, found in foreign))]
 
     pictures = {}
     for name in sorted({*local.pictures, *hub.pictures}):
@@ -89,13 +91,13 @@ def join(fresh: str, local: Beside, hub: Beside, *, card: Side | None = None) ->
         digest = next((d for d in now if d), None) if None in now else choice.of(f"picture {name}", *now, *then)
         pictures[name] = next((c for c, d in zip(pair, now, strict=True) if c is not None and d == digest), b"")
     choice.check()
-    whole = assemble([*sides, new], {**data, **new.data, "tags": joined_tags(new, tags)}, text)
-    side: Side = "local" if mine is not None and mine.written == written else "hub"
+    whole = compose([*sides, new], {**data, **new.data, "tags": joined_tags(new, tags)}, text)
+    holder: Side = "local" if mine is not None and mine.written == written else "hub"
     digests = choice.then_hub.pictures if choice.then_hub else {}
     digests = {name: digest for name, digest in digests.items() if name in pictures}
     digests |= {name: sha256(content) for name, content in pictures.items() if content == local.pictures.get(name)}
     seen = Sight(_seen_card(new, parse_card(whole), mine, before[1]), digests)
-    return Joined(whole, pictures, None if source is None else side, seen)
+    return Joined(whole, pictures, None if source is None else holder, seen)
 
 
 def _seen_card(new: ParsedCard, joined: ParsedCard, mine: ParsedCard | None, then: ParsedCard | None) -> str:
@@ -112,7 +114,7 @@ def _seen_card(new: ParsedCard, joined: ParsedCard, mine: ParsedCard | None, the
     written = joined.written == (None if mine is None else mine.written)
     text = joined.text if written else (then or new).text
     data = {key: value for key, value in data.items() if value is not None}
-    return assemble([joined, new], {**data, **new.data, "tags": joined_tags(new, others)}, text)
+    return compose([joined, new], {**data, **new.data, "tags": joined_tags(new, others)}, text)
 
 
 class _Choice:
@@ -208,9 +210,9 @@ def beside_files(
         logger.warning("The %s of %s stays as it is: %s", CARD_FILE, folder, there.problem[:300])
         return {}
     joined = join(fresh, there, own, card=card)
-    if joined.kept is not None:
-        source = there if joined.kept == "local" else own
-        level = logging.WARNING if replaced and joined.kept == "local" else logging.INFO
+    if joined.text_of is not None:
+        source = there if joined.text_of == "local" else own
+        level = logging.WARNING if replaced and joined.text_of == "local" else logging.INFO
         check = " It was written for the erasure that lay there before: check it." if level == logging.WARNING else ""
         logger.log(level, "The text of the card of %s was edited by hand and is kept.%s", source.where, check)
     if replaced and there.pictures:

@@ -71,13 +71,13 @@ class Snapshot:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "token": None}
 
-    def read(self, name: str, limit: int, record: FileRecord | None = None, force: bool = False) -> bytes:
+    def read(self, name: str, limit: int, expected: FileRecord | None = None, force: bool = False) -> bytes:
         """Read a file of at most `limit` bytes; a larger one is not downloaded.
 
         Args:
             name (`str`): the file's name.
             limit (`int`): its largest size.
-            record ([`FileRecord`], *optional*): its size and SHA-256.
+            expected ([`FileRecord`], *optional*): its size and SHA-256.
             force (`bool`, *optional*, defaults to `False`): download it again.
 
         Raises:
@@ -89,13 +89,13 @@ class Snapshot:
         try:
             _check_size(self.repo_id, name, path.stat().st_size, limit)
             data = path.read_bytes()
-            if record is not None:
-                check_file(f"{name} of {self.repo_id}", data, record)
+            if expected is not None:
+                check_file(f"{name} of {self.repo_id}", data, expected)
         except ErasureFileError:
             if not in_cache or not self.online:
                 raise
             logger.warning("%s of %s is damaged in the cache; it is downloaded again.", name, self.repo_id)
-            return self.read(name, limit, record, force=True)
+            return self.read(name, limit, expected, force=True)
         return data
 
     def _cached(self, name: str) -> Path | None:
@@ -267,7 +267,7 @@ def push(
         hub = _beside_on_hub(there, present, local.pictures, () if grid is None else (GRID_FILE,))
         fresh = render_card(config, repo_id, grid=GRID_FILE in {*local.pictures, *present}, license=license)
         joined = join(fresh, local, hub, card=card)
-        _tell_kept(joined.kept, hub.where, config.redacted)
+        _tell_whose_text(joined.text_of, hub.where, config.redacted)
         pictures = {name: data for name, data in joined.pictures.items() if local.pictures.get(name) == data}
         added = {**files, CARD_FILE: joined.card.encode(), **pictures}
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in sorted(added.items())]
@@ -329,15 +329,15 @@ def _etags(data: bytes) -> tuple[str, str]:
     return sha256(data), hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def _tell_kept(kept: Side | None, where: str, redacted: bool) -> None:
+def _tell_whose_text(side: Side | None, where: str, redacted: bool) -> None:
     check = " Check that it does not name what was redacted." if redacted else ""
-    if kept == "hub":
+    if side == "hub":
         logger.warning(
             "The text of the card of %s was edited by hand, so it is kept and only its metadata is updated.%s",
             where,
             check,
         )
-    elif kept == "local" and redacted:
+    elif side == "local" and redacted:
         logger.warning("The card's text was edited by hand and goes along.%s", check)
 
 
@@ -371,8 +371,8 @@ def push_model(folder: Path, repo_id: str, options: CommitOptions) -> "CommitInf
         stale = _stale_weights(there, present) - set(files)
         hub = _beside_on_hub(there, present, {}, ())
         if hub.card is not None:
-            card, kept = merge_card(hub.card, (folder / CARD_FILE).read_text(encoding="utf-8"))
-            _tell_kept("hub" if kept else None, hub.where, redacted=False)
+            card, by_hand = merge_card(hub.card, (folder / CARD_FILE).read_text(encoding="utf-8"))
+            _tell_whose_text("hub" if by_hand else None, hub.where, redacted=False)
             files[CARD_FILE] = card.encode()
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in files.items()]
         operations += [CommitOperationDelete(name) for name in sorted(stale)]
@@ -412,7 +412,7 @@ def _stale_files(there: Snapshot, present: set[str], new: set[str]) -> list[str]
 
 def _stale_weights(there: Snapshot, present: set[str]) -> set[str]:
     """What an earlier push of an erased model wrote that must not lie beside another's weights; other files stay."""
-    from ..provenance import MAX_BYTES, PLACES, Provenance
+    from ..schema.erased_model import MAX_BYTES, PLACES, Provenance
 
     if not {CONFIG_FILE, MODEL_INDEX} <= present:
         return set()

@@ -9,6 +9,7 @@ writes, for every token alike, `x <- x + w (mu - x)` on the units that an erasur
 so that masks are joined and overlaps averaged, in whatever order they were loaded. Timesteps are matched to the nearest
 stored one, of two equally near ones to the smaller. As long as nothing depends on the prompt, all of this is a table by
 intervals of the timestep, and a pass costs a look-up and one fused multiply-add; where every w is 0 it gives `x * 1 + 0`.
+With a gate, what is looked up is joined in each pass.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,7 +27,7 @@ from .base import HookLayer
 from .buffers import PartKey, Tensors, live_buffer, set_buffer
 from .changes import WeightChange
 from .kind import LayerKind
-from .modifiers import Conditions, Factors, Modifier, bins_at
+from .modifiers import Conditions, Modifier, bins_at
 from .sites import SiteEdit, SiteLayer, find_site
 
 
@@ -35,7 +36,6 @@ logger = get_logger(__name__)
 FEED_FORWARD, ATTENTIONS = ".ff.net.2", (".attn1.to_out.0", ".attn2.to_out.0")
 MASK, MEANS, TIMESTEPS, BLEND = ".mask", ".means", "timesteps", "blend"
 MAX_TIMESTEPS = 1000
-MOST_ROWS = 128  # of a table; with more intervals the parts are joined in each pass
 MANY = 5  # concepts; the paper reports heavy degradation at ten
 
 
@@ -115,6 +115,14 @@ class Part:
             limits = torch.where(short, torch.nextafter(limits, infinity), limits)
         return column.double(), limits
 
+    def at(self, timesteps: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight at strength 1 and without a gate, and mean: float64 [len(timesteps), width]."""
+        mask, means = self.dense(width)
+        values, ends = self.scheduled()
+        nearest = torch.searchsorted(self.limits(), timesteps)
+        factors = self.blend * values[torch.searchsorted(ends, timesteps)]
+        return factors[:, None] * mask[nearest], means[nearest]
+
 
 def _set_bits(mask: torch.Tensor) -> torch.Tensor:
     return unpack(mask, 8 * mask.shape[1])
@@ -135,98 +143,14 @@ def static_rows(parts: Sequence[tuple[float, Part]], width: int) -> torch.Tensor
     return joined(weights, torch.stack([means[0] for _, _, means in dense]))
 
 
-# --------------------------------------------------------------------------------------------------- the live forms
-
-
-def _bits(limits: torch.Tensor) -> torch.Tensor:
-    """Limits as integers, which a model's `.to(dtype)` leaves as they are."""
-    return limits.contiguous().view(torch.int32)
-
-
-class Table(nn.Module):
-    """All parts joined, by intervals of the timestep on which no part changes: `rows` [K, 2, C]."""
-
-    rows: torch.Tensor
-    limits: torch.Tensor  # [K - 1], float32's bits
-
-    def __init__(
-        self, limits: torch.Tensor, width: int, conditions: Conditions, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.source = (conditions,)  # a tuple, because a module assigned to a module would become its child
-        bare = torch.tensor([1.0, 0.0])[None, :, None].expand(len(limits) + 1, 2, width)
-        live_buffer(self, "rows", bare, device, dtype)
-        live_buffer(self, "limits", _bits(limits), device, torch.int32)
-
-    @staticmethod
-    def intervals(parts: Sequence[Part]) -> torch.Tensor:
-        """Where any part changes: float32 [K - 1], ascending."""
-        return torch.cat([limits for part in parts for limits in (part.limits(), part.scheduled()[1])]).unique()
-
-    def fold(self, parts: Sequence[Part], strengths: Sequence[float]) -> None:
-        width, limits = self.rows.shape[2], self.limits.cpu().view(torch.float32)
-        inside = torch.cat([limits, torch.tensor([torch.inf])])  # a timestep of each interval
-        weights, means = [], []
-        for part, strength in zip(parts, strengths, strict=True):
-            mask, mean = part.dense(width)
-            values, ends = part.scheduled()
-            factor = strength * part.blend * values[torch.searchsorted(ends, inside)]
-            nearest = torch.searchsorted(part.limits(), inside)
-            weights.append(factor[:, None] * mask[nearest])
-            means.append(mean[nearest])
-        set_buffer(self.rows, joined(torch.stack(weights, 1), torch.stack(means, 1)))
-
-    def forward(self, device: torch.device) -> torch.Tensor:
-        """What acts in this pass: [1 or B, 2, C]."""
-        rows = self.rows.to(device)
-        if len(rows) == 1:
-            return rows
-        limits = self.limits.to(device).view(torch.float32)
-        return rows.index_select(0, torch.bucketize(self.source[0].now(device), limits))
-
-
-class Parts(nn.Module):
-    """The parts one by one, joined in each pass with the factors that the prompts give them."""
-
-    masks: torch.Tensor  # [sum T, C]
-    means: torch.Tensor  # [sum T, C]
-    limits: torch.Tensor  # [parts, most T - 1], float32's bits, infinite where a part has fewer
-    offsets: torch.Tensor  # [parts]
-    weights: torch.Tensor  # [parts]
-
-    def __init__(self, parts: Sequence[Part], width: int, conditions: Conditions, device: torch.device) -> None:
-        super().__init__()
-        self.source = (conditions,)
-        self.factors = Factors(conditions)
-        self.factors.rebuild([(part.modifier, part.index) for part in parts], device)
-        masks, means = zip(*(part.dense(width) for part in parts), strict=True)
-        live_buffer(self, "masks", torch.cat(masks), device, torch.bool)
-        live_buffer(self, "means", torch.cat(means), device, torch.float32)
-        limits = nn.utils.rnn.pad_sequence([part.limits() for part in parts], True, torch.inf)
-        live_buffer(self, "limits", _bits(limits), device, torch.int32)
-        lengths = torch.tensor([len(part.timesteps) for part in parts])
-        live_buffer(self, "offsets", lengths.cumsum(0) - lengths, device, torch.int64)
-        live_buffer(self, "weights", torch.zeros(len(parts)), device, torch.float32)
-
-    def fold(self, parts: Sequence[Part], strengths: Sequence[float]) -> None:
-        weights = [strength * part.blend for part, strength in zip(parts, strengths, strict=True)]
-        set_buffer(self.weights, torch.tensor(weights))
-
-    def forward(self, device: torch.device) -> torch.Tensor:
-        """What acts in this pass: [1 or B, 2, C]."""
-        timestep = self.source[0].now(device)
-        limits = self.limits.to(device).view(torch.float32)
-        index = self.offsets.to(device) + (timestep[:, None, None] > limits).sum(-1)  # [1 or B, parts]
-        weights = self.weights.to(device).float()
-        factors = self.factors(device)
-        if factors is not None:
-            weights = weights * factors
-        weights = weights.reshape(-1, weights.shape[-1], 1) * self.masks.to(device)[index]
-        return joined(weights, self.means.to(device)[index].float())
+# ---------------------------------------------------------------------------------------------------- the live side
 
 
 class ActivationPatch(SiteEdit):
-    """What all erasures do to the input of one module.
+    """What all erasures do to the input of one module, by intervals of the timestep on which nothing changes.
+
+    The parts are joined in one table, unless a gate makes one of them depend on the prompt. Then each has a table of its own,
+    and they are joined in each pass.
 
     Args:
         width (`int`): units of the input.
@@ -234,28 +158,57 @@ class ActivationPatch(SiteEdit):
     """
 
     parts: dict[PartKey, Part]
-    form: Table | Parts
+    rows: torch.Tensor  # [intervals of all tables, 2, C]: what `joined` gives, or with gates a part's weight and mean
+    limits: torch.Tensor  # [tables, most intervals - 1], infinite where a table has fewer; float32's bits
+    offsets: torch.Tensor  # [tables], of a table's first row
 
     def __init__(self, width: int, conditions: Conditions) -> None:
         super().__init__(conditions)
         self.width = width
+        self.gates: list[PartKey | None] = []  # of each part, `None` for none
+        self.gated = False
 
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
         """Take over the parts; the strengths are 0 until `fold`."""
-        parts = list(self.parts.values())
-        gated = any(part.modifier is not None and part.modifier.gated for part in parts)
-        limits = Table.intervals(parts)
-        if gated or len(limits) >= MOST_ROWS:
-            self.form = Parts(parts, self.width, self.source[0], device)
-        else:
-            self.form = Table(limits, self.width, self.source[0], device, dtype)
+        modifiers = [part.modifier for part in self.parts.values()]
+        self.gates = [each.key if each is not None and each.gated else None for each in modifiers]
+        self.gated = any(key is not None for key in self.gates)
+        limits = [_limits(parts.values()) for parts in self._tables()]
+        lengths = torch.tensor([len(each) + 1 for each in limits])
+        off = torch.tensor([0.0 if self.gated else 1.0, 0.0])[:, None]
+        rows = off.expand(int(lengths.sum()), 2, self.width)
+        live_buffer(self, "rows", rows, device, torch.float32 if self.gated else dtype)
+        # As integers, which a model's `.to(dtype)` leaves as they are.
+        bits = nn.utils.rnn.pad_sequence(limits, True, torch.inf).contiguous().view(torch.int32)
+        live_buffer(self, "limits", bits, device, torch.int32)
+        live_buffer(self, "offsets", lengths.cumsum(0) - lengths, device, torch.int64)
 
     def fold(self, strengths: Mapping[str, float]) -> None:
-        self.form.fold(list(self.parts.values()), [strengths[name] for name, _ in self.parts])
+        rows = []
+        for parts in self._tables():
+            inside = torch.cat([_limits(parts.values()), torch.tensor([torch.inf])])  # a timestep of each interval
+            found = [(strengths[name], *part.at(inside, self.width)) for (name, _), part in parts.items()]
+            weights = torch.stack([strength * weight for strength, weight, _ in found], 1)
+            means = torch.stack([mean for *_, mean in found], 1)
+            rows.append(torch.cat([weights, means], 1) if self.gated else joined(weights, means))
+        set_buffer(self.rows, torch.cat(rows))
+
+    def acting(self, device: torch.device) -> torch.Tensor:
+        """What acts in this pass: what [`joined`] gives, [1 or B, 2, C]."""
+        (conditions,) = self.source
+        rows = self.rows.to(device)
+        if len(rows) == 1 and not self.gated:
+            return rows
+        timestep, limits = conditions.now(device), self.limits.to(device).view(torch.float32)
+        if not self.gated:
+            return rows.index_select(0, torch.bucketize(timestep, limits[0]))
+        index = self.offsets.to(device) + (timestep[:, None, None] > limits).sum(-1)  # [1 or B, parts]
+        weights, means = rows[index].float().unbind(2)
+        return joined(weights * conditions.factors(self.gates, device)[..., None], means)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Patch hidden states [B, ..., C]; the same for every token of a row."""
-        rows = self.form(hidden_states.device)
+        rows = self.acting(hidden_states.device)
         if len(rows) > 1 and len(rows) != len(hidden_states):
             raise ErasureInputError(
                 f"An erasure acts by the timestep or prompt of each of {len(rows)} rows, but a feed-forward got {len(hidden_states)}: "
@@ -264,6 +217,14 @@ class ActivationPatch(SiteEdit):
         shape = (len(rows), *(1,) * (hidden_states.ndim - 2), self.width)
         keep, add = (row.to(hidden_states.dtype).reshape(shape) for row in rows.unbind(1))
         return torch.addcmul(add, hidden_states, keep)
+
+    def _tables(self) -> list[dict[PartKey, Part]]:
+        return [{key: part} for key, part in self.parts.items()] if self.gated else [self.parts]
+
+
+def _limits(parts: Collection[Part]) -> torch.Tensor:
+    """Up to where each interval but the last reaches on which no part changes: float32, inclusive, ascending."""
+    return torch.cat([limits for part in parts for limits in (part.limits(), part.scheduled()[1])]).unique()
 
 
 class PatchInput:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from ..low_rank import Factors
+
 
 class WeightChange(ABC):
     """What a layer, once it is fused, does to the parameters of one module.
@@ -44,6 +46,13 @@ class WeightChange(ABC):
         Returns:
             `dict`: those that this class changes.
         """
+
+    def factors(self) -> Factors | None:
+        """The change at strength 1 as a LoRA on the module, as it is now: `A` [r, in] and `B` [out, r], float64.
+
+        `None` where it is none.
+        """
+        return None
 
     def values(self, name: str, positions: list[int]) -> torch.Tensor | None:
         """What the change at strength 1 added to a parameter, at positions of the flattened one, float64.

@@ -163,6 +163,9 @@ class LowRankChange(WeightChange):
             weight = weight + strength * delta.reshape(weight.shape)
         return {"weight": weight}
 
+    def factors(self) -> low_rank.Factors:
+        return self.down.double(), self.up.double()
+
     def values(self, name: str, positions: list[int]) -> torch.Tensor | None:
         if name != "weight":
             return None

@@ -121,6 +121,13 @@ class Conditions(nn.Module):
                 self.values[key] = self.gates[self.keys[key]](self.text)
         return self.values[key]
 
+    def factors(self, keys: Sequence[PartKey | None], device: torch.device) -> torch.Tensor:
+        """The gates of several parts in this pass, [1 or B, parts]; 1 for `None`, and where there is no text."""
+        known = [None if key is None else self.gate(key) for key in keys]
+        batch = max((len(value) for value in known if value is not None), default=1)
+        ones = torch.ones(batch, device=device)
+        return torch.stack([ones if value is None else value.to(device) for value in known], dim=1)
+
 
 class ReadConditions:
     """Forward pre-hook of the denoiser. A class and no closure, so that models stay picklable."""
@@ -200,11 +207,8 @@ class Factors(nn.Module):
 
     def gates(self, device: torch.device) -> torch.Tensor:
         """The gates' values in this pass, [B, parts]; 1 for parts without one, and where there is no text."""
-        (conditions,) = self.source
-        known = [conditions.gate(modifier.key) if modifier and modifier.gated else None for modifier, _ in self.parts]
-        batch = max((len(value) for value in known if value is not None), default=1)
-        ones = torch.ones(batch, device=device)
-        return torch.stack([ones if value is None else value.to(device) for value in known], dim=1)
+        keys = [modifier.key if modifier and modifier.gated else None for modifier, _ in self.parts]
+        return self.source[0].factors(keys, device)
 
 
 def bins_at(timestep: torch.Tensor, bins: torch.Tensor | int, span: torch.Tensor | float) -> torch.Tensor:

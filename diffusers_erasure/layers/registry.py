@@ -20,8 +20,10 @@ def register_layer_kind(kind: LayerKind) -> None:
     """Make a layer kind known: artefacts that hold such layers can be read and loaded from then on.
 
     Raises:
-        ErasureInputError: there is a kind of that name, or it cannot be a name.
+        ErasureInputError: there is a kind of that name, it cannot be a name, or `kind` is a class and no instance.
     """
+    if not isinstance(kind, LayerKind):
+        raise ErasureInputError(f"A layer kind is an instance of a `LayerKind`, not {kind!r}.")
     if not _NAME.fullmatch(kind.name) or hasattr(nn.ModuleDict, kind.name):  # live layers are a `ModuleDict`'s entries
         raise ErasureInputError(
             f"{kind.name[:80]!r} cannot be the name of a layer kind; expected up to 64 of a-z, 0-9 and _, beginning with a letter."

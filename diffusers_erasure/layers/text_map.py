@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import compat
-from ..base_model import readers_of_text
+from .. import compat, low_rank
+from ..base_model import readers_of_text, weight_times
 from ..errors import ErasureCompatibilityError, ErasureFileError
-from ..low_rank import truncated
 from ..schema import LayerSpec
 from .base import HookLayer
 from .buffers import PartKey, Tensors, live_buffer, placement, set_buffer
@@ -29,12 +28,13 @@ from .modifiers import Conditions, Factors, Modifier, spread
 from .sites import SiteEdit, SiteLayer
 
 
-ROWS = "encoder_hidden_states"
+ROWS, POOLED = "encoder_hidden_states", "text_embeds"
+POOLED_READER = "add_embedding.linear_1"  # SDXL's
 # Name of the input -> (the argument of `forward`, a key inside it, the entry of the model's config with its width).
 INPUTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     ROWS: (ROWS, None, ("cross_attention_dim", "joint_attention_dim")),
     "pooled_projections": ("pooled_projections", None, ("pooled_projection_dim",)),
-    "text_embeds": ("added_cond_kwargs", "text_embeds", ()),
+    POOLED: ("added_cond_kwargs", POOLED, ()),
 }
 
 
@@ -166,6 +166,11 @@ class MapChange(WeightChange):
         added = [s * (weight @ double(each.d, weight).T) @ double(each.a, weight) for s, each in changes]
         return {"weight": sum(added, weight)}
 
+    def factors(self) -> low_rank.Factors | None:
+        """W (T - I) = (W D^T) A."""
+        assert isinstance(self.module, nn.Linear)
+        return self.a.double(), weight_times(self.module, self.site, self.d.double().cpu().T)
+
     def values(self, name: str, positions: list[int]) -> torch.Tensor | None:
         """Values of W (T - I), from W T, which is what a fused module holds."""
         held = compat.own_parameter(self.module, name)
@@ -216,7 +221,7 @@ class TextMapKind(LayerKind):
                     f"{type(component).__name__} reads text rows of width {width}; the erasure maps rows of width "
                     f"{tensors['A'].shape[1]}: it was made for another architecture."
                 )
-        if spec.sites[0] == "text_embeds" and config.get("addition_embed_type") != "text_time":
+        if spec.sites[0] == POOLED and config.get("addition_embed_type") != "text_time":
             raise ErasureCompatibilityError(
                 f"{type(component).__name__} reads no 'text_embeds' here: the erasure was made for another architecture."
             )
@@ -224,10 +229,15 @@ class TextMapKind(LayerKind):
     def weight_changes(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Sequence[WeightChange]:
         component = compat.unwrap_compiled(component)
         config = getattr(component, "config", {})
-        linear = (
-            config.get("addition_embed_type") in (None, "text_time") and config.get("encoder_hid_dim_type") is None
-        )
-        if spec.sites != (ROWS,) or not linear:
+        added, projected = config.get("addition_embed_type"), config.get("encoder_hid_dim_type")
+        if spec.sites == (POOLED,) and added == "text_time":
+            # It reads the pooled vector, with the time embeddings behind it.
+            linear = compat.base_layer(component.get_submodule(POOLED_READER))
+            assert isinstance(linear, nn.Linear)
+            rest = linear.in_features - tensors["A"].shape[1]
+            a, d = (F.pad(tensors[name], (0, rest)) for name in ("A", "D"))
+            return [MapChange(POOLED_READER, linear, POOLED, a, d)]
+        if spec.sites != (ROWS,) or added not in (None, "text_time") or projected is not None:
             raise ErasureCompatibilityError(
                 f"A layer {self.name!r} on {spec.sites[0]!r} of {spec.component!r} cannot be fused: not everything that reads "
                 "this input is known to be linear. Leave the erasure unfused."
@@ -247,7 +257,7 @@ class TextMapKind(LayerKind):
         found = []
         for (component, site), own in by_input.items():
             a, d = (torch.cat([member.tensors[name].double() for member in own]) for name in ("A", "D"))
-            a, d, lost = truncated(a, d, rank, max_error)
+            a, d, lost = low_rank.truncated(a, d, rank, max_error)
             tensors = {"A": a.float().contiguous(), "D": d.float().contiguous()}
             origins = {name for member in own for name in member.spec.derived_from}
             found.append((Layer(self.name, (site,), tensors, component, tuple(sorted(origins))), lost))

@@ -25,7 +25,7 @@ from ..base_model import (
 from ..errors import ErasureCompatibilityError, ErasureError, ErasureInputError
 from ..layers import WeightChange, layer_kind
 from ..logging import get_logger
-from ..provenance import MAX_BYTES, PLACES, Provenance
+from ..schema.erased_model import MAX_BYTES, PLACES, Provenance
 
 
 logger = get_logger(__name__)

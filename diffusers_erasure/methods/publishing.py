@@ -11,26 +11,31 @@ from ..artifact import Erasure
 from ..assembling import Rows, bound_to_text, made_by
 from ..base_model import component, denoiser_name, describe_base
 from ..layers.layer import Layer
+from ..layers.text_map import POOLED_READER as POOLED_SITE
 from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, balanced, cast_error, pad_rank, product, rank_for, truncated
 from ..schema import Concept, SolveRows
+from ..stock_lora import give_stock_lora
 from .rows import ROWS, KeptRows, TargetRows, TextSettings, to_tensors
 
 
 logger = get_logger(__name__)
 
-POOLED_SITE = "add_embedding.linear_1"
 HARDLY_MOVED = 0.5
 NEIGHBOUR_MOVED = 0.5
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A closed-form edit as layers: the relative error of a LoRA as it is written, and that of a truncated map."""
+    """A closed-form edit as layers: the relative error of a LoRA as it is written, and that of a truncated map.
+
+    With `stock` the erasure carries the map's LoRA for stock diffusers besides.
+    """
 
     layers: tuple[Layer, ...]
     error: float = 0.0
     map_error: float = 0.0
+    stock: bool = False
 
 
 def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextSettings) -> Edit:
@@ -198,7 +203,7 @@ def make_erasure(
         tensors.update(some)
         numbers.update(counted)
     base = describe_base(pipe)
-    return Erasure.from_layers(
+    erasure = Erasure.from_layers(
         bound_to_text(edit.layers, base),
         base=base,
         concepts=concepts,
@@ -207,6 +212,7 @@ def make_erasure(
         rows=Rows(tensors, numbers),
         diagnostics=diagnostics,
     )
+    return give_stock_lora(erasure, pipe) if edit.stock else erasure
 
 
 def kept_names(config: TextSettings) -> list[str]:

@@ -108,8 +108,9 @@ class Config(TextConfig):
         units (`"absolute"` or `"relative"`, *optional*): whether these are the published numbers, or shares: `lamb` of the
             targets' mean |x|^2, `retain_scale` of the number of prompts as in UCE, `reg` of the mean square of the
             projections' columns.
-        layer (`"text_map"` or `"lora"`, *optional*, defaults to `"text_map"`): how the erasure is published. The map is exact
-            and small; a LoRA has the map's rank in every layer, or is truncated (`rank`, `max_error`).
+        layer (`"text_map"`, `"lora"` or `"both"`, *optional*, defaults to `"text_map"`): how the erasure is published. The map is
+            exact and small; a LoRA has the map's rank in every layer, or is truncated (`rank`, `max_error`). `"both"`: the
+            map for this library, and its LoRA for stock diffusers.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
         rank (`int`, *optional*): truncate what is published to this rank; the error is recorded. 0, the default, for the exact
             one.
@@ -131,7 +132,7 @@ class Config(TextConfig):
     uce_lamb: Annotated[float | None, Number(above=0)] = None
     uce_retain_scale: Annotated[float | None, Number()] = None
     units: Literal["absolute", "relative"] | None = None
-    layer: Literal["text_map", "lora"] = "text_map"
+    layer: Literal["text_map", "lora", "both"] = "text_map"
 
     def stated(self) -> Mapping[str, Any]:
         return {**super().stated(), **(PUBLISHED if self.published else PRESETS)[self.preset]}

@@ -10,6 +10,7 @@ factorisation serves the whole model, and each edit is low rank, dW = B A with B
 LoRA of that rank, or as a map of the text rows (`layer="text_map"`), which does the same to an unmodified model.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -77,8 +78,8 @@ class Config(TextConfig):
         lamb (`float`, *optional*): weight of staying near the original. Relative to the mean squared norm of the targets'
             rows: the published 0.5 is 7e-4 for Stable Diffusion 1.x (|x|^2 about 750).
         absolute (`bool`, *optional*): take `retain_scale` and `lamb` as they are, as published.
-        layer (`"lora"` or `"text_map"`, *optional*, defaults to `"lora"`): how the erasure is published: as a LoRA,
-            or as a map of the text rows.
+        layer (`"lora"`, `"text_map"` or `"both"`, *optional*, defaults to `"lora"`): how the erasure is published: as a LoRA,
+            as a map of the text rows, or as the map for this library and the LoRA for stock diffusers.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
         rank (`int`, *optional*): truncate to this rank; the error is recorded. 0, the default, for the exact one.
         max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger; 0, the default, for none.
@@ -91,7 +92,7 @@ class Config(TextConfig):
     retain_scale: Annotated[float | None, Number()] = None
     lamb: Annotated[float | None, Number(above=0)] = None
     absolute: bool | None = None
-    layer: Literal["lora", "text_map"] = "lora"
+    layer: Literal["lora", "text_map", "both"] = "lora"
 
     def stated(self) -> Mapping[str, Any]:
         return {**super().stated(), **(PUBLISHED if self.published else PRESETS[self.preset])}
@@ -104,7 +105,7 @@ class MapSettings(TextSettings):
     preset: str
     published: bool
     retain_rows: Literal["all", "last"]
-    layer: Literal["lora", "text_map"]
+    layer: Literal["lora", "text_map", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +174,8 @@ def refit(
 
 def publish(pipe: Any, maps: Mapping[str, Factors], settings: MapSettings) -> Edit:
     """Turn maps T = I + D^T A of the denoiser's inputs into layers: as they are, or as a LoRA `W D^T A` on what reads them."""
-    if settings.layer == "text_map":
-        return as_text_map(maps, settings)
+    if settings.layer != "lora":
+        return dataclasses.replace(as_text_map(maps, settings), stock=settings.layer == "both")
     sites: dict[str, Any] = {}
     a, d = compress(*maps[ROWS])
     for site, linear in text_readers(pipe).items():

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from .schema import CONFIG_FILE, SCHEMA, BaseModel, Component, ErasureConfig, Library
+from .erasure import CONFIG_FILE, SCHEMA, BaseModel, Component, ErasureConfig, Library
 from .strict_json import load_json, read_as, require
 
 

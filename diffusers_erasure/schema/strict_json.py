@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any
 
-from .errors import ErasureConfigError
+from ..errors import ErasureConfigError
 
 
 MAX_DEPTH = 12

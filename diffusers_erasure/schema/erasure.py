@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from .showing import as_html, as_text, base_repr, config_rows
+from ..showing import as_html, as_text, base_repr, config_rows
 from .strict_json import load_json, read_as, require
 
 
