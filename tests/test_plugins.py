@@ -123,11 +123,11 @@ def test_an_installed_package_erases_and_its_artefact_needs_it_not(installed: Pa
     maps = erasure.layer_tensors(erasure.config.layers[0])
     moved = rows + (rows @ maps["A"].double().T) @ maps["D"].double()
     assert torch.allclose(moved @ way, 0.5 * (rows @ way), atol=1e-5)  # half of it is gone
-    before = images(pipe, "a cat")
+    before = images(pipe, prompt="a cat")
     pipe.load_erasure(erasure)
-    assert far(images(pipe, "a cat"), before) > 1e-2
+    assert far(images(pipe, prompt="a cat"), before) > 1e-2
     pipe.unload_erasure()
-    assert np.array_equal(images(pipe, "a cat"), before)
+    assert np.array_equal(images(pipe, prompt="a cat"), before)
 
 
 # --------------------------------------------------------------------------------------------------- registered
