@@ -101,7 +101,7 @@ def test_redacted_output_names_nothing(tmp_path: Path) -> None:
 
 def test_methods_lists_the_settings() -> None:
     assert "lamb" in invoke("methods", "uce").stdout
-    assert json.loads(invoke("methods", "--json").stdout)["uce"]["settings"]["rows"]["default"] == "last"
+    assert json.loads(invoke("methods", "--json").stdout)["uce"]["settings"]["rows"]["presets"]["object"] == "last"
 
 
 @pytest.mark.parametrize(

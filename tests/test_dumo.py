@@ -130,7 +130,7 @@ def test_the_students_start_as_the_base_and_as_the_epr(pipe: Any) -> None:
                         parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
             tensors = {name: value.detach().clone() for name, value in network.factors.items()}
             erased = network.student_rows(latents, timesteps, rows)[0]
-        second = ScheduleStudent(first.published(tensors, ()), 20)
+        second = ScheduleStudent(first.layer(tensors), 20)
         with in_training(pipe, second, *parts, False) as network:
             assert list(network.factors) == ["table"] and network.factors["table"].shape == (20, 5)
             assert roundings(network.student_rows(latents, timesteps, rows)[0], erased) <= ROUNDINGS

@@ -158,7 +158,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(pipe: Any) -> Non
 )
 def test_train_sets_of_stable_diffusion_15(name: str, modules: int, per_rank: int) -> None:
     """Counts from the research notes, taken there from the model itself by the published rules."""
-    from benchmarks.common import make_unet
+    from benchmarks.builders import make_unet
 
     class Pipe:
         unet = make_unet(device="meta")
