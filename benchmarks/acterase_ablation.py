@@ -39,6 +39,7 @@ from diffusers_erasure.methods import acterase
 from diffusers_erasure.methods.acterase_pairs import pairs_for
 from diffusers_erasure.methods.probes import inputs_seen
 from diffusers_erasure.schema import Concept
+from diffusers_erasure.settings import resolve
 
 
 # As the embedded model is drawn, and every step stored, so that pooling over timesteps can be read from it too.
@@ -97,12 +98,13 @@ class Bench:
     def concept(self, name: str, anchored: bool) -> Concept:
         return Concept(name, HYPERNYMS.get(name, "") if anchored else "")
 
-    def calibration(self, concept: Concept, config: acterase.Config) -> tuple[acterase.Calibration, float]:
+    def calibration(self, concept: Concept, settings: acterase.Settings) -> tuple[acterase.Calibration, float]:
         """A calibration at all sites, which serves all settings that only read it; and its processor seconds."""
-        shared = dataclasses.replace(config, **{name: getattr(acterase.Config(sites="all"), name) for name in READ})
+        whole = resolve(acterase.Config(sites="all"), acterase.Settings)
+        shared = dataclasses.replace(settings, **{name: getattr(whole, name) for name in READ})
         key = repr((concept, shared))
         if key not in self.calibrations:
-            pairs = pairs_for(concept, config.num_pairs, config.preset, None, True)
+            pairs = pairs_for(concept, settings.num_pairs, settings.preset, (), alone=True)
             drawn = {shot.prompt for shot in self.jobs[str(concept.target)].shots}
             assert not drawn & {right for _, right in pairs}, "a prompt is used in fitting and in testing"
             made = acterase.Calibration(self.pipe, shared, [pairs])
@@ -119,18 +121,19 @@ class Bench:
         anchored = changes.pop("anchor", True)
         preset = "style" if name in STYLES else "object"
         config = acterase.Config(**{"preset": preset, **CALIBRATION, **BASE, **changes})
-        key = (name, anchored, repr(config))
+        settings = resolve(config, acterase.Settings)
+        key = (name, anchored, repr(settings))
         if key not in self.scores:
             concept = self.concept(name, anchored)
-            calibration, _ = self.calibration(concept, config)
-            tensors = calibration.tensors(config)
+            calibration, _ = self.calibration(concept, settings)
+            tensors = calibration.tensors(settings)
             sites = tuple(sorted(name.removesuffix(MASK) for name in tensors if name.endswith(MASK)))
             layer = Layer("activation", sites, tensors)
             erasure = Erasure.from_layers([layer], base=self.base, concepts=concept, method="acterase")
             self.pipe.load_erasure(erasure, "one")
             erased, kept = self.draw(self.jobs[name])
             self.pipe.unload_erasure("one")
-            self.scores[key] = Score(erased, kept, patched(calibration, config, erasure), sizes(erasure))
+            self.scores[key] = Score(erased, kept, patched(calibration, settings, erasure), sizes(erasure))
         return self.scores[key]
 
     def draw(self, job: Job) -> tuple[float, float]:
@@ -142,11 +145,11 @@ class Bench:
         return erased, kept
 
 
-def patched(calibration: acterase.Calibration, config: acterase.Config, erasure: Erasure) -> float:
+def patched(calibration: acterase.Calibration, settings: acterase.Settings, erasure: Erasure) -> float:
     """Share of the units at the sites that is patched, over all timesteps."""
     (layer,) = erasure.config.layers
     tensors = erasure.layer_tensors(layer)
-    units = sum(module.in_features for module in acterase.find_sites(calibration.unet, config).values())
+    units = sum(module.in_features for module in acterase.find_sites(calibration.unet, settings).values())
     count = sum(value.numel() for name, value in tensors.items() if name.endswith(".means"))
     return count / (units * len(tensors["timesteps"]))
 
@@ -173,7 +176,7 @@ def main() -> None:
     bare = {name: bench.draw(bench.jobs[name]) for name in concepts}
     results: dict[str, list[dict[str, Any]]] = {}
     for table, settings in tables.items():
-        rows = []
+        rows: list[dict[str, Any]] = []
         for changes in settings:
             scores = {name: bench.score(name, changes) for name in concepts}
             own = {name: dataclasses.asdict(score) for name, score in scores.items()}

@@ -54,6 +54,7 @@ from diffusers_erasure import Erasure, base_model, cache, combine, encoding, era
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods import base_sums, rece, speed, uce
 from diffusers_erasure.methods.rows import POOLED, ROWS, KeptRows, TargetRows
+from diffusers_erasure.settings import resolve
 
 
 TABLES = {"sd15": ("speed", "erase", "rece", "combine", "memory", "files"), "sdxl": ("speed", "rece")}
@@ -181,32 +182,32 @@ def problem_rows(
 # -------------------------------------------------------------------------------------------------------- speed
 
 
-def from_rows(kind: str, pipe: Any, found: Mapping[str, tuple[TargetRows, KeptRows]], config: Any) -> Any:
+def from_rows(kind: str, pipe: Any, found: Mapping[str, tuple[TargetRows, KeptRows]], settings: Any) -> Any:
     """What a method makes of known rows, up to the layers' tensors: without encoding, report and fingerprints."""
     if kind == "speed":
-        problems = {name: speed.Problem.of(*pair, config) for name, pair in found.items()}
-        sites = speed.sites_of(pipe, config, problems)
-        factors, _ = speed.solve_sites(pipe, problems, sites, config)
+        problems = {name: speed.Problem.of(*pair, settings) for name, pair in found.items()}
+        sites = speed.sites_of(pipe, settings, problems)
+        factors, _ = speed.solve_sites(pipe, problems, sites, settings)
 
         def of_site(site: speed.Site) -> tuple[torch.Tensor, torch.Tensor]:
             return speed.padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]
 
-        return speed.as_lora({site.name: functools.partial(of_site, site) for site in sites}, config)
+        return speed.as_lora({site.name: functools.partial(of_site, site) for site in sites}, settings)
     if kind == "uce":
-        return uce.publish(pipe, uce.solve_all(found, config), config)
+        return uce.publish(pipe, uce.solve_all(found, settings), settings)
     maps = {}
     for name, (rows, kept) in found.items():
         weights = base_sums.weight_gram(rece.readers_of(pipe, name), rows.targets.shape[1])
-        scales = rece.Scales.of(config, rows, rows, kept, weights)
-        maps[name] = rece.solve(rows, rows, kept, weights, scales, config.epochs, bool(config.keep_erased))
-    return uce.publish(pipe, maps, config)
+        scales = rece.Scales.of(settings, rows, rows, kept, weights)
+        maps[name] = rece.solve(rows, rows, kept, weights, scales, settings.epochs, settings.keep_erased)
+    return uce.publish(pipe, maps, settings)
 
 
 def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> list[dict[str, Any]]:
     """The table `speed` of Stable Diffusion 1.5."""
     pipe = UNetOnly(make_unet(options.smoke))
-    width = pipe.unet.config.cross_attention_dim
-    config = speed.Config(preset="style", published=True)
+    width = pipe.unet.settings.cross_attention_dim
+    settings = resolve(speed.Config(preset="style", published=True), speed.Settings)
     sites = {name: linear for name, linear in base_model.text_readers(pipe).items() if name.endswith("to_v")}
     groups: dict[int, list[str]] = {}
     for name, linear in sites.items():
@@ -214,34 +215,37 @@ def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> l
     table = []
     for count in size.counts:
         rows, kept = problem_rows(count, size.retain_rows, width)
-        problem = speed.Problem.of(rows, kept, config)  # the baseline shares its shuffle and its centres
+        problem = speed.Problem.of(rows, kept, settings)  # the baseline shares its shuffle and its centres
 
         def draws(name: str, problem: Any = problem) -> torch.Tensor:
             """What the library draws for a layer."""
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + list(sites).index(name))
-            return torch.randn(config.augment, len(problem.retain), generator=generator, dtype=torch.float64)
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + list(sites).index(name))
+            return torch.randn(settings.augment, len(problem.retain), generator=generator, dtype=torch.float64)
 
         def dense(name: str, dtype: torch.dtype, rows: Any = rows, problem: Any = problem) -> torch.Tensor:
             return dense_speed(
                 {name: sites[name].weight},
                 *(rows.targets, rows.anchors, rows.concepts, problem.retain, problem.invariants),
-                **{key: getattr(config, key) for key in ("threshold", "ridge", "lamb", "filter", "chunk")},
+                **{key: getattr(settings, key) for key in ("threshold", "ridge", "lamb", "filter", "chunk")},
                 draws={name: draws(name)},
                 dtype=dtype,
             )[name]
 
         found: dict[str, torch.Tensor] = {}
 
+        def keep(name: str, found: Any = found, dense: Any = dense) -> None:
+            found[name] = dense(name, torch.float32)
+
         def published_way() -> float:
             """One layer of each width stands for all of them."""
             total = 0.0
             for names in groups.values():
                 for name in names if options.whole_baseline else names[:1]:
-                    taken = seconds(lambda name=name: found.update({name: dense(name, torch.float32)}))
+                    taken = seconds(functools.partial(keep, name))
                     total += taken if options.whole_baseline else taken * len(names)
             return total
 
-        ours = functools.partial(from_rows, "speed", pipe, {ROWS: (rows, kept)}, config)
+        ours = functools.partial(from_rows, "speed", pipe, {ROWS: (rows, kept)}, settings)
         warm, cold = Call("warm", ours), Call("cold", ours, fresh=True)
         warm.run()  # fills the cache
         functions = {"ours": warm.run, "first": cold.run, "baseline": published_way}
@@ -368,7 +372,7 @@ def measure_memory(options: Any, size: Size) -> list[dict[str, Any]]:
 
 def measure_files(fit: Callable[..., Erasure], size: Size) -> list[dict[str, Any]]:
     """The table `files`."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for count in (1, size.many):
         files = fit("speed", 0, count).to_files(dtype=torch.float16)
         rows.append({"concepts": count, "files": {name: len(data) for name, data in files.items()}})
@@ -392,18 +396,18 @@ def measure_files(fit: Callable[..., Erasure], size: Size) -> list[dict[str, Any
 # --------------------------------------------------------------------------------------------------------- SDXL
 
 
-def known_rows_calls(kind: str, pipe: Any, size: Size, config: Any) -> list[Call]:
+def known_rows_calls(kind: str, pipe: Any, size: Size, settings: Any) -> list[Call]:
     """A method on made-up rows of both inputs of SDXL's UNet; where it uses the cache, first from an empty one."""
-    pooled = pipe.unet.add_embedding.linear_1.in_features - 6 * pipe.unet.config.addition_time_embed_dim
+    pooled = pipe.unet.add_embedding.linear_1.in_features - 6 * pipe.unet.settings.addition_time_embed_dim
     calls = []
     for count, fresh in [(size.counts[0], True)] * (kind != "uce") + [(count, False) for count in size.counts]:
         gram = kind != "speed"
         found = {
-            ROWS: problem_rows(count, size.retain_rows, pipe.unet.config.cross_attention_dim, with_gram=gram),
+            ROWS: problem_rows(count, size.retain_rows, pipe.unet.settings.cross_attention_dim, with_gram=gram),
             POOLED: problem_rows(count, size.retain_rows, pooled, empty=1, with_gram=gram),
         }
         name = f"{kind}, {count}" + ", empty cache" * fresh
-        calls.append(Call(name, functools.partial(from_rows, kind, pipe, found, config), fresh))
+        calls.append(Call(name, functools.partial(from_rows, kind, pipe, found, settings), fresh))
     return calls
 
 
@@ -415,10 +419,12 @@ def sdxl(options: Any, size: Size, repeats: int, only: Sequence[str]) -> dict[st
         relative = {name: speed.PUBLISHED["style"][name] / SQUARED_NORM for name in ("threshold", "ridge")}
         config = speed.Config(preset="style", published=True, units="relative", **relative)
         title = f"SDXL: SPEED with {size.retain_rows} known rows to retain"
-        numbers["speed"] = time_calls(title, known_rows_calls("speed", pipe, size, config), repeats)
+        numbers["speed"] = time_calls(
+            title, known_rows_calls("speed", pipe, size, resolve(config, speed.Settings)), repeats
+        )
     if "rece" in only:
-        calls = known_rows_calls("rece", pipe, size, rece.Config(preset="nudity"))
-        calls += known_rows_calls("uce", pipe, size, uce.Config())
+        calls = known_rows_calls("rece", pipe, size, resolve(rece.Config(preset="nudity"), rece.Settings))
+        calls += known_rows_calls("uce", pipe, size, resolve(uce.Config(), uce.Settings))
         numbers["rece"] = time_calls("SDXL: RECE (3 epochs) and UCE on known rows", calls, repeats)
     return numbers
 

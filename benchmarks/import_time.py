@@ -7,6 +7,7 @@ other, and within a process that imports diffusers first and the library then, w
 """
 
 import statistics
+from functools import partial
 
 from benchmarks.command import finish, in_process, print_table, start, timed_arguments
 from benchmarks.timing import interleave, spread, summary
@@ -47,7 +48,7 @@ def main() -> None:
     if not options.smoke:
         in_process("-c", CHILD, DIFFUSERS, LIBRARY)  # the files come into the system's cache, the bytecode is compiled
     runs = interleave(
-        {name: lambda case=case: in_process("-c", CHILD, *case) for name, case in cases.items()}, repeats, warmup=0
+        {name: partial(in_process, "-c", CHILD, *case) for name, case in cases.items()}, repeats, warmup=0
     )
     diffusers = [run["seconds"][DIFFUSERS] for run in runs["diffusers"]]
     library = [run["seconds"][LIBRARY] for run in runs["library"]]

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +103,7 @@ def do_all(
     jobs: int = 1,
     *,
     label: str = "",
-    together: Callable[[Item], Hashable] = lambda item: item,
+    together: Callable[[Item], Any] = lambda item: item,
     size: Callable[[Item], int] = lambda item: 1,
 ) -> dict[Item, Result]:
     """
@@ -119,7 +119,7 @@ def do_all(
         size (`Callable`, *optional*): How much an item is, for the bar and for the order: the largest come first.
     """
     results = {item: store.read(item) for item in items}
-    groups: dict[Hashable, list[Item]] = {}
+    groups: dict[Any, list[Item]] = {}
     for item, result in results.items():
         if result is None:
             groups.setdefault(together(item), []).append(item)

@@ -5,8 +5,9 @@ import resource
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +61,7 @@ def interleave_calls(
     calls: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
     """The same for functions that are timed as a whole."""
-    return interleave({name: lambda call=call: seconds(call, device) for name, call in calls.items()}, repeats)
+    return interleave({name: partial(seconds, call, device) for name, call in calls.items()}, repeats)
 
 
 def profiled(call: Callable[[], Any]) -> dict[str, float]:
@@ -72,7 +73,7 @@ def profiled(call: Callable[[], Any]) -> dict[str, float]:
     """
     profile = cProfile.Profile(_clock, builtins=False)
     profile.runcall(call)
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     for entry in profile.getstats():
         spent[_owner(entry.code)] += entry.inlinetime
     return dict(spent)

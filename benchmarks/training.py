@@ -41,9 +41,9 @@ from diffusers_erasure import Erasure, demo, erase
 from diffusers_erasure.demo.drawing import fast_pipeline
 from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS
 from diffusers_erasure.denoising.prompts import nearest
-from diffusers_erasure.encoding import last_rows
 from diffusers_erasure.methods import esd
-from diffusers_erasure.training import TrainingRun
+from diffusers_erasure.schema import Concept
+from diffusers_erasure.training import TrainingRun, resolved_for
 from diffusers_erasure.training.sites import find_sites
 
 
@@ -77,21 +77,23 @@ def counted(unet: Any) -> Iterator[Count]:
         handle.remove()
 
 
-def plain_esd(pipe: Any, target: str, anchor: str, retain: Sequence[str], config: esd.Config, updates: int) -> None:
+def plain_esd(
+    pipe: Any, target: str, anchor: str, retain: Sequence[str], settings: esd.Settings, updates: int
+) -> None:
     """The first updates of ESD as its paper's algorithm reads, on-policy, sample by sample; leaves its LoRA in the pipeline."""
-    unet, steps = pipe.unet, config.num_inference_steps
+    unet, steps = pipe.unet, settings.num_inference_steps
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     unet.requires_grad_(False)
-    sites = list(find_sites(pipe, config.train_set))
-    torch.manual_seed(config.seed)
+    sites = list(find_sites(pipe, settings.train_set))
+    torch.manual_seed(settings.seed)
     unet.add_adapter(
-        LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=sites, init_lora_weights="gaussian")
+        LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=sites, init_lora_weights="gaussian")
     )
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=config.steps)
-    near, draw, rows = nearest(pipe, retain, [target], config.retain_nearest), Random(config.seed), {}
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=settings.steps)
+    near, draw, rows = nearest(pipe, retain, [target], settings.retain_nearest), Random(settings.seed), {}
 
     def predict(x: torch.Tensor, t: Any, prompt: str) -> torch.Tensor:
         if prompt not in rows:
@@ -103,7 +105,7 @@ def plain_esd(pipe: Any, target: str, anchor: str, retain: Sequence[str], config
         k, x = draw.randrange(steps), torch.randn(1, unet.config.in_channels, *(unet.config.sample_size,) * 2)
         for t in scheduler.timesteps[:k]:
             conditional, empty = predict(x, t, prompt), predict(x, t, "")
-            guided = empty + config.guidance_scale * (conditional - empty)
+            guided = empty + settings.guidance_scale * (conditional - empty)
             x = scheduler.step(guided, t, x).prev_sample
         return x, scheduler.timesteps[k]
 
@@ -117,20 +119,20 @@ def plain_esd(pipe: Any, target: str, anchor: str, retain: Sequence[str], config
 
     for _ in range(updates):
         optimizer.zero_grad()
-        for sample in range(config.batch_size):
-            template = draw.choice(config.template_list())
+        for sample in range(settings.batch_size):
+            template = draw.choice(settings.template_list)
             concept, neutral = template.format(target), template.format(anchor)
             x, t = denoised(concept)
-            away = base(x, t, neutral) - config.eta * (base(x, t, concept) - base(x, t, neutral))
+            away = base(x, t, neutral) - settings.eta * (base(x, t, concept) - base(x, t, neutral))
             loss = (predict(x, t, concept) - away).square().mean()
-            (loss / config.batch_size).backward()
+            (loss / settings.batch_size).backward()
             kept = template.format(draw.choice(near if sample % 2 == 0 else list(retain)))
             unet.disable_adapters()
             x, t = denoised(kept)
             unet.enable_adapters()
             loss = (predict(x, t, kept) - base(x, t, kept)).square().mean()
-            (config.retain_weight * loss / config.batch_size).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            (settings.retain_weight * loss / settings.batch_size).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         schedule.step()
 
@@ -156,8 +158,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     for target in options.concepts:
         anchor = HYPERNYMS[target]
         retain = ["dog", "pizza"] if options.smoke else [name for name in OBJECTS if name != target]
-        squares = float(last_rows(fast_pipeline(), [target]).square().sum())
-        config = esd.Config(**settings).resolved(1, squares)  # as `erase` does
+        config = esd.Config(**settings)
+        resolved = resolved_for(fast_pipeline(), [Concept(target, anchor)], config, esd.Settings)  # as `erase` does
         row: dict[str, Any] = {"concept": target, "steps": options.steps}
         for name in ("plain", "library"):
             # Not `fast_pipeline`: its channels-last weights are slow in batches as small as the plain way's.
@@ -166,7 +168,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                 begin = time.process_time()
                 updates = options.plain_steps if name == "plain" else options.steps
                 if name == "plain":
-                    plain_esd(pipe, target, anchor, retain, config, updates)
+                    plain_esd(pipe, target, anchor, retain, resolved, updates)
                 else:
                     run = TrainingRun(progress=False)
                     made = erase(pipe, target, anchors=anchor, retain=retain, method="esd", training=run, **settings)

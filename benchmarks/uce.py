@@ -10,6 +10,7 @@ form: the sums are W N with one matrix N for all layers. N and M are made once, 
 Errors are of the edit, |dW - exact dW| / |exact dW|, the largest over the layers, against a dense float64 solution.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from benchmarks.timing import interleave_calls, ratios, spread, summary
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods.rows import ROWS, KeptRows, TargetRows
-from diffusers_erasure.methods.uce import Config, publish, solve
+from diffusers_erasure.methods.uce import Config, Settings, publish, solve
+from diffusers_erasure.settings import resolve
 
 
 LAMB, SQUARED_NORM = 0.5, 750.0
@@ -64,7 +66,7 @@ def main() -> None:
     repeats = options.repeats or (3 if options.smoke else 7)
     pipe = UNetOnly(make_unet(options.smoke))
     weights = {name: linear.weight for name, linear in text_readers(pipe).items()}
-    config = Config(rows="last", templates="none", absolute=True, lamb=LAMB)
+    settings = resolve(Config(rows="last", templates="none", absolute=True, lamb=LAMB), Settings)
     table: list[dict[str, Any]] = []
     for count in counts:
         rows = random_rows(count, retain, pipe.unet.config.cross_attention_dim)
@@ -72,8 +74,8 @@ def main() -> None:
         def solved(rows: tuple[TargetRows, KeptRows] = rows) -> tuple[torch.Tensor, torch.Tensor]:
             return solve(*rows, erase_scale=1.0, retain_scale=1.0, lamb=LAMB)
 
-        def ours(rows: tuple[TargetRows, KeptRows] = rows) -> dict[str, torch.Tensor]:
-            return publish(pipe, {ROWS: solved(rows)}, config).layers[0].tensors
+        def ours(rows: tuple[TargetRows, KeptRows] = rows) -> Mapping[str, torch.Tensor]:
+            return publish(pipe, {ROWS: solved(rows)}, settings).layers[0].tensors
 
         def baseline(rows: tuple[TargetRows, KeptRows] = rows) -> dict[str, torch.Tensor]:
             return dense(weights, rows, torch.float32)

@@ -195,7 +195,7 @@ def main() -> None:
         if name != "controlnet" and not options.no_compile:
             row["compiled"] = compiled(name)
         rows.append(row)
-    numbers = {
+    numbers: dict[str, Any] = {
         "settings": {"size": size, "batch": BATCH, "tokens": TOKENS, "dtype": str(dtype), "repeats": repeats},
         "bare": {"seconds": summary(times["bare"]), "flops": counted["bare"]},
         "rows": rows,

@@ -16,6 +16,7 @@ import statistics
 import types
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,12 +138,11 @@ def main() -> None:
     bare_kernels, bare_flops = count(meta, base, None, 0, 0, size)
     rows: list[dict[str, Any]] = []
     batch = inputs(base, size, device, dtype)
-    steps: dict[str, Callable[[], Any]] = {"bare": lambda: base(**batch)}
+    steps: dict[str, Callable[[], Any]] = {"bare": partial(base, **batch)}
     alone: dict[str, Callable[[], Any]] = {"bare": projections(base, batch["encoder_hidden_states"])}
     compiled_steps: dict[str, Callable[[], Any]] = {}
     if options.compile:
-        compiled_base = compiled(share_weights(base))
-        compiled_steps["bare"] = lambda: compiled_base(**batch)
+        compiled_steps["bare"] = partial(compiled(share_weights(base)), **batch)
     for rank in ranks:
         for number in counts:
             for variant in VARIANTS:
@@ -162,10 +162,9 @@ def main() -> None:
                 unet = share_weights(base)
                 attach(unet, base, variant, rank, number)
                 alone[name] = projections(unet, batch["encoder_hidden_states"])
-                steps[name] = lambda unet=unet: unet(**batch)
+                steps[name] = partial(unet, **batch)
                 if options.compile:
-                    function = compiled(unet)
-                    compiled_steps[name] = lambda function=function: function(**batch)
+                    compiled_steps[name] = partial(compiled(unet), **batch)
 
     numbers: dict[str, Any] = {
         "settings": {"size": size, "batch": BATCH, "tokens": TOKENS, "dtype": str(dtype), "repeats": repeats},

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from diffusers_erasure import (
     Erasure,
@@ -23,6 +22,7 @@ from diffusers_erasure import (
     cli,
 )
 from diffusers_erasure.formats.dumo import read_dumo
+from tests.commands import answer, invoke
 from tests.helpers import assert_like, equal, far, images, rows_of, tiny_sd_pipe, tiny_sdxl_pipe, unchanged_by
 from tests.test_skip import assert_close, given, predict, random_tensors, stock_residuals
 
@@ -300,15 +300,12 @@ def test_command(
     pipe.save_pretrained("base")
     publish(tmp_path / "published", pipe, tensors, table=table_for(tensors))
     command = ["convert", "dumo", "published", "--base", "base", "--concept", "van gogh"]
-    result = CliRunner().invoke(cli.app, [*command, "-o", "made", "--json"])
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["files"].keys() >= {"erasure.safetensors", "README.md"}
+    assert answer(*command, "-o", "made")["files"].keys() >= {"erasure.safetensors", "README.md"}
     made = Erasure.from_pretrained("made")
     assert made.config.method.name == "dumo" and made.config.layers[0].gate is not None
     unchanged_by(pipe, lambda: (pipe.load_erasure("made"), pipe.unload_erasure()))
 
-    result = CliRunner().invoke(cli.app, [*command, "--no-gate", "--half", "-o", "half"])
-    assert result.exit_code == 0, result.output
+    invoke(*command, "--no-gate", "--half", "-o", "half")
     half = Erasure.from_pretrained("half")
     assert half.config.layers[0].gate is None and half.config.layers[0].schedule is not None
     sizes = [(tmp_path / name / "erasure.safetensors").stat().st_size for name in ("half", "made")]

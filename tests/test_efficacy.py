@@ -20,7 +20,7 @@ from benchmarks.efficacy.plan import Job, Shot
 from benchmarks.efficacy.units import Unit
 from benchmarks.store import Store, do_all
 from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
-from diffusers_erasure.methods import method_names
+from diffusers_erasure.registry import BUILT_IN
 
 
 ROOT = Path(__file__).parent.parent
@@ -371,7 +371,7 @@ def test_an_entry_says_its_settings() -> None:
     assert methods.ENTRIES["dumo-full"].summary.startswith('DuMo, `form="full"`, `learning_rate=0.0005`, `preset=')
     assert "at most 8 at once; the guidance" in methods.ENTRIES["acterase"].summary
     assert methods.ENTRIES["none"].summary == "the un-erased model"
-    assert {entry.method for entry in methods.ENTRIES.values() if entry.erases} == set(method_names())
+    assert {entry.method for entry in methods.ENTRIES.values() if entry.erases} == {each.name for each in BUILT_IN}
     assert methods.entry_of("uce") is methods.ENTRIES["uce"] and methods.entry_of("other").settings_for(["cat"]) == {}
 
 

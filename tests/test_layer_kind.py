@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 from diffusers_erasure import (
     Erasure,
@@ -19,7 +18,6 @@ from diffusers_erasure import (
     ErasureConfigError,
     ErasureFileError,
     ErasureInputError,
-    cli,
     combine,
     to_kohya,
     with_gate,
@@ -50,6 +48,7 @@ from diffusers_erasure.schema import (
     GateSpec,
     LayerSpec,
 )
+from tests.commands import invoke
 from tests.helpers import (
     PROMPT,
     ROUNDINGS,
@@ -324,8 +323,7 @@ def test_it_is_shown(pipe: Any, kind: str, tmp_path: Path) -> None:
     erasure.save_pretrained(tmp_path / "one")
     card = (tmp_path / "one" / CARD_FILE).read_text(encoding="utf-8")
     assert f"| layer 1 | {kind} on unet, 4 site(s), in `erasure.safetensors` |" in card and "no LoRA" in card
-    told = CliRunner().invoke(cli.app, ["info", str(tmp_path / "one")], env={"COLUMNS": "200"})
-    assert told.exit_code == 0 and f"layer 1, {kind}" in told.output
+    assert f"layer 1, {kind}" in invoke("info", str(tmp_path / "one")).output
 
 
 @pytest.mark.parametrize("kind", VECTORS)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from typer.testing import CliRunner
 
 from diffusers_erasure import (
     Erasure,
@@ -27,10 +26,10 @@ from diffusers_erasure import (
     without_schedule,
 )
 from diffusers_erasure.cards import render_card
-from diffusers_erasure.cli import app
 from diffusers_erasure.layers.gate import Gate
 from diffusers_erasure.schema import TENSOR_FILE, ErasureConfig, GateSpec, ScheduleSpec
 from diffusers_erasure_cli import plotting
+from tests.commands import invoke
 from tests.helpers import (
     CONV_SITES,
     EFFECT,
@@ -422,10 +421,10 @@ def test_a_picture_of_a_schedule() -> None:
 
 def test_info_of_a_schedule(tmp_path: Path) -> None:
     with_schedule(erasure_of("lora"), TABLE).save_pretrained(tmp_path / "e")
-    runner = CliRunner()
-    done = runner.invoke(app, ["info", str(tmp_path / "e"), "--plot", str(tmp_path / "plot.png")])
-    assert done.exit_code == 0 and "strength by timestep (5 bins)" in " ".join(done.output.split())
+    done = invoke("info", str(tmp_path / "e"), "--plot", str(tmp_path / "plot.png"))
+    assert "strength by timestep (5 bins)" in " ".join(done.output.split())
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     erasure_of("lora").save_pretrained(tmp_path / "plain")
-    failed = runner.invoke(app, ["info", str(tmp_path / "plain"), "--plot", str(tmp_path / "none.png")])
-    assert isinstance(failed.exception, ErasureInputError) and not (tmp_path / "none.png").exists()
+    with pytest.raises(ErasureInputError, match="schedule"):
+        invoke("info", str(tmp_path / "plain"), "--plot", str(tmp_path / "none.png"))
+    assert not (tmp_path / "none.png").exists()

@@ -32,8 +32,8 @@ from diffusers_erasure.methods import get_method
 from diffusers_erasure.methods.catalogue import describe
 from diffusers_erasure.schema import TENSOR_FILE
 from diffusers_erasure_cli import completion
+from tests.commands import invoke
 from tests.helpers import far, images
-from tests.test_cli_fit import invoke
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -35,11 +35,6 @@ from tests.helpers import (
 )
 
 
-@pytest.fixture
-def pipe() -> Any:
-    return tiny_sd_pipe()
-
-
 def stock_images(make: Any, folder: Path) -> Any:
     pipe = make()
     pipe.load_lora_weights(folder, weight_name=LORA_FILE)

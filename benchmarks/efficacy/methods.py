@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from diffusers_erasure import Erasure
 from diffusers_erasure.demo import load_pipeline
 from diffusers_erasure.demo.drawing import fast_pipeline
 from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, STYLES
-from diffusers_erasure.methods import get_method
+from diffusers_erasure.registry import declaration, method_names
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Entry:
     How one row of the tables is made.
 
     Args:
-        name (`str`): The row's label, and what `--methods` takes. Its first word is what `erase(method=...)` gets.
+        name (`str`): The row's label, and what `--methods` takes. It begins with what `erase(method=...)` gets.
         settings (`Mapping`, *optional*): What `erase` gets for every concept.
         objects (`Mapping`, *optional*, defaults to the preset `object`): What it gets besides for objects; wins over
             `settings`.
@@ -54,14 +53,15 @@ class Entry:
     @property
     def method(self) -> str:
         """What `erase(method=...)` gets."""
-        return re.split(r"\W", self.name)[0]
+        known = [name for name in method_names() if self.name.startswith(name)]
+        return max(known, key=len, default=self.name)
 
     @property
     def summary(self) -> str:
         """One line about it for the docs."""
         if not self.erases:
             return self.note
-        parts = [get_method(self.method).declared.summary.partition(" (")[0]]
+        parts = [declaration(self.method).summary.partition(" (")[0]]
         common, styles = {**self.settings, **self.objects}, {**self.settings, **self.styles}
         parts += [f"`{key}={value!r}`".replace("'", '"') for key, value in common.items()]
         other = {key: value for key, value in styles.items() if value != common.get(key)}
@@ -98,13 +98,13 @@ class Entry:
         from diffusers_erasure import erase
         from diffusers_erasure.training import TrainingRun
 
-        settings, anchors, method = self.settings_for(targets), self.anchors(targets), get_method(self.method)
-        if method.declared.retains:
+        settings, anchors, method = self.settings_for(targets), self.anchors(targets), declaration(self.method)
+        if not method.instead_of_retain:
             settings["retain"] = retained(targets, anchors)
-        if method.declared.resumable:
+        if method.resumable:
             settings["training"] = TrainingRun(progress=False)
         # Backward passes through channels-last weights are slow in small batches, and torch 2.13 crashes in some on a CPU.
-        pipe = load_pipeline() if method.declared.resumable else fast_pipeline()
+        pipe = load_pipeline() if method.resumable else fast_pipeline()
         return erase(pipe, list(targets), anchors=anchors, method=self.method, **settings)
 
     def identity(self, targets: Sequence[str]) -> dict[str, Any]:

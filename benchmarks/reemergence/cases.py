@@ -83,11 +83,12 @@ def run_cases(cases: Sequence[Case], store: Store, jobs: int) -> dict[Part, dict
     views = [view for case in cases for view in case.views().values()]
     comparisons = [case.comparison for case in cases if case.comparison]
     results: dict[Part, dict[str, Any]] = {}
-    for label, parts in (
-        ("erasures", [case.fit for case in cases]),
-        ("fine-tuning", [case.training for case in cases]),
-        ("drawing", [*views, *comparisons]),
-    ):
+    rounds: dict[str, list[Part]] = {
+        "erasures": [case.fit for case in cases],
+        "fine-tuning": [case.training for case in cases],
+        "drawing": [*views, *comparisons],
+    }
+    for label, parts in rounds.items():
         results |= run_all(parts, store, jobs, label)
     return results
 
@@ -111,7 +112,7 @@ def summarise(
                     picked = [i for i, case in enumerate(group) if case.concept == concept]
                     first, end = ([hits[ERASED, step][i] for i in picked] for step in (0, last))
                     by_concept[concept] = (share(first).hits, share(end).hits, share(end).images)
-                row = {"data": data, "way": way, "by_concept": by_concept}
+                row: dict[str, Any] = {"data": data, "way": way, "by_concept": by_concept}
                 row["shares"] = {key: share(each) for key, each in hits.items()}
                 compared = [results[case.comparison] for case in group if case.comparison]
                 if compared:

@@ -11,8 +11,7 @@ import numpy as np
 
 from benchmarks.efficacy.plan import Neighbours, Shot, members, spread
 from diffusers_erasure.demo import load_images, load_unseen_images
-from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
-from tools.demo_model.captions import PLAIN_TEMPLATES, STYLED_TEMPLATES
+from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, PLAIN_TEMPLATES, STYLED_TEMPLATES, STYLES, SYNONYMS
 
 
 CONCEPTS = ("cat", "pizza", "rocket")

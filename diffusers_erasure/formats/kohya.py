@@ -44,21 +44,26 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
     family = erasure.config.base_model.family
     prefixes = _PREFIXES.get(family)
     layers = erasure.config.layers
-    found = [(layer.component, layer_kind(layer.kind).lora(layer, erasure.layer_tensors(layer))) for layer in layers]
-    others = sorted({layer.kind for layer, (_, factors) in zip(layers, found, strict=True) if factors is None})
+    parts: dict[str, dict[str, Factors]] = {}
+    others = set()
+    for layer in layers:
+        factors = layer_kind(layer.kind).lora(layer, erasure.layer_tensors(layer))
+        if factors is None:
+            others.add(layer.kind)
+        else:
+            parts[layer.component] = factors
     if erasure.lora_for_others():
-        found, others = _stock_factors(erasure), []
+        parts, others = _stock_factors(erasure), set()
     if prefixes is None or others or any(layer.is_modified for layer in layers):
         why = f"it is for {family}" if prefixes is None else "it has a schedule or a gate"
-        why = f"it has layers of the kinds {others}" if prefixes and others else why
+        why = f"it has layers of the kinds {sorted(others)}" if prefixes and others else why
         raise ErasureInputError(
             f"This erasure has no kohya form: {why}. Only LoRA layers for {sorted(_PREFIXES)} have one; others are loaded "
             "with `load_erasure`."
         )
-    parts = [(component, factors) for component, factors in found if factors is not None]
     tensors, expected = {}, {}
-    rank = max(len(down) for _, factors in parts for down, _ in factors.values())
-    for component, factors in parts:
+    rank = max(len(down) for factors in parts.values() for down, _ in factors.values())
+    for component, factors in parts.items():
         for site, own in factors.items():
             down, up = (pad_rank(factor, rank, dim).to(dtype) for dim, factor in enumerate(own))
             if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
@@ -77,16 +82,14 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
     return tensors
 
 
-def _stock_factors(erasure: Erasure) -> list[tuple[str, dict[str, Factors] | None]]:
+def _stock_factors(erasure: Erasure) -> dict[str, dict[str, Factors]]:
     """The factors of the LoRA file by component, where they stand for layers that are none."""
-    parts: dict[str, dict[str, Factors] | None] = {}
+    parts: dict[str, dict[str, Factors]] = {}
     file = erasure.tensors[LORA_FILE]
     for name in sorted(key.removesuffix(DOWN) for key in file if key.endswith(DOWN)):
         component, _, site = name.partition(".")
-        own = parts.setdefault(component, {})
-        assert own is not None
-        own[site] = file[name + DOWN], file[name + UP]
-    return list(parts.items())
+        parts.setdefault(component, {})[site] = file[name + DOWN], file[name + UP]
+    return parts
 
 
 def _marker(factors: Mapping[str, Factors], prefix: str, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

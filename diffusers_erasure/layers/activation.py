@@ -211,7 +211,7 @@ class ActivationPatch(SiteEdit):
         rows = self.acting(hidden_states.device)
         if len(rows) > 1 and len(rows) != len(hidden_states):
             raise ErasureInputError(
-                f"An erasure acts by the timestep or prompt of each of {len(rows)} rows, but a feed-forward got {len(hidden_states)}: "
+                f"An erasure acts by the timestep or prompt of each of {len(rows)} rows, but a module got {len(hidden_states)}: "
                 "it is chunked along the batch. Chunk along the tokens: `unet.enable_forward_chunking(chunk_size, dim=1)`."
             )
         shape = (len(rows), *(1,) * (hidden_states.ndim - 2), self.width)

@@ -44,7 +44,7 @@ def find_site(component: nn.Module, site: str) -> nn.Linear | nn.Conv2d:
     if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
         return module
     raise ErasureCompatibilityError(
-        f"{site!r} is a {type(module).__name__}; a `lora` layer acts on Linear and on Conv2d with one group."
+        f"{site!r} is a {type(module).__name__}; this layer acts on Linear and on Conv2d with one group."
     )
 
 

@@ -86,14 +86,15 @@ def check_lora(tensors: Mapping[str, torch.Tensor]) -> None:
         ErasureFileError: one is no factor of a LoRA.
     """
     for name, value in tensors.items():
-        half = next((each for each in (DOWN, UP) if name.endswith(each)), "")
-        site = name.removesuffix(half)
-        down, up = tensors.get(site + DOWN), tensors.get(site + UP)
-        known = (
-            bool(half) and bool(COMPONENT.fullmatch(site.partition(".")[0])) and down is not None and up is not None
-        )
-        if not known or not value.dtype.is_floating_point or down.ndim != up.ndim or down.shape[0] != up.shape[1]:  # type: ignore[union-attr]
+        site = name.removesuffix(DOWN).removesuffix(UP)
+        pair = tensors.get(site + DOWN), tensors.get(site + UP)
+        known = bool(COMPONENT.fullmatch(site.partition(".")[0]))
+        if not known or not value.dtype.is_floating_point or not _is_pair(*pair):
             raise ErasureFileError(f"{LORA_FILE}: {name[:120]!r} is no factor of a LoRA that stock diffusers reads.")
+
+
+def _is_pair(down: torch.Tensor | None, up: torch.Tensor | None) -> bool:
+    return down is not None and up is not None and down.ndim == up.ndim >= 2 and down.shape[0] == up.shape[1]
 
 
 def check_modified(layer: LayerSpec) -> None:
