@@ -206,7 +206,7 @@ def from_rows(kind: str, pipe: Any, found: Mapping[str, tuple[TargetRows, KeptRo
 def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> list[dict[str, Any]]:
     """The table `speed` of Stable Diffusion 1.5."""
     pipe = UNetOnly(make_unet(options.smoke))
-    width = pipe.unet.settings.cross_attention_dim
+    width = pipe.unet.config.cross_attention_dim
     settings = resolve(speed.Config(preset="style", published=True), speed.Settings)
     sites = {name: linear for name, linear in base_model.text_readers(pipe).items() if name.endswith("to_v")}
     groups: dict[int, list[str]] = {}
@@ -398,12 +398,12 @@ def measure_files(fit: Callable[..., Erasure], size: Size) -> list[dict[str, Any
 
 def known_rows_calls(kind: str, pipe: Any, size: Size, settings: Any) -> list[Call]:
     """A method on made-up rows of both inputs of SDXL's UNet; where it uses the cache, first from an empty one."""
-    pooled = pipe.unet.add_embedding.linear_1.in_features - 6 * pipe.unet.settings.addition_time_embed_dim
+    pooled = pipe.unet.add_embedding.linear_1.in_features - 6 * pipe.unet.config.addition_time_embed_dim
     calls = []
     for count, fresh in [(size.counts[0], True)] * (kind != "uce") + [(count, False) for count in size.counts]:
         gram = kind != "speed"
         found = {
-            ROWS: problem_rows(count, size.retain_rows, pipe.unet.settings.cross_attention_dim, with_gram=gram),
+            ROWS: problem_rows(count, size.retain_rows, pipe.unet.config.cross_attention_dim, with_gram=gram),
             POOLED: problem_rows(count, size.retain_rows, pooled, empty=1, with_gram=gram),
         }
         name = f"{kind}, {count}" + ", empty cache" * fresh
