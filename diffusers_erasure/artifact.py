@@ -77,11 +77,17 @@ class Erasure:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the layers' tensors in float32: the same for a copy under another name.
+        """SHA-256 over the layers' tensors in float32: the same for a copy under another name, or with a LoRA for others.
 
         It is computed at each call, as the tensors may be changed at any time, in ways that PyTorch does not count.
         """
-        parts = {f"{file}/{key}": value for file, items in self.tensors.items() for key, value in items.items()}
+        others = self.lora_for_others()
+        parts = {
+            f"{file}/{key}": value
+            for file, items in self.tensors.items()
+            for key, value in items.items()
+            if not (file == LORA_FILE and key in others)
+        }
         return tensor_io.content_hash(parts)
 
     def layer_tensors(self, layer: LayerSpec) -> dict[str, torch.Tensor]:

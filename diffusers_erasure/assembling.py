@@ -1,6 +1,7 @@
 """The one way to put an artefact together: from layers, and what is known of them, to a configuration and tensors by file."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,8 +79,10 @@ def assemble(
     Returns:
         `tuple`: the configuration, and for each file its tensors.
     """
+    layers = [_tidy(layer) for layer in layers]
     if not layers:
         raise ErasureInputError("An erasure has at least one layer.")
+    made = Method(method) if isinstance(method, str) else method
     specs = _places(layers)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for layer, spec in zip(layers, specs, strict=True):
@@ -93,16 +96,46 @@ def assemble(
     config = ErasureConfig(
         schema=SCHEMA,
         library=Library("diffusers_erasure", __version__),
-        method=Method(method) if isinstance(method, str) else method,
+        method=dataclasses.replace(made, settings=as_json("settings", made.settings)),
         base_model=base if isinstance(base, BaseModel) else describe_base(base),
         concepts=named_concepts(concepts, anchors),
         layers=tuple(specs),
         stock=Stock(LORA_FILE, rounded(min(error, 0.999))) if all(map(_is_stock, specs)) else None,
         solve=None if rows is None else SolveSpec(TENSOR_FILE, SOLVE_PREFIX, dict(rows.sets)),
-        diagnostics=dict(diagnostics or {}),
-        results=dict(results or {}),
+        diagnostics=as_json("diagnostics", diagnostics),
+        results=as_json("results", results),
     )
     return config, tensors
+
+
+def _tidy(layer: Layer) -> Layer:
+    """A layer with tuples and tensors where lists and arrays were given.
+
+    Raises:
+        ErasureInputError: what is given for a tensor is none.
+    """
+    sites = (layer.sites,) if isinstance(layer.sites, str) else tuple(layer.sites)
+    try:
+        tensors = {name: torch.as_tensor(value) for name, value in layer.tensors.items()}
+        schedule = None if layer.schedule is None else torch.as_tensor(layer.schedule)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ErasureInputError(f"A layer's tensors cannot be read as such: {str(error)[:200]}") from error
+    if schedule is not None and schedule.ndim == 1:
+        schedule = schedule[:, None]
+    origins = tuple(layer.derived_from)
+    return dataclasses.replace(layer, sites=sites, tensors=tensors, derived_from=origins, schedule=schedule)
+
+
+def as_json(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A dictionary as it reads back from the configuration.
+
+    Raises:
+        ErasureInputError: JSON cannot hold it.
+    """
+    try:
+        return json.loads(json.dumps(dict(value or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ErasureInputError(f"`{name}` must be what JSON can hold: {str(error)[:200]}") from error
 
 
 def _places(layers: Sequence[Layer]) -> list[LayerSpec]:
@@ -131,9 +164,9 @@ def _is_stock(spec: LayerSpec) -> bool:
 
 
 def plain(value: torch.Tensor) -> torch.Tensor:
-    """A tensor as it is saved: on the CPU, without gradient, contiguous; float64 in float32."""
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.float64 else value).contiguous()
+    """A tensor as it is saved: a copy on the CPU, without gradient, contiguous; float64 in float32."""
+    dtype = torch.float32 if value.dtype == torch.float64 else value.dtype
+    return value.detach().to("cpu", dtype, copy=True).contiguous()
 
 
 def rounded(value: float) -> float:

@@ -234,17 +234,21 @@ def _joined_rows(parts: Sequence[Erasure]) -> dict[str, dict[str, TargetRows]]:
 def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) -> Erasure:
     members: dict[str, list[Summand]] = {}
     for number, part in enumerate(parts, start=1):
-        stated = part.config.stock.error if part.config.stock else 0.0
+        stated = part.config.stock.error if part.config.stock and not part.lora_for_others() else 0.0
         for spec in part.config.layers:
             error = stated if spec.file == LORA_FILE else 0.0
             member = Summand(f"Erasure number {number}", spec, part.layer_tensors(spec), error)
             members.setdefault(spec.kind, []).append(member)
     layers: list[Layer] = []
-    worst = 0.0
-    for kind, own in members.items():
-        for layer, error in layer_kind(kind).summed(own, rank, max_error):
+    in_lora = besides = 0.0  # the largest errors: the LoRA file states its own
+    for name, own in members.items():
+        kind = layer_kind(name)
+        for layer, error in kind.summed(own, rank, max_error):
             layers.append(layer)
-            worst = max(worst, error)
+            in_lora = max(in_lora, error if kind.file == LORA_FILE else 0.0)
+            besides = max(besides, error if kind.file != LORA_FILE else 0.0)
+    if any(part.lora_for_others() for part in parts):
+        logger.info("The sum has no LoRA for stock diffusers; `with_stock_lora` gives it one.")
     described = [
         {
             "method": part.config.method.name,
@@ -256,12 +260,11 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
     concepts = [concept for part in parts for concept in part.concepts]
     if any(part.config.redacted for part in parts):
         concepts = [dataclasses.replace(concept, target=None, anchor=None) for concept in concepts]
-    whole = all(layer_kind(layer.kind).file == LORA_FILE for layer in layers)  # then the LoRA file states the error
     return Erasure.from_layers(
         layers,
         base=parts[0].config.base_model,
         concepts=concepts,
         method=Method("sum", {"parts": described, "rank": rank, "max_error": max_error}),
-        error=worst,
-        diagnostics={"truncation_error": rounded(worst)} if worst and not whole else {},
+        error=in_lora,
+        diagnostics={"truncation_error": rounded(besides)} if besides else {},
     )

@@ -9,7 +9,7 @@ import torch
 from .artifact import Erasure
 from .base_model import compare_base, denoiser_name
 from .encoding import all_rows
-from .errors import ErasureInputError
+from .errors import ErasureCompatibilityError, ErasureInputError
 from .layers import layer_kind
 from .live.blocks import erasures_disabled
 from .schema import MODIFIER_PREFIX, TENSOR_FILE, GateSpec, LayerSpec, ScheduleSpec
@@ -151,12 +151,12 @@ def with_stock_lora(
 
     Args:
         erasure ([`Erasure`]): the erasure, which stays as it is. A LoRA that was given to it before is replaced.
-        pipe ([`DiffusionPipeline`]): the base model.
+        pipe ([`DiffusionPipeline`]): the base model, with the weights for which the erasure was made.
         state_dict (mapping, *optional*): the LoRA's factors, as for [`Erasure.from_lora`]; computed by default. Its distance
             from the layers' change of the weights is measured, and up to 1e-5 it counts as exact.
         error (`float`, *optional*): how far `state_dict` is from the erasure, relative, where not all of its layers are
             changes of weights, so that you measured it.
-        rank (`int`, *optional*), max_error (`float`, *optional*): truncate the LoRA that is computed.
+        rank (`int`, *optional*), max_error (`float`, *optional*): truncate the LoRA that is computed; 0 for no limit.
         results (mapping, *optional*): what was measured on images with the LoRA.
 
     Raises:
@@ -174,9 +174,14 @@ def with_stock_lora(
     layers = erasure.config.layers
     origins = {name for layer in layers for name in layer.derived_from}
     with erasures_disabled(pipe):
-        compare_base(
-            erasure.config.base_model, pipe, needed={layer.component for layer in layers}, derived_from=origins
-        )
+        needed = {layer.component for layer in layers}
+        match = compare_base(erasure.config.base_model, pipe, needed=needed, derived_from=origins)
+        others = sorted(name for name in needed if match.get(name) == "different weights")
+        if others:
+            raise ErasureCompatibilityError(
+                f"The weights of {others} in this pipeline are not those for which the erasure was made (a fine-tune, or fused "
+                "LoRAs), so that its LoRA would be another edit. Use the base model itself."
+            )
         return give_stock_lora(erasure, pipe, state_dict, error=error, rank=rank, max_error=max_error, results=results)
 
 

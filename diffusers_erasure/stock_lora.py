@@ -1,25 +1,24 @@
 """A LoRA file for stock diffusers beside layers that are none: the same edit as theirs, or an approximation of it.
 
 Of layers that change weights once they are fused the LoRA is computed, W (T - I) = (W D^T) A for a text map, and is exact. Any
-other LoRA is measured against that change where there is one: |file's delta - exact delta| / |exact delta|, over all modules
-together.
+other LoRA is measured against that change where there is one.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from .artifact import Erasure
-from .assembling import plain, rounded
+from .assembling import as_json, plain, rounded
 from .base_model import component
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .layers import layer_kind
 from .layers.lora_keys import lora_layers
 from .low_rank import DOWN, UP, Factors, balanced, cast_error, norm, pad_rank, product, rank_for
-from .schema import LORA_FILE, Stock
+from .schema import LORA_FILE, LayerSpec, Stock
+from .settings.ranges import Number, Range, Whole
 
 
 EXACT = 1e-5  # relative; what is further from the layers' edit is called an approximation
@@ -36,19 +35,15 @@ def give_stock_lora(
     results: Mapping[str, Any] | None = None,
 ) -> Erasure:
     """See [`with_stock_lora`]; here no erasure may be on."""
+    _check_limits(state_dict, error, rank, max_error)
     bare = without_stock_lora(erasure)
-    layers = [layer for layer in bare.config.layers if layer.file != LORA_FILE]
-    if not layers:
+    if all(layer.file == LORA_FILE for layer in bare.config.layers):
         raise ErasureInputError("The erasure's layers are a LoRA already, which stock diffusers loads.")
     exact = _changes(bare, pipe)
     if state_dict is not None:
-        found = {
-            f"{layer.component}.{site}": (layer.tensors[site + DOWN].double(), layer.tensors[site + UP].double())
-            for layer in lora_layers(state_dict)
-            for site in layer.sites
-        }
+        found = _given(state_dict, pipe)
         measured = _distance(found, exact) if exact is not None else error
-        if measured is None or not 0 <= measured < math.inf:
+        if measured is None:
             raise ErasureInputError(
                 "How far this LoRA is from the erasure cannot be computed, as not all its layers are changes of weights: "
                 "measure it, and give `error`, a number of at least 0."
@@ -59,8 +54,42 @@ def give_stock_lora(
             "and its `error`."
         )
     else:
-        found, measured = _written(exact, rank, max_error)
-    return _with(bare, found, Stock(LORA_FILE, rounded(measured), _form(measured, exact), dict(results or {})))
+        found, measured = _written(exact, rank or None, max_error or None)
+    form = "exact" if exact is not None and measured <= EXACT else "approximate"
+    return _with(bare, found, Stock(LORA_FILE, rounded(measured), form, as_json("results", results)))
+
+
+def _check_limits(state_dict: Any, error: Any, rank: Any, max_error: Any) -> None:
+    rules: dict[str, tuple[Any, Range]] = {
+        "error": (error, Number()),
+        "rank": (rank, Whole(least=0)),
+        "max_error": (max_error, Number(below=1)),
+    }
+    for name, (value, rule) in rules.items():
+        if value is not None and not rule.holds(value):
+            raise ErasureInputError(f"`{name}` must be {rule.expected}, not {value!r}.")
+    if state_dict is None and error is not None:
+        raise ErasureInputError("`error` goes with `state_dict`: that of a LoRA that is computed is known.")
+    if state_dict is not None and (rank or max_error):
+        raise ErasureInputError("`rank` and `max_error` are for a LoRA that is computed; this one is taken as it is.")
+
+
+def _given(state_dict: Mapping[str, torch.Tensor], pipe: Any) -> dict[str, Factors]:
+    """A LoRA's factors by component and module, once they are seen to fit the pipeline."""
+    found: dict[str, Factors] = {}
+    for layer in lora_layers(state_dict):
+        model = component(pipe, layer.component)
+        if model is None:
+            raise ErasureInputError(f"The LoRA acts on {layer.component!r}, which this pipeline has not.")
+        kind = layer_kind(layer.kind)
+        spec = LayerSpec(
+            layer.kind, layer.component, layer.sites, kind.file, kind.prefix(layer.component, layer.sites)
+        )
+        kind.check(model, spec, layer.tensors)
+        for site in layer.sites:
+            factors = layer.tensors[site + DOWN].double(), layer.tensors[site + UP].double()
+            found[f"{layer.component}.{site}"] = factors
+    return found
 
 
 def without_stock_lora(erasure: Erasure) -> Erasure:
@@ -76,32 +105,29 @@ def without_stock_lora(erasure: Erasure) -> Erasure:
     return dataclasses.replace(erasure, config=config, tensors=tensors)
 
 
-def _form(error: float, exact: Any) -> str:
-    return "exact" if exact is not None and error <= EXACT else "approximate"
-
-
 def _changes(erasure: Erasure, pipe: Any) -> dict[str, Factors] | None:
     """The change that the layers outside the LoRA file make, by component and module; `None` where they are more than that."""
     found: dict[str, Factors] = {}
+    if any(layer.is_modified for layer in erasure.config.layers):
+        return None
     for layer in erasure.config.layers:
         model, tensors, kind = component(pipe, layer.component), erasure.layer_tensors(layer), layer_kind(layer.kind)
         kind.check(model, layer, tensors)
         if layer.file == LORA_FILE:
             continue
-        try:
-            changes = [] if layer.is_modified else kind.weight_changes(model, layer, tensors)
-        except ErasureCompatibilityError:
-            return None
-        for change in changes:
-            factors, name = change.factors(), f"{layer.component}.{change.site}"
+        own: Mapping[str, Factors | None] | None = kind.lora(layer, tensors)
+        if own is None:
+            try:
+                own = {change.site: change.factors() for change in kind.weight_changes(model, layer, tensors)}
+            except ErasureCompatibilityError:
+                return None
+        for site, factors in own.items():
             if factors is None:
                 return None
-            a, b = (factor.double().cpu() for factor in factors)
+            name, (a, b) = f"{layer.component}.{site}", (factor.double().cpu() for factor in factors)
             if name in found:  # several maps of one input add from the unmapped input
                 a, b = torch.cat([found[name][0], a]), torch.cat([found[name][1], b], dim=1)
             found[name] = a, b
-        if layer.is_modified or not changes:
-            return None
     return found
 
 
@@ -125,29 +151,32 @@ def _written(
 
 
 def _distance(found: Mapping[str, Factors], exact: Mapping[str, Factors]) -> float:
-    """|found - exact| / |exact| over all modules together (Frobenius norms)."""
-    whole = sum(norm(*factors) ** 2 for factors in exact.values()) ** 0.5
-    total = 0.0
+    """The largest |found - exact| / |exact| over the modules (Frobenius norms).
+
+    Of a module that the erasure leaves alone: |found| / the largest |exact|.
+    """
+    sizes = {name: norm(*factors) for name, factors in exact.items()}
+    largest = max(sizes.values())
+    worst = 0.0
     for name in {*found, *exact}:
-        parts = [
-            *([found[name]] if name in found else []),
-            *([(-exact[name][0], exact[name][1])] if name in exact else []),
-        ]
-        shapes = {(tuple(a.shape[1:]), b.shape[0]) for a, b in parts}
-        if len(shapes) > 1:
-            raise ErasureInputError(f"The LoRA's factors of {name!r} do not fit that module.")
-        total += norm(torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)) ** 2
-    return total**0.5 / whole if whole else math.inf
+        added, wanted = found.get(name), exact.get(name)
+        parts = [part for part in (added, None if wanted is None else (-wanted[0], wanted[1])) if part is not None]
+        off = norm(torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1))
+        size = sizes.get(name) or largest
+        worst = max(worst, off / size if size else 0.0)
+    return worst
 
 
 def _with(erasure: Erasure, factors: Mapping[str, Factors], stock: Stock) -> Erasure:
     """The erasure with factors in its LoRA file, all of one rank."""
     tensors = {file: dict(items) for file, items in erasure.tensors.items()}
     file = tensors.setdefault(LORA_FILE, {})
-    taken = sorted(name for name in factors if name + DOWN in file)
-    if taken:
+    own = {layer.component for layer in erasure.config.layers if layer.file == LORA_FILE}
+    both = sorted(own & {name.partition(".")[0] for name in factors})
+    if both:
         raise ErasureInputError(
-            f"{taken[0]!r} has a LoRA layer of the erasure's own already, and a LoRA file holds one for each module."
+            f"On {both[0]!r} the erasure has a LoRA layer of its own, which the LoRA file holds; another LoRA there, for stock "
+            "diffusers alone, cannot lie beside it."
         )
     rank = max(
         [len(a) for a, _ in factors.values()] + [len(value) for name, value in file.items() if name.endswith(DOWN)]

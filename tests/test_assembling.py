@@ -21,6 +21,7 @@ from diffusers_erasure import (
     combine,
     demo,
     with_schedule,
+    with_stock_lora,
 )
 from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.schema import CONFIG_FILE, LORA_FILE, SCHEMA, TENSOR_FILE, BaseModel, Method, Stock
@@ -74,6 +75,10 @@ def test_alphas_and_unequal_ranks(pipe: Any) -> None:
     factors = random_erasure(pipe).tensors[LORA_FILE]
     halved = Erasure.from_lora(factors, base=pipe, concepts="zebra", metadata={"unet.lora_alpha": 1.5})
     name = f"unet.{SITE}.lora_B.weight"
+    plain = Erasure.from_lora(factors, base=pipe, concepts="zebra", metadata={"r": 3, "lora_alpha": 1.5})
+    assert torch.equal(plain.tensors[LORA_FILE][name], factors[name] * 0.5)
+    with pytest.raises(ErasureFileError, match="alpha"):
+        Erasure.from_lora(factors, base=pipe, concepts="zebra", metadata={"transformer.lora_alpha": 1.5})
     assert torch.equal(halved.tensors[LORA_FILE][name], factors[name] * 0.5)
     short = {**factors, f"unet.{SITE}.lora_A.weight": factors[f"unet.{SITE}.lora_A.weight"][:1]}
     short[name] = factors[name][:, :1]
@@ -161,6 +166,28 @@ def test_layers_that_cannot_be_are_refused(changes: dict[str, Any], error: type[
         Erasure.from_layers(base=BaseModel("stable-diffusion"), concepts="zebra", **rest)
 
 
+def test_lists_arrays_and_generators_are_taken(tmp_path: Path) -> None:
+    """What is natural to give is given back as the configuration reads it; the caller's memory stays the caller's."""
+    shared = np.ones((1, 4), dtype=np.float32)
+    layer = Layer("text_map", ["encoder_hidden_states"], {"A": shared, "D": shared}, schedule=[1.0, 0.5])  # type: ignore[arg-type]
+    made = Erasure.from_layers(
+        (each for each in [layer]),  # type: ignore[arg-type]
+        base=BaseModel("stable-diffusion"),
+        concepts="zebra",
+        method=Method("mine", {"betas": (0.9, 0.99)}),
+        diagnostics={"sizes": (1, 2)},
+    )
+    made.save_pretrained(tmp_path)
+    before = made.content_hash
+    shared[:] = 0
+    assert made.content_hash == before == Erasure.from_pretrained(tmp_path).content_hash
+    assert made.config.method.settings == {"betas": [0.9, 0.99]} and made.config.diagnostics == {"sizes": [1, 2]}
+    for name in ("diagnostics", "results"):
+        for odd in ({"x": float("nan")}, {"x": torch.ones(1)}):
+            with pytest.raises(ErasureInputError, match=name):
+                Erasure.from_layers([layer], base=BaseModel("stable-diffusion"), concepts="zebra", **{name: odd})
+
+
 # ------------------------------------------------------------------------------------------------- the older schema
 
 
@@ -200,6 +227,16 @@ def test_the_older_schema_is_read_strictly(tmp_path: Path) -> None:
         path.write_text(json.dumps({**config, "stock": stock}))
         with pytest.raises(ErasureConfigError, match="schema 1.0"):
             Erasure.from_pretrained(tmp_path / "lora")
+
+
+def test_the_older_schema_had_no_other_form(pipe: Any, tmp_path: Path) -> None:
+    """There `stock` said that the LoRA file is the whole erasure."""
+    with_stock_lora(random_erasure(pipe, "text_map"), pipe).save_pretrained(tmp_path)
+    path = tmp_path / CONFIG_FILE
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "schema": "1.0", "stock": {"file": LORA_FILE, "max_error": 0.0}}))
+    with pytest.raises(ErasureConfigError, match="lies outside the LoRA file"):
+        Erasure.from_pretrained(tmp_path)
 
 
 def test_parts_of_the_older_schema_are_combined(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
     layers = erasure.config.layers
     parts: dict[str, dict[str, Factors]] = {}
     others = set()
+    modified = any(layer.is_modified for layer in layers)
     for layer in layers:
         factors = layer_kind(layer.kind).lora(layer, erasure.layer_tensors(layer))
         if factors is None:
@@ -53,13 +54,18 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
         else:
             parts[layer.component] = factors
     if erasure.lora_for_others():
-        parts, others = _stock_factors(erasure), set()
-    if prefixes is None or others or any(layer.is_modified for layer in layers):
+        parts, others, modified = _stock_factors(erasure), set(), False
+    if prefixes is None or others or modified:
         why = f"it is for {family}" if prefixes is None else "it has a schedule or a gate"
         why = f"it has layers of the kinds {sorted(others)}" if prefixes and others else why
         raise ErasureInputError(
             f"This erasure has no kohya form: {why}. Only LoRA layers for {sorted(_PREFIXES)} have one; others are loaded "
             "with `load_erasure`."
+        )
+    strange = sorted(parts.keys() - prefixes.keys())
+    if strange:
+        raise ErasureInputError(
+            f"A kohya file for {family} has no place for {strange[0]!r}, on which this erasure acts."
         )
     tensors, expected = {}, {}
     rank = max(len(down) for factors in parts.values() for down, _ in factors.values())

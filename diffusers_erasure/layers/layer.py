@@ -16,7 +16,7 @@ class Layer:
         tensors: by the names that the kind knows, without a prefix.
         component: the pipeline's component on which it acts.
         derived_from: components whose weights the tensors were computed from; another one there is an error.
-        schedule: strength by timestep and site, a table [bins, sites] or [bins, 1].
+        schedule: strength by timestep and site, a table [bins, sites], or [bins] or [bins, 1] for all sites.
         span: the timesteps from 0 to `span` are divided into the schedule's bins.
     """
 

@@ -130,7 +130,11 @@ def _scales(
         if name in ("rank_pattern", "alpha_pattern") and value:
             raise ErasureFileError("The LoRA's metadata has patterns of ranks or alphas; save it with one rank.")
         if name == "lora_alpha":
-            for site in sites:
-                if site.startswith(prefix + "."):
-                    scales[site] = _alpha(value) / plain[site + DOWN].shape[0]
+            own = [site for site in sites if not prefix or site.startswith(prefix + ".")]
+            if not own:
+                raise ErasureFileError(
+                    f"The LoRA's metadata has an alpha for {prefix[:120]!r}, but there are no factors there."
+                )
+            for site in own:
+                scales[site] = _alpha(value) / plain[site + DOWN].shape[0]
     return scales

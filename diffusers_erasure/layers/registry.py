@@ -24,9 +24,10 @@ def register_layer_kind(kind: LayerKind) -> None:
     """
     if not isinstance(kind, LayerKind):
         raise ErasureInputError(f"A layer kind is an instance of a `LayerKind`, not {kind!r}.")
-    if not _NAME.fullmatch(kind.name) or hasattr(nn.ModuleDict, kind.name):  # live layers are a `ModuleDict`'s entries
+    # live layers are a `ModuleDict`'s entries
+    if not isinstance(kind.name, str) or not _NAME.fullmatch(kind.name) or hasattr(nn.ModuleDict(), kind.name):
         raise ErasureInputError(
-            f"{kind.name[:80]!r} cannot be the name of a layer kind; expected up to 64 of a-z, 0-9 and _, beginning with a letter."
+            f"{str(kind.name)[:80]!r} cannot be the name of a layer kind; expected up to 64 of a-z, 0-9 and _, beginning with a letter."
         )
     if kind.name in _kinds:
         raise ErasureInputError(f"There is a layer kind {kind.name!r} already ({type(_kinds[kind.name]).__name__}).")

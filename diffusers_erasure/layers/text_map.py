@@ -30,6 +30,7 @@ from .sites import SiteEdit, SiteLayer
 
 ROWS, POOLED = "encoder_hidden_states", "text_embeds"
 POOLED_READER = "add_embedding.linear_1"  # SDXL's
+TIME_IDS = (6, 5)  # of SDXL and its refiner: so many embeddings stand behind the pooled vector
 # Name of the input -> (the argument of `forward`, a key inside it, the entry of the model's config with its width).
 INPUTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     ROWS: (ROWS, None, ("cross_attention_dim", "joint_attention_dim")),
@@ -118,6 +119,12 @@ def _position(component: nn.Module, argument: str) -> int:
             f"{type(component).__name__} takes no {argument!r}: the erasure was made for another architecture."
         )
     return names.index(argument)
+
+
+def _pooled_reader(component: nn.Module) -> nn.Linear:
+    linear = compat.base_layer(component.get_submodule(POOLED_READER))
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 class TextMapLayer(SiteLayer):
@@ -221,9 +228,17 @@ class TextMapKind(LayerKind):
                     f"{type(component).__name__} reads text rows of width {width}; the erasure maps rows of width "
                     f"{tensors['A'].shape[1]}: it was made for another architecture."
                 )
-        if spec.sites[0] == POOLED and config.get("addition_embed_type") != "text_time":
+        if spec.sites[0] != POOLED:
+            return
+        if config.get("addition_embed_type") != "text_time":
             raise ErasureCompatibilityError(
                 f"{type(component).__name__} reads no 'text_embeds' here: the erasure was made for another architecture."
+            )
+        behind = _pooled_reader(component).in_features - tensors["A"].shape[1]
+        if behind not in [count * config.get("addition_time_embed_dim", 0) for count in TIME_IDS]:
+            raise ErasureCompatibilityError(
+                f"The erasure maps pooled vectors of width {tensors['A'].shape[1]}, which are not those of this "
+                f"{type(component).__name__}: it was made for another architecture."
             )
 
     def weight_changes(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Sequence[WeightChange]:
@@ -232,8 +247,7 @@ class TextMapKind(LayerKind):
         added, projected = config.get("addition_embed_type"), config.get("encoder_hid_dim_type")
         if spec.sites == (POOLED,) and added == "text_time":
             # It reads the pooled vector, with the time embeddings behind it.
-            linear = compat.base_layer(component.get_submodule(POOLED_READER))
-            assert isinstance(linear, nn.Linear)
+            linear = _pooled_reader(component)
             rest = linear.in_features - tensors["A"].shape[1]
             a, d = (F.pad(tensors[name], (0, rest)) for name in ("A", "D"))
             return [MapChange(POOLED_READER, linear, POOLED, a, d)]

@@ -6,7 +6,7 @@ import torch
 
 from ..errors import ErasureConfigError, ErasureFileError
 from ..low_rank import DOWN, UP
-from ..schema import COMPONENT, LORA_FILE, MODIFIER_PREFIX, TENSOR_FILE, ErasureConfig, LayerSpec, SolveSpec
+from ..schema import COMPONENTS, LORA_FILE, MODIFIER_PREFIX, SITE, TENSOR_FILE, ErasureConfig, LayerSpec, SolveSpec
 from ..tensors import check_finite
 from .registry import layer_kind
 
@@ -71,6 +71,10 @@ def check_tensors(config: ErasureConfig, files: Files) -> None:
         used[config.solve.file] |= {config.solve.prefix + name for name in rows}
     if config.stock is not None and any(layer.file != LORA_FILE for layer in config.layers):
         lora = {name: value for name, value in files[LORA_FILE].items() if name not in used[LORA_FILE]}
+        if not lora:
+            raise ErasureFileError(
+                f"`stock` is set, but {LORA_FILE} holds nothing for the layers that lie outside it."
+            )
         check_lora(lora)
         used[LORA_FILE] |= set(lora)
     for name in expected:
@@ -86,15 +90,13 @@ def check_lora(tensors: Mapping[str, torch.Tensor]) -> None:
         ErasureFileError: one is no factor of a LoRA.
     """
     for name, value in tensors.items():
-        site = name.removesuffix(DOWN).removesuffix(UP)
-        pair = tensors.get(site + DOWN), tensors.get(site + UP)
-        known = bool(COMPONENT.fullmatch(site.partition(".")[0]))
-        if not known or not value.dtype.is_floating_point or not _is_pair(*pair):
+        component, _, site = name.removesuffix(DOWN).removesuffix(UP).partition(".")
+        named = component in COMPONENTS and bool(SITE.fullmatch(site))
+        pair = [tensors.get(f"{component}.{site}{half}") for half in (DOWN, UP)]
+        shapes = [tuple(each.shape) for each in pair if each is not None]
+        fit = len(shapes) == 2 and len(shapes[0]) == len(shapes[1]) in (2, 4) and shapes[0][0] == shapes[1][1]
+        if not (named and fit and value.dtype.is_floating_point):
             raise ErasureFileError(f"{LORA_FILE}: {name[:120]!r} is no factor of a LoRA that stock diffusers reads.")
-
-
-def _is_pair(down: torch.Tensor | None, up: torch.Tensor | None) -> bool:
-    return down is not None and up is not None and down.ndim == up.ndim >= 2 and down.shape[0] == up.shape[1]
 
 
 def check_modified(layer: LayerSpec) -> None:

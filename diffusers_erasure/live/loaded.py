@@ -5,11 +5,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import ErasureNotFoundError
+from ..schema import COMPONENTS
 from . import attachment
 from .attachment import ErasureModules, Loaded
-
-
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def components(pipe: Any) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from .erasure import (
     CARD_FILE,
-    COMPONENT,
+    COMPONENTS,
     CONFIG_FILE,
     GRID_FILE,
     LORA_FILE,
@@ -12,6 +12,7 @@ from .erasure import (
     MAX_LAYERS,
     MODIFIER_PREFIX,
     SCHEMA,
+    SITE,
     SOLVE_PREFIX,
     TENSOR_FILE,
     TENSOR_FILES,
@@ -33,7 +34,7 @@ from .erasure import (
 
 __all__ = [
     "CARD_FILE",
-    "COMPONENT",
+    "COMPONENTS",
     "CONFIG_FILE",
     "GRID_FILE",
     "LORA_FILE",
@@ -43,6 +44,7 @@ __all__ = [
     "MAX_LAYERS",
     "MODIFIER_PREFIX",
     "SCHEMA",
+    "SITE",
     "SOLVE_PREFIX",
     "TENSOR_FILE",
     "TENSOR_FILES",

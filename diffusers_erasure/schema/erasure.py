@@ -33,7 +33,8 @@ MAX_SITES = 8192
 MAX_CONCEPTS = 10_000
 MAX_BINS = 1000
 
-_SITE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
+SITE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", re.ASCII)
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # on which an erasure may act
 COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?|tokenizer(_[23])?)", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # A site under one of these names would be an adapter's or this library's own module, not the base model's.
@@ -145,7 +146,7 @@ class Concept:
 
 
 def _require_modifier_name(name: str) -> None:
-    valid = name.startswith(MODIFIER_PREFIX) and len(name) <= 128 and bool(_SITE.fullmatch(name))
+    valid = name.startswith(MODIFIER_PREFIX) and len(name) <= 128 and bool(SITE.fullmatch(name))
     require(valid, f"A modifier's tensor must be named {MODIFIER_PREFIX}…, not {name[:80]!r}.")
 
 
@@ -231,11 +232,11 @@ class LayerSpec:
         require(0 < len(self.sites) <= MAX_SITES, f"A layer must have 1 to {MAX_SITES} `sites`.")
         require(len(set(self.sites)) == len(self.sites), "A layer names one of its `sites` twice.")
         for site in self.sites:
-            require(len(site) <= 256 and bool(_SITE.fullmatch(site)), f"{site[:80]!r} cannot be the name of a site.")
+            require(len(site) <= 256 and bool(SITE.fullmatch(site)), f"{site[:80]!r} cannot be the name of a site.")
             parts = site.split(".")
             dunder = any(part.startswith("__") for part in parts)
             require(not dunder and not set(parts) & set(_FOREIGN), f"{site[:80]!r} is not a site of a base model.")
-        require(len(self.prefix) <= 128 and bool(_SITE.fullmatch(self.prefix + "x")), "A layer's `prefix` is invalid.")
+        require(len(self.prefix) <= 128 and bool(SITE.fullmatch(self.prefix + "x")), "A layer's `prefix` is invalid.")
         for name in self.derived_from:
             require(bool(COMPONENT.fullmatch(name)), f"`derived_from` names unknown component {name[:80]!r}.")
         denoises = self.component in ("unet", "transformer")
@@ -314,7 +315,7 @@ class SolveSpec:
         require(self.prefix == SOLVE_PREFIX, f"`solve.prefix` must be {SOLVE_PREFIX!r}.")
         require(0 < len(self.rows) <= 8, "`solve.rows` must name 1 to 8 sets.")
         for name in self.rows:
-            require(len(name) <= 64 and bool(_SITE.fullmatch(name)), f"`solve.rows` has a set {name[:80]!r}.")
+            require(len(name) <= 64 and bool(SITE.fullmatch(name)), f"`solve.rows` has a set {name[:80]!r}.")
 
 
 @dataclass(frozen=True)
@@ -426,5 +427,11 @@ def _upgraded(raw: dict[str, Any], minor: int) -> dict[str, Any]:
     if stock is not None:
         old = isinstance(stock, dict) and set(stock) == {"file", "max_error"}
         require(old, "`stock` of schema 1.0 must be an object with the keys 'file' and 'max_error'.")
+        layers = raw.get("layers")
+        whole = isinstance(layers, list) and all(
+            isinstance(each, dict) and each.get("file") == LORA_FILE and not (each.get("schedule") or each.get("gate"))
+            for each in layers
+        )
+        require(whole, "`stock` is set, but a layer lies outside the LoRA file, or is modified.")
         stock = {"file": stock["file"], "error": stock["max_error"]}
     return {**raw, "schema": SCHEMA, "stock": stock}
