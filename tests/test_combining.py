@@ -16,6 +16,7 @@ from diffusers_erasure import (
     demo,
     erase,
 )
+from diffusers_erasure.fitting import recipe_of
 from diffusers_erasure.low_rank import DOWN
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
 from tests.helpers import ROUNDINGS, edits, roundings
@@ -57,6 +58,31 @@ def test_a_joint_solve_is_the_fit_of_all_targets(pipe: Any, settings: dict[str, 
     assert joint.config.diagnostics["completeness"].keys() == {"cat", "ice cream", "shark"}
     # and the result can be joined again
     assert joint.config.solve is not None and joint.config.solve.rows.keys() == whole.config.solve.rows.keys()
+
+
+def as_recorded_before(erasure: Erasure) -> Erasure:
+    """What was left out stood as `None` in an earlier version's artefacts; UCE had no presets."""
+    method = erasure.config.method
+    settings = {**method.settings, "rank": None, "max_error": None}
+    if method.name == "uce":
+        del settings["preset"], settings["published"]
+    method = dataclasses.replace(method, settings=settings)
+    return dataclasses.replace(erasure, config=dataclasses.replace(erasure.config, method=method))
+
+
+@pytest.mark.parametrize("method", ["uce", "rece"])
+def test_artefacts_that_record_what_was_left_out_are_joined_and_repeated(pipe: Any, method: str) -> None:
+    first, second = (erase(pipe, name, retain=["dog"], method=method) for name in ("cat", "shark"))
+    wanted = combine([first, second], pipe=pipe).to_files()[TENSOR_FILE]
+    old = as_recorded_before(first)
+    assert combine([old, second], pipe=pipe).to_files()[TENSOR_FILE] == wanted
+    assert combine([old, as_recorded_before(second)], pipe=pipe).to_files()[TENSOR_FILE] == wanted
+    recipe = recipe_of(old)
+    settings = recipe.pop("settings")
+    again = erase(pipe, **recipe, **settings)
+    assert all(
+        torch.equal(value, first.tensors[TENSOR_FILE][name]) for name, value in again.tensors[TENSOR_FILE].items()
+    )
 
 
 def test_one_more_joins_a_published_hundred_without_its_prompts(pipe: Any, tmp_path: Path) -> None:
