@@ -87,4 +87,4 @@ constraints:
 clean:
 	rm -rf $(VENV) $(VENV)-latest $(VENV)-oldest build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf .coverage .coverage.* *.egg-info
-	find benchmarks diffusers_erasure diffusers_erasure_cli hub_cards tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks diffusers_erasure diffusers_erasure_cli hub_cards tests tools docs -name __pycache__ -type d -prune -exec rm -rf {} +

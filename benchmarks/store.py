@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_erasure import __version__
+from diffusers_erasure.storage import write_file
 
 
 FORMAT = 3  # of the stored results
@@ -84,9 +84,8 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         files = sorted(str(path.relative_to(self.folder)) for path in self.files_of(item).rglob("*"))
         data = {"made": time.time(), "checksum": _digest(result), "files": files, "result": result}
-        draft = self._file(item).with_suffix(f".{os.getpid()}.part")
-        draft.write_text(json.dumps({**data, "of": item.identity()}, default=repr) + "\n", encoding="utf-8")
-        draft.replace(self._file(item))
+        text = json.dumps({**data, "of": item.identity()}, default=repr) + "\n"
+        write_file(self._file(item), text.encode())
 
     def _file(self, item: Work) -> Path:
         return self.folder / f"{self.key(item)}.json"

@@ -15,7 +15,7 @@ from .lists import Retained, expand, names_any, retained
 from .live.blocks import erasures_disabled
 from .logging import get_logger
 from .methods import MethodEntry, get_method, make_config
-from .methods.rows import TargetRows, TextConfig, from_tensors, join
+from .methods.rows import TargetRows, TextConfig, TextSettings, from_tensors, join
 from .registry import method_names
 from .schema import LORA_FILE, Concept, Method
 
@@ -73,7 +73,6 @@ def combine(
     if modified:
         raise ErasureInputError(f"Erasure number {modified[0]} has a schedule or a gate, which no combined edit has.")
     TextConfig(rank=rank, max_error=max_error)  # checks them
-    rank, max_error = rank or None, max_error or None  # 0 is no limit
     _check_one_base(parts)
     names = [concept.target for part in parts for concept in part.concepts if concept.target is not None]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -82,7 +81,7 @@ def combine(
     if mode == "sum":
         if retain is not None:
             raise ErasureInputError("`retain` goes with the mode 'joint': a sum is not solved again.")
-        combined = _sum(parts, rank, max_error)
+        combined = _sum(parts, rank or None, max_error or None)  # 0 is no limit
     else:
         combined = _joint(parts, pipe, retain, rank, max_error)
     if any(part.config.redacted for part in parts):
@@ -161,6 +160,10 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
                 f"A joint solve needs one method: the first erasure is by {first.name}, number {index} by {method.name}; "
                 "use mode='sum'."
             )
+        if "templates" not in free and "templates" not in method.settings:
+            raise ErasureInputError(
+                f"Erasure number {index} is redacted and does not say in which templates the retained prompts stood; use mode='sum'."
+            )
         own = _effective(get_method(method.name), method.settings, free)
         common = common or own
         for key in sorted(key for key in own if own[key] != common[key]):
@@ -168,17 +171,18 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
                 f"A joint solve needs the same settings: `{key}` is {common[key]!r} in the first erasure and {own[key]!r} in "
                 f"number {index}; use mode='sum'."
             )
-    if "templates" not in free and "templates" not in first.settings:
-        raise ErasureInputError(
-            "The erasures are redacted and do not say in which templates the retained prompts stood; use mode='sum'."
-        )
     return first.name, common
 
 
 def _effective(entry: MethodEntry, recorded: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
     """Recorded settings with what was left out, as erasures of earlier versions do, filled in; without some."""
     given = {key: value for key, value in recorded.items() if key not in free}
-    settings, _ = entry.resolved(make_config(entry, given)).recorded()
+    resolved = entry.resolved(make_config(entry, given))
+    if not isinstance(resolved, TextSettings):
+        raise ErasureInputError(
+            f"The method {entry.name!r} offers to solve again, but its `Settings` are no `TextSettings`; use mode='sum'."
+        )
+    settings, _ = resolved.recorded()
     return {key: value for key, value in settings.items() if key not in free}
 
 

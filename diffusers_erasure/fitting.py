@@ -99,7 +99,9 @@ def erase(
     with erasures_disabled(pipe), one_fit():
         erasure = entry.fit(pipe, concepts, config, *([training] if resumable else []))
     if not isinstance(erasure, Erasure):
-        raise TypeError(f"The method {method!r} gave {type(erasure).__name__}; expected an Erasure.")
+        raise ErasureInputError(
+            f"The method {method!r} gave {type(erasure).__name__} where it should give an Erasure."
+        )
     logger.info("Made an erasure of %d concepts by %s.", len(concepts), method)
     return erasure
 

@@ -18,7 +18,7 @@ from .layers import layer_kind
 from .layers.lora_keys import lora_layers
 from .low_rank import DOWN, UP, Factors, balanced, cast_error, norm, pad_rank, product, rank_for
 from .schema import LORA_FILE, LayerSpec, Stock
-from .settings.ranges import Number, Range, Whole
+from .settings import Number, Range, Whole
 
 
 EXACT = 1e-5  # relative; what is further from the layers' edit is called an approximation

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,17 @@ def catalogue() -> dict[str, Any]:
 def offered() -> dict[str, str]:
     """The methods of other packages, with a line about each: from what is known of the packages, without importing them."""
     found: dict[str, str] = {}
-    for point in entry_points(group="diffusers_erasure.methods"):
+    for point in sorted(entry_points(group="diffusers_erasure.methods"), key=_rank):
         about = point.dist.metadata if point.dist else None
         summary = about["Summary"] if about is not None and "Summary" in about else "a method"
         if point.name not in catalogue():
             found.setdefault(point.name, f"{summary} (package {point.dist.name if point.dist else point.value})")
     return found
+
+
+def _rank(point: EntryPoint) -> tuple[str, str]:
+    """As the library takes them (`registry`): of one name the first package."""
+    return point.name, point.dist.name if point.dist else point.value
 
 
 def summaries() -> dict[str, str]:

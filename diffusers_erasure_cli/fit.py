@@ -43,7 +43,7 @@ def combine(
             autocompletion=completion.retained,
         ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Truncate to this rank.", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="Truncate to this rank; 0 for no limit.", min=0)] = None,
     max_error: Annotated[float | None, typer.Option(help="Truncate to the least rank with no larger error.")] = None,
     half: Half = False,
     base: Base = "demo",

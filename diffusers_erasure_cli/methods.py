@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from . import completion
-from .options import ERASURE, Json, Source, Token, out
+from .options import ERASURE, Json, Source, Token, err, out
 from .report import print_diagnostics
 
 
@@ -51,9 +51,15 @@ def _entries_of_others() -> dict[str, Any]:
     """The same of all methods of other packages; what is broken is warned of and left out."""
     if not completion.offered():
         return {}
-    from diffusers_erasure.registry import declarations
+    from diffusers_erasure.errors import ErasureInputError
 
-    return {name: _entry(name) for name in declarations().keys() & completion.offered().keys()}
+    found = {}
+    for name in completion.offered():
+        try:
+            found[name] = _entry(name)
+        except ErasureInputError as error:
+            err.print(Text(f"warning: {error}", style="yellow"), soft_wrap=True)
+    return found
 
 
 def _print_method(name: str, entry: dict[str, Any]) -> None:

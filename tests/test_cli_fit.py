@@ -242,7 +242,7 @@ def test_wrong_usage_and_help(parts: dict[str, str]) -> None:
     for arguments in (
         ("combine", "-o", "x"),
         ("combine", parts["cat"]),
-        ("combine", "a", "b", "-o", "x", "--rank", "0"),
+        ("combine", "a", "b", "-o", "x", "--rank", "-1"),
     ):
         invoke(*arguments, code=2)
     invoke("cache", "empty", code=2)

@@ -168,6 +168,24 @@ def test_a_truncated_sum_states_its_error(pipe: Any) -> None:
     assert rank < 12
 
 
+def test_no_limit_is_not_the_presets_limit(pipe: Any) -> None:
+    """SPEED's preset truncates to 1e-3; `max_error=0` says that nothing is cut."""
+    parts = [erase(pipe, name, anchors="animal", method="speed", max_error=0.0) for name in ("cat", "shark")]
+    whole, cut = combine(parts, pipe=pipe, max_error=0.0), combine(parts, pipe=pipe)
+    assert whole.config.stock is not None and cut.config.stock is not None
+    assert whole.config.stock.error < 1e-5 < 1e-4 < cut.config.stock.error
+    assert (whole.config.method.settings["max_error"], cut.config.method.settings["max_error"]) == (0.0, 1e-3)
+
+
+def test_a_redacted_part_does_not_say_its_templates(pipe: Any) -> None:
+    """SPEED encodes what is retained in the templates too; those of a redacted part are not known, whatever the preset's."""
+    first = erase(pipe, "cat", anchors="animal", method="speed", retain=KEPT)
+    second = erase(pipe, "shark", anchors="animal", method="speed", retain=KEPT, templates=("one {}",)).redacted()
+    for parts in ([first, second], [second, first]):
+        with pytest.raises(ErasureInputError, match="does not say in which templates"):
+            combine(parts, pipe=pipe, retain=KEPT)
+
+
 def test_parts_that_do_not_go_together_are_named(pipe: Any) -> None:
     uce = erase(pipe, "cat", anchors="animal", retain=KEPT)
     rece = erase(pipe, "shark", anchors="animal", retain=KEPT, method="rece")

@@ -171,7 +171,7 @@ def test_what_cannot_be_declared_or_registered(fresh: None) -> None:
     register_method(declared())
     with pytest.raises(ErasureInputError, match="There is a method 'mine' already"):
         register_method(declared(summary="Another one."))
-    with pytest.raises(ErasureInputError, match=r"'no\.such\.module' does not give a dataclass `Config`.*No module"):
+    with pytest.raises(ErasureInputError, match=r"'no\.such\.module' does not give a function `fit`.*No module"):
         erase(object(), "cat", method="mine")
 
 
@@ -229,3 +229,46 @@ def test_broken_packages_are_named_and_do_not_break_the_others(
     assert "projection" in every and "uce" in every and not {"raising", "wrong"} & every.keys()
     assert "For stable-diffusion" in invoke("methods", "projection").stdout
     assert [name for name, _ in completion.methods("pro")] == ["projection"]
+
+
+CODE = """
+from dataclasses import dataclass
+from typing import Literal
+from diffusers_erasure import MethodDeclaration
+
+METHOD = MethodDeclaration(
+    name={name!r}, module={module!r}, summary="x", families=("stable-diffusion",), needs="text encoders", makes=("text_map",)
+)
+"""
+BROKEN = {
+    "quits": "raise SystemExit(3)",
+    "divides": "1 / 0",
+    "bare": "class Config: ...\ndef fit(*_): ...",
+    "unannotated": "from dataclasses import dataclass\n@dataclass\nclass Config:\n    n: int = 1\ndef fit(*_): ...",
+    "gives": "from dataclasses import dataclass\n@dataclass\nclass Config: ...\ndef fit(*_): return 1",
+    "settings": (  # a name of its own use, and a preset that nothing fills
+        "from dataclasses import dataclass\nfrom typing import Literal\n@dataclass\nclass Config:\n"
+        "    preset: Literal['a', 'b'] = 'a'\nclass Settings: ...\ndef fit(*_): return 1"
+    ),
+}
+
+
+def test_broken_modules_are_told_and_left_out(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, body in BROKEN.items():
+        module = f"method_{name}"
+        code = CODE.format(name=name, module=module)
+        install(tmp_path, f"package_{name}", f"{name} = says_{name}:METHOD", **{f"says_{name}": code, module: body})
+    monkeypatch.syspath_prepend(tmp_path)
+    done = invoke("methods", "--json")
+    every = json.loads(done.stdout)
+    assert "uce" in every and {"gives", "settings"} <= every.keys()
+    assert not {"quits", "divides", "bare", "unannotated"} & every.keys()
+    assert "'divides' cannot be used" in done.stderr
+    assert list(every)[-2:] == ["gives", "settings"]  # in the order of their names
+    pipe = demo.load_pipeline()
+    for name in ("quits", "divides", "bare", "unannotated"):
+        with pytest.raises(ErasureInputError, match=f"The method '{name}' cannot be used"):
+            erase(pipe, "cat", method=name)
+    for name in ("gives", "settings"):
+        with pytest.raises(ErasureInputError, match="should give an Erasure"):
+            erase(pipe, "cat", method=name)

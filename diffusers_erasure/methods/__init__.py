@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ErasureInputError
 from ..registry import MethodDeclaration, declaration, method_names
-from ..settings import USUAL, resolve
+from ..settings import USUAL, resolve, rules_of
 
 
 __all__ = ["MethodEntry", "check_names", "get_method", "make_config", "method_names"]
@@ -53,13 +53,15 @@ def get_method(name: str) -> MethodEntry:
     try:
         module = importlib.import_module(declared.module)
         config, fit = module.Config, module.fit
-        dataclasses.fields(config)
-    except (ImportError, AttributeError, TypeError) as error:
+        rules_of(config)
+    except (Exception, SystemExit) as error:  # whatever a package's module does
         raise ErasureInputError(
-            f"The method {name!r} cannot be used: its module {declared.module!r} does not give a dataclass `Config` and a "
-            f"function `fit` ({type(error).__name__}: {error})."
+            f"The method {name!r} cannot be used: its module {declared.module!r} does not give a function `fit` and a dataclass "
+            f"`Config` whose annotations say what each setting may be ({type(error).__name__}: {error})."
         ) from error
-    return MethodEntry(declared, config, fit, getattr(module, "Settings", None), getattr(module, "refit", None))
+    # Only a config that says what stands for settings that are left out has settings to resolve into.
+    settings = getattr(module, "Settings", None) if hasattr(config, "stated") else None
+    return MethodEntry(declared, config, fit, settings, getattr(module, "refit", None))
 
 
 def check_names(entry: MethodEntry, names: Iterable[str]) -> None:

@@ -68,7 +68,7 @@ def describe(entry: MethodEntry) -> dict[str, Any]:
     """A method's entry: what it is, its presets, and its settings."""
     declared, rules, told = entry.declared, rules_of(entry.config), meanings(entry.config)
     choice = rules["preset"].range if "preset" in rules else None
-    presets = choice.values if isinstance(choice, Choice) else ()
+    presets = choice.values if isinstance(choice, Choice) and entry.settings is not None else ()
     stated = _preset_values(entry, presets)
     published = _preset_values(entry, presets, published=True) if "published" in rules else {}
     settings: dict[str, Any] = {}

@@ -134,7 +134,7 @@ def _load(point: EntryPoint) -> MethodDeclaration:
         declared = point.load()
         if not isinstance(declared, MethodDeclaration) or declared.name != point.name:
             raise TypeError(f"{point.value} is not a MethodDeclaration with this name")
-    except Exception as error:  # whatever a package does when it is imported
+    except (Exception, SystemExit) as error:  # whatever a package does when it is imported
         raise ErasureInputError(
             f"The method {point.name!r} of the package {_package(point)!r} cannot be used ({type(error).__name__}: {error}). "
             "Update the package, or uninstall it."

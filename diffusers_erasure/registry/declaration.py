@@ -35,7 +35,8 @@ class MethodDeclaration:
         name (`str`): what `erase(method=...)` takes.
         module (`str`): name of the module that makes its erasures, imported when it is used. It has `Config`, a dataclass of
             settings, and `fit(pipe, concepts, config)`, with a further `run` where the method is resumable; and
-            `refit(pipe, concepts, config, rows)` where its erasures can be solved again by [`combine`].
+            `refit(pipe, concepts, config, rows)` where its erasures can be solved again by [`combine`]; then `Config` is a
+            [`TextConfig`] and `Settings` a `TextSettings`.
         summary (`str`): one line for people.
         families (tuple of `str`): the families of base models that it works on: `"stable-diffusion"` (1.x and 2.x),
             `"stable-diffusion-xl"`, `"stable-diffusion-3"`, `"flux"`.

@@ -121,7 +121,7 @@ class Checkpoints:
             raise ErasureCompatibilityError(
                 f"The checkpoint {path} belongs to a run on another base model. Give that one, or another checkpoint folder."
             )
-        if identity != self.identity:
+        if _stated(identity) != _stated(self.identity):
             raise ErasureInputError(
                 f"The checkpoint {path} belongs to another run: {_difference(identity, self.identity)}. Use the same "
                 "settings to go on, or another checkpoint folder to start a new run."
@@ -140,6 +140,13 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _stated(value: Any) -> Any:
+    """Without what stands for nothing: earlier versions wrote null where 0 or an empty text is written now."""
+    if isinstance(value, dict):
+        return {key: _stated(each) for key, each in value.items() if each or isinstance(each, dict)}
+    return value
 
 
 def _difference(stored: Any, own: Any, name: str = "run") -> str:

@@ -70,7 +70,7 @@ class TrainConfig:
             `"linear"`, `"cosine"`, `"cosine_with_restarts"` or `"polynomial"`.
         lr_warmup_steps (`int`, *optional*, defaults to 0): steps over which the learning rate rises.
         max_grad_norm (`float`, *optional*, defaults to 1.0): gradients are scaled down to this norm.
-        ema_decay (`float`, *optional*): decay of the moving average of what is trained; 0, the default, for none.
+        ema_decay (`float`, *optional*): decay of the moving average of what is trained; 0 for none.
         save (`"student"` or `"ema"`, *optional*): what becomes the erasure: what was trained, or its moving average.
         policy (`"base"`, `"student"` or `"ema"`, *optional*): whose denoising gives the noisy latents. With `"base"` the
             base's predictions along it are also the teacher's, so that a step is one forward pass.
@@ -80,7 +80,7 @@ class TrainConfig:
             oldest trajectories of the pool are drawn again.
         refresh (`int`, *optional*, defaults to 4): how many trajectories are drawn again each time.
         num_inference_steps (`int`, *optional*): steps N of the DDIM sampler that denoises; a noisy latent lies after k of them.
-        guidance_scale (`float`, *optional*): classifier-free guidance of the sampler that denoises; 1 is none.
+        guidance_scale (`float`, *optional*): classifier-free guidance of the sampler that denoises; 1, or 0, is none.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): compute activations again in the backward pass: less
             memory, for more time.
         resolution (`int`, *optional*): pixels of a side; 0, the default, for the base's own.

@@ -252,7 +252,7 @@ class Trainer:
         def source(
             name: str, examples: Sequence[Example], count: int, keep: Sequence[str], favoured: Sequence[int] = ()
         ) -> Source:
-            how = self.shape, config.guidance_scale, config.seed, name, network.unet.dtype, favoured
+            how = self.shape, config.guidance_scale or 1.0, config.seed, name, network.unet.dtype, favoured
             return Source(self.sampler, examples, count, keep, *how)
 
         keep = self.objective.teacher_roles if config.policy == "base" else ()

@@ -34,7 +34,9 @@ def write_samples(
     noise = torch.stack([sampler.noise(config.seed, ("sample", prompt), shape) for prompt in prompts])
     rows = []
     for label, predict in (("base", network.teacher_rows), ("now", network.student_rows)):
-        found = trajectories(predict, sampler, noise, {SAMPLE: list(prompts)}, config.guidance_scale, keep=(SAMPLE,))
+        found = trajectories(
+            predict, sampler, noise, {SAMPLE: list(prompts)}, config.guidance_scale or 1.0, keep=(SAMPLE,)
+        )
         # The last latent lies one step before the end; its noise-free estimate is the end.
         last = len(sampler) - 1
         latents = sampler.step(found.predictions[SAMPLE][:, last].float(), last, found.latents[:, last])
