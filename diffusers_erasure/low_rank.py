@@ -91,16 +91,31 @@ def low_rank_error(exact: Mapping[str, torch.Tensor], other: Mapping[str, torch.
     return worst
 
 
-def cast_error(exact: Factors, written: Factors, names: tuple[str, str]) -> float:
+def written(a: torch.Tensor, b: torch.Tensor, rank: int | None, max_error: float | None) -> tuple[Factors, float]:
+    """`B A` as it is written: truncated where that is asked for, balanced, in float32; and the relative error of that."""
+    error = 0.0
+    # More rows than the matrix has rank (many rows of a window) are written as fewer, exactly.
+    if rank is not None or max_error is not None or len(a) > min(a.shape[1], b.shape[0]):
+        u, s, vh = product(b, a)
+        kept = rank_for(s, rank, max_error)
+        lost, whole = float(s[kept:].norm()), float(s.norm())
+        error = lost / whole if whole else 0.0
+        a, b = vh[:kept], u[:, :kept] * s[:kept]
+    a, b = balanced(a, b)
+    rounded = a.float().contiguous(), b.float().contiguous()
+    return rounded, error + cast_error((a, b), rounded)
+
+
+def cast_error(exact: Factors, rounded: Factors) -> float:
     """Relative error |B'A' - BA| / |BA| of writing factors in float32: exact for small ranks.
 
     For larger ones, where that costs more than the edit itself, it is estimated from what both make of 32 random rows.
     """
     if len(exact[0]) <= 64:
-        return low_rank_error(dict(zip(names, exact, strict=True)), dict(zip(names, written, strict=True)))
+        return low_rank_error(dict(zip((DOWN, UP), exact, strict=True)), dict(zip((DOWN, UP), rounded, strict=True)))
     width = exact[0].shape[1]
     probes = torch.randn(width, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     image = exact[1] @ (exact[0] @ probes)
     return float(
-        (written[1].double() @ (written[0].double() @ probes) - image).norm() / image.norm().clamp_min(1e-300)
+        (rounded[1].double() @ (rounded[0].double() @ probes) - image).norm() / image.norm().clamp_min(1e-300)
     )

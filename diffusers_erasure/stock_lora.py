@@ -16,7 +16,7 @@ from .base_model import component
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .layers import layer_kind
 from .layers.lora_keys import lora_layers
-from .low_rank import DOWN, UP, Factors, balanced, cast_error, norm, pad_rank, product, rank_for
+from .low_rank import DOWN, UP, Factors, norm, pad_rank, written
 from .schema import LORA_FILE, LayerSpec, Stock
 from .settings import Number, Range, Whole
 
@@ -134,19 +134,12 @@ def _changes(erasure: Erasure, pipe: Any) -> dict[str, Factors] | None:
 def _written(
     exact: Mapping[str, Factors], rank: int | None, max_error: float | None
 ) -> tuple[dict[str, Factors], float]:
-    """The factors in float32, truncated where that is asked for; `(factors, largest relative error over the modules)`."""
+    """The factors as they are written; `(factors, largest relative error over the modules)`."""
     found: dict[str, Factors] = {}
     worst = 0.0
-    for name, (a, b) in exact.items():
-        error = 0.0
-        if rank is not None or max_error is not None:
-            u, s, vh = product(b, a)
-            kept = rank_for(s, rank, max_error)
-            error = float(s[kept:].norm() / s.norm()) if float(s.norm()) else 0.0
-            a, b = vh[:kept], u[:, :kept] * s[:kept]
-        a, b = balanced(a, b)
-        found[name] = a.float(), b.float()
-        worst = max(worst, error + cast_error((a, b), found[name], (name + DOWN, name + UP)))
+    for name, factors in exact.items():
+        found[name], error = written(*factors, rank, max_error)
+        worst = max(worst, error)
     return found, worst
 
 

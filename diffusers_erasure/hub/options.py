@@ -108,6 +108,7 @@ def takes(*kinds: Any) -> Callable[[F], F]:
             signature.bind(*args, **kwargs)
             return function(*args, **kwargs)
 
+        # functions take attributes, whatever their type says
         checked.__signature__ = signature  # type: ignore[attr-defined]
         checked.__doc__ = _told(function.__doc__ or "", kinds)
         return cast(F, checked)

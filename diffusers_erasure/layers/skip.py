@@ -49,6 +49,7 @@ class SkipLayer(HookLayer):
         self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors, modifier: Modifier | None
     ) -> None:
         component = compat.unwrap_compiled(component)
+        # a UNet by `check`, which the type does not tell
         device, dtype = placement(component, compat.base_layer(component.conv_in))  # type: ignore[arg-type]
         network = EPR(component, tensors, device, dtype)
         if modifier is not None:

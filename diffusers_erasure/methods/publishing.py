@@ -13,7 +13,7 @@ from ..base_model import component, denoiser_name, describe_base
 from ..layers.layer import Layer
 from ..layers.text_map import POOLED_READER as POOLED_SITE
 from ..logging import get_logger
-from ..low_rank import DOWN, UP, Factors, balanced, cast_error, pad_rank, product, rank_for, truncated
+from ..low_rank import DOWN, UP, Factors, pad_rank, truncated, written
 from ..schema import Concept, SolveRows
 from ..stock_lora import give_stock_lora
 from .rows import ROWS, KeptRows, TargetRows, TextSettings, to_tensors
@@ -48,20 +48,8 @@ def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextSettings) ->
     parts: dict[str, Factors] = {}
     worst = 0.0
     for site, factors in sites.items():
-        a, b = factors()
-        error = 0.0
-        # More rows than the matrix has rank (many rows of a window) are written as fewer, exactly.
-        if config.rank or config.max_error or len(a) > min(a.shape[1], b.shape[0]):
-            u, s, vh = product(b, a)
-            kept = rank_for(s, config.rank or None, config.max_error or None)
-            lost, norm = float(s[kept:].norm()), float(s.norm())
-            error = lost / norm if norm else 0.0
-            a, b = vh[:kept], u[:, :kept] * s[:kept]
-        a, b = balanced(a, b)
-        names = site + DOWN, site + UP
-        written = a.float().contiguous(), b.float().contiguous()
-        worst = max(worst, error + cast_error((a, b), written, names))
-        parts[site] = written
+        parts[site], error = written(*factors(), config.rank or None, config.max_error or None)
+        worst = max(worst, error)
     rank = max(len(a) for a, _ in parts.values())
     tensors: dict[str, torch.Tensor] = {}
     for site in sites:
