@@ -55,6 +55,34 @@ def lora_components(pipe: Any) -> tuple[str, ...]:
     return tuple(getattr(pipe, "_lora_loadable_modules", ()))
 
 
+def untraced(function: Any) -> Any:
+    """Let a function run as Python where torch.compile meets it as a frame of its own, as it does hooks of a compiled module.
+
+    Errors leave it as they are then. Inside a larger graph it is traced like any other; `torch.compiler.disable` would break
+    that graph.
+    """
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:  # before torch 2.7
+        return torch.compiler.disable(function)
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
+
+
+def forward_hooks(module: nn.Module) -> list[tuple[int, Any]]:
+    """The hooks before and after a module's forward pass, each with its number."""
+    return [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
+
+
+def drop_forward_hooks(module: nn.Module, numbers: Iterable[int]) -> None:
+    """Take hooks off by their numbers: those of a copied module have no handle of their own."""
+    for number in numbers:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            hooks.pop(number, None)
+        for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+            flags.pop(number, None)
+
+
 def reset_compiled() -> None:
     """Forget compiled graphs: torch does not look at hooks again once a graph exists (`skip_nnmodule_hook_guards`)."""
     torch.compiler.reset()
@@ -137,6 +165,20 @@ def refused_adapter_versions() -> str | None:
     if least is None or Version(peft.__version__) >= Version(least):
         return None
     return f"transformers {transformers.__version__} wants peft {least} or newer, and peft {peft.__version__} is installed"
+
+
+def is_tuner(module: nn.Module) -> bool:
+    """Whether a module is what peft puts around a layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def drops_base_output(tuner: Any) -> bool:
+    """Whether one of peft's layers calls the layer that it wraps and then subtracts what it gave, as GLoRA does."""
+    if not type(tuner).__module__.startswith("peft.tuners.glora.") or tuner.disable_adapters or tuner.merged:
+        return False
+    return any(name in tuner.glora_A for name in tuner.active_adapters)
 
 
 def has_adapters(module: nn.Module) -> bool:

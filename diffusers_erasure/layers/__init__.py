@@ -1,6 +1,6 @@
 """Layer kinds: how an erasure acts while images are made. A new kind is one new file here and its entry in the registry."""
 
-from .base import HookLayer, LiveLayer
+from .base import HookLayer, LiveLayer, Watched
 from .changes import WeightChange
 from .kind import LayerKind, Summand
 from .layer import Layer
@@ -16,6 +16,7 @@ __all__ = [
     "SiteEdit",
     "SiteLayer",
     "Summand",
+    "Watched",
     "WeightChange",
     "layer_kind",
     "register_layer_kind",

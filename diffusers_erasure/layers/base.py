@@ -1,7 +1,8 @@
 """What a layer kind is on a live component. One instance serves all erasures of its kind there."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
@@ -9,6 +10,23 @@ from torch import nn
 from ..schema import LayerSpec
 from .buffers import PartKey, Tensors
 from .modifiers import Conditions, Modifier
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A module within a component that has to be called for a layer to act.
+
+    Attributes:
+        site: its name within the component.
+        module: the module.
+        names: the erasures that act there.
+        hooks: the numbers of the hooks by which they do.
+    """
+
+    site: str
+    module: nn.Module
+    names: frozenset[str]
+    hooks: tuple[int, ...] = ()
 
 
 class LiveLayer(nn.Module):
@@ -31,6 +49,10 @@ class LiveLayer(nn.Module):
     @abstractmethod
     def is_empty(self) -> bool:
         """Whether no erasure is attached any more."""
+
+    def watched(self) -> Iterator[Watched]:
+        """The modules that have to be called for the layer to act: where their surroundings compute without them, the pass fails."""
+        yield from ()
 
     def inactive_reason(self) -> str | None:
         """Why the layer would not act in the coming forward pass, or `None` where it will."""

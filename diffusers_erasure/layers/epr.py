@@ -3,6 +3,7 @@
 One class for both uses: loaded, its tensors are buffers, and in training parameters. See [`diffusers_erasure.layers.skip`].
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -323,6 +324,21 @@ class SkipHooks:
         """The hooks that a UNet has, or new ones."""
         hooks = getattr(unet, ATTRIBUTE, None)
         return hooks if isinstance(hooks, cls) else cls(unet)
+
+    def hooked(self) -> Iterator[tuple[str, nn.Module, EPR | None, int]]:
+        """What has to be called: names and modules, the network whose delta is there (`None`: all), and the hook's number."""
+        unet = self.unet
+        names = {id(module): name for name, module in unet.named_modules()}
+        fixed = [compat.base_layer(unet.conv_in), unet.time_embedding]
+        if getattr(unet, "add_embedding", None) is not None:
+            fixed.append(unet.add_embedding)
+        fixed += [unet.mid_block, *unet.up_blocks]
+        for module, handle in zip(fixed, self.handles, strict=True):
+            yield names[id(module)].removesuffix(".base_layer"), module, None, handle.id
+        for site, handle in self.sites.items():
+            for network in self.networks:
+                if site in network.sites:
+                    yield site, find_site(unet, site), network, handle.id
 
     def add(self, network: EPR) -> None:
         """Let a network act from now on."""

@@ -1,7 +1,7 @@
 """Sites: the modules of a base model at which layers act, and the hooks there, one a module for all erasures."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from .. import compat
 from ..errors import ErasureCompatibilityError
 from ..schema import LayerSpec
-from .base import HookLayer
+from .base import HookLayer, Watched
 from .buffers import PartKey, Tensors, placement
 from .modifiers import Conditions, Modifier
 
@@ -46,6 +46,30 @@ def find_site(component: nn.Module, site: str) -> nn.Linear | nn.Conv2d:
     raise ErasureCompatibilityError(
         f"{site!r} is a {type(module).__name__}; this layer acts on Linear and on Conv2d with one group."
     )
+
+
+def path_to(component: nn.Module, site: str, module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The way from a component to its module: (parent, name, child) step by step, through what peft has wrapped around it.
+
+    Empty where it leads elsewhere: a site that is no module by its name, or one whose module was replaced.
+    """
+    component = compat.unwrap_compiled(component)
+    for name in _names(site):
+        steps: list[tuple[nn.Module, str, nn.Module]] = []
+        here: nn.Module | None = component
+        for part in name.split("."):
+            child = None if here is None else compat.child(here, part)
+            if here is not None and child is not None:
+                steps.append((here, part, child))
+            here = child
+        while here is not None and here is not module:
+            child = compat.child(here, "base_layer")
+            if child is not None:
+                steps.append((here, "base_layer", child))
+            here = child
+        if here is module:
+            return steps
+    return []
 
 
 def attention_of(component: nn.Module, site: str) -> nn.Module:
@@ -139,6 +163,12 @@ class SiteLayer(HookLayer):
 
     def is_empty(self) -> bool:
         return not self.sites
+
+    def watched(self) -> Iterator[Watched]:
+        for site, (component, module) in self.hooked.items():
+            if module is not compat.unwrap_compiled(component):  # a named input: then the pass itself is the call
+                names = frozenset(name for name, _ in self.edit(site).parts)
+                yield Watched(site, module, names, (self.handles[site].id,))
 
     def placement(self, component: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the live tensors at a module."""

@@ -12,7 +12,7 @@ not enter it. In the compact form the base's own modules run again, with all tha
 the one erasure whose pass it is. Several erasures cost one encoder pass each, also at strength 0.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..schema import LayerSpec
-from .base import HookLayer
+from .base import HookLayer, Watched
 from .buffers import PartKey, Tensors, placement
 from .changes import WeightChange
 from .encoder_copy import PARTS, channels, check_unet, empty_copy, spans
@@ -75,6 +75,12 @@ class SkipLayer(HookLayer):
 
     def is_empty(self) -> bool:
         return not self.keys
+
+    def watched(self) -> Iterator[Watched]:
+        names = {id(self._network(key)): key[0] for key in self.keys}
+        for site, module, network, number in self.hooks.hooked() if self.hooks is not None and self.keys else ():
+            own = names.values() if network is None else (names[id(network)],)
+            yield Watched(site, module, frozenset(own), (number,))
 
     def inactive_reason(self) -> str | None:
         for network in map(self._network, self.keys):

@@ -17,6 +17,7 @@ from ..layers.gate import Gate
 from ..layers.modifiers import Conditions, Modifier
 from ..originals import Kept
 from ..schema import LayerSpec
+from .firing import FiringCheck
 
 
 CHILD = "erasure_modules"
@@ -45,7 +46,8 @@ class ErasureModules(nn.Module):
         self.loaded: dict[str, Loaded] = {}
         self.disabled = 0
         self.training_allowed = 0
-        self.guard: torch.utils.hooks.RemovableHandle | None = None
+        self.firing = FiringCheck(self)
+        self.guards: list[torch.utils.hooks.RemovableHandle] = []
         self.fused: dict[str, Kept] = {}
         self.merged: list[str] = []  # names of the erasures that are fused, and so have no layers here
 
@@ -76,10 +78,14 @@ class Guard:
     def __init__(self, state: ErasureModules) -> None:
         self.state = state
 
+    @compat.untraced
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
         if state.disabled:
             return
+        reason = state.firing.before()
+        if reason is not None:
+            raise ErasureInactiveError(reason)
         for layer in state.live():
             reason = layer.inactive_reason() or layer.scaled_away(kwargs)
             if reason is not None:
@@ -87,6 +93,19 @@ class Guard:
         if torch.is_grad_enabled() and not state.training_allowed:
             if any(parameter.requires_grad for parameter in module.parameters()) or _trains_the_text(args, kwargs):
                 raise ErasureTrainingError(_TRAINING.format(kind=type(module).__name__, names=list(state.loaded)))
+
+
+class GuardAfter:
+    """Forward hook of a component: refuses a pass in which something did not act."""
+
+    def __init__(self, state: ErasureModules) -> None:
+        self.state = state
+
+    @compat.untraced
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        reason = self.state.firing.after()
+        if reason is not None:
+            raise ErasureInactiveError(reason)
 
 
 def _trains_the_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -161,6 +180,15 @@ def attach_layers(
         if layer.is_modified:
             modifier = _modifier(state.conditions, key, layer, item.erasure, encoder)
         live.attach(components[layer.component], key, layer, item.erasure.layer_tensors(layer), modifier)
+    for name in {layer.component for layer in item.erasure.config.layers if layer.component in components}:
+        watch(components[name])
+
+
+def watch(component: nn.Module) -> None:
+    """See from now on that what acts on a component is called."""
+    state = state_of(component)
+    assert state is not None
+    state.firing.watch(component, [each for layer in state.live() for each in layer.watched()])
 
 
 def _modifier(
@@ -178,8 +206,10 @@ def _modifier(
     return Modifier(key, tensors[schedule.name].float(), schedule.span, gate is not None)
 
 
-def detach_layers(state: ErasureModules, name: str) -> None:
+def detach_layers(component: nn.Module, name: str) -> None:
     """Detach the layers of one erasure from a component, on which it stays listed."""
+    state = state_of(component)
+    assert state is not None
     for layer in state.live():
         layer.detach(name)
     state.conditions.drop_gates(name)
@@ -188,6 +218,7 @@ def detach_layers(state: ErasureModules, name: str) -> None:
     state.timed = {key for key in state.timed if key[0] != name}
     if not state.timed:
         state.conditions.unwatch()
+    watch(component)
 
 
 def detach(components: Iterable[nn.Module], name: str) -> None:
@@ -197,13 +228,13 @@ def detach(components: Iterable[nn.Module], name: str) -> None:
         state = state_of(component)
         if state is None or name not in state.loaded:
             continue
-        detach_layers(state, name)
+        detach_layers(component, name)
         del state.loaded[name]
         if state.loaded:
             state.fold()
             continue
-        if state.guard is not None:
-            state.guard.remove()
+        for handle in state.guards:
+            handle.remove()
         compat.remove_child(compat.unwrap_compiled(component), CHILD)
     reset_compiled(components)
 
@@ -216,7 +247,10 @@ def ensure_state(component: nn.Module, beside: ErasureModules | None = None) -> 
         state = ErasureModules()
         if beside is not None:
             state.disabled, state.training_allowed = beside.disabled, beside.training_allowed
-        state.guard = component.register_forward_pre_hook(Guard(state), prepend=True, with_kwargs=True)
+        state.guards = [
+            component.register_forward_pre_hook(Guard(state), prepend=True, with_kwargs=True),
+            component.register_forward_hook(GuardAfter(state)),
+        ]
         component.add_module(CHILD, state)
     return state
 

@@ -134,7 +134,7 @@ def unfuse_erasures(pipe: Any) -> None:
     for name, state in held.items():
         for item in state.loaded.values():  # all of them, for the order of loading is that of the sums
             if item.backend == "hook":
-                attachment.detach_layers(state, item.name)
+                attachment.detach_layers(live[name], item.name)
                 attachment.attach_layers({name: live[name]}, item, live)
         for kept in state.fused.values():
             _write(kept)
@@ -356,11 +356,11 @@ def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
         raise
     for component, kept in done:
         held[component].fused[f"{kept.site.removeprefix('text_model.')}.{kept.name}"] = kept
-    for state in held.values():
+    for component, state in held.items():
         merged_here = [name for name in names if name in state.loaded]
         state.merged.extend(merged_here)
         for name in merged_here:
-            attachment.detach_layers(state, name)
+            attachment.detach_layers(live[component], name)
         state.fold()
     attachment.reset_compiled(live.values())
 
