@@ -54,7 +54,8 @@ class ErasureInfo:
         base_match: for each component of its base model `"same"`, `"different weights"` or `"unverified"`.
         source: the folder or repository that it came from, `None` for one made in this process.
         revision: the commit that it came from, where it came from the Hub.
-        backend: how it acts: `"hook"`, `"merge"` where it is fused into the weights, or `"peft"`.
+        backend: how it acts: `"hook"`, `"merge"` where it is fused into the weights, `"peft"`, or `"processor"` where it was made
+            as attention processors.
         kept_bytes: memory of the original weights that are kept while it is fused.
     """
 

@@ -20,8 +20,9 @@ from torch import nn
 from diffusers_erasure import (
     ActEraseAttnProcessor,
     Erasure,
-    ErasureCompatibilityError,
+    ErasureInactiveError,
     ErasureInputError,
+    ErasureTrainingError,
     compat,
 )
 from tests import test_stays_on
@@ -83,7 +84,8 @@ def test_the_very_values_of_the_hooks(pipe: Any, erasure: Erasure) -> None:
     before, found = tree(pipe), pipe.unet.attn_processors
     processors = ActEraseAttnProcessor.for_unet(pipe.unet, erasure, strength=0.8)
     assert processors.keys() == found.keys()
-    assert equal(images(pipe), base)  # not before they are set
+    with pytest.raises(ErasureInactiveError, match="they were not set"):
+        images(pipe)
     pipe.unet.set_attn_processor(processors)
     assert patching(pipe) == SITES
     assert equal(images(pipe), images(hooked))
@@ -284,38 +286,79 @@ REPLACED: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
 }
 
 
+OTHERS = {
+    "slicing": "is SlicedAttnProcessor",
+    "fusing": "is FusedAttnProcessor2_0",
+    "default": "is AttnProcessor:",
+    "loading an IP-Adapter": "is AttnProcessor2_0",  # of the self-attention, which comes first
+}
+
+
 @pytest.mark.parametrize("step", REPLACED)
-def test_whoever_sets_processors_later_takes_the_patch_away(
+def test_whoever_sets_processors_later_is_noticed(
     pipe: Any, erasure: Erasure, ip_adapter: dict[str, Any], step: str
 ) -> None:
-    """As the documentation says; and `remove` leaves those, and nothing else."""
+    """A pass raises; and `remove` leaves the later ones, and nothing else."""
     plain = tiny_sd_pipe()
     arguments = ip_adapter["arguments"] if "IP" in step else {}
     patch(pipe, erasure)
     for each in (pipe, plain):
         REPLACED[step](each, ip_adapter)
     assert patching(pipe) == []
+    with pytest.raises(ErasureInactiveError, match=OTHERS[step]):
+        images(pipe, **arguments)
     replaced = pipe.unet.attn_processors
-    assert equal(images(pipe, **arguments), images(plain, **arguments))
+    with pipe.erasures_disabled():
+        assert equal(images(pipe, **arguments), images(plain, **arguments))
     ActEraseAttnProcessor.remove(pipe.unet)
+    assert equal(images(pipe, **arguments), images(plain, **arguments))
     assert all(each is replaced[name] for name, each in pipe.unet.attn_processors.items())
     assert len(pipe.unet._forward_pre_hooks) == 0
     assert sorted(vars(pipe.unet)) == sorted(vars(plain.unet))
 
 
-def test_unloading_an_ip_adapter_takes_the_patch_away(pipe: Any, erasure: Erasure, ip_adapter: dict[str, Any]) -> None:
+def test_unloading_an_ip_adapter_is_noticed(pipe: Any, erasure: Erasure, ip_adapter: dict[str, Any]) -> None:
     load_ip_adapter(pipe, ip_adapter)
     patch(pipe, erasure)
     pipe.unload_ip_adapter()
-    assert patching(pipe) == []
     assert {type(each) for each in pipe.unet.attn_processors.values()} == {AttnProcessor2_0}
+    with pytest.raises(ErasureInactiveError, match="AttnProcessor2_0"):
+        images(pipe)
+    pipe.unload_erasure()
     assert equal(images(pipe), base_images())
+
+
+def test_it_is_an_erasure_like_others(pipe: Any, erasure: Erasure) -> None:
+    """Listed, set, disabled, guarded, and not loaded twice."""
+    base, hooked = images(pipe), tiny_sd_pipe()
+    before, found = tree(pipe), pipe.unet.attn_processors
+    patch(pipe, erasure)
+    (info,) = pipe.list_erasures()
+    assert (info.name, info.strength, info.backend) == ("random", 0.8, "processor")
+    with pytest.raises(ErasureInputError, match="loaded already, as 'random'"):
+        pipe.load_erasure(erasure, "again")
+    with pytest.raises(ErasureInputError, match="backend='processor'.*not fused"):
+        pipe.fuse_erasures()
+    hooked.load_erasure(erasure, "one", strength=0.3)
+    pipe.set_erasures("random", 0.3)
+    assert equal(images(pipe), images(hooked))
+    with pipe.erasures_disabled():
+        assert equal(images(pipe), base)
+    with pytest.raises(ErasureTrainingError):
+        pipe.unet.requires_grad_(True)(torch.zeros(1, 4, 8, 8), 500, torch.zeros(1, 5, 32))
+    pipe.unet.requires_grad_(False)
+    pipe.unload_erasure("random")
+    assert all(each is found[name] for name, each in pipe.unet.attn_processors.items())
+    assert tree(pipe) == before
+    assert equal(images(pipe), base)
 
 
 def test_undoing_the_fusion_brings_the_patch_back(pipe: Any, erasure: Erasure) -> None:
     patch(pipe, erasure)
     drawn = images(pipe)
     pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ErasureInactiveError, match="FusedAttnProcessor"):
+        images(pipe)
     pipe.unet.unfuse_qkv_projections()
     assert patching(pipe) == SITES
     assert equal(images(pipe), drawn)
@@ -356,7 +399,7 @@ def test_one_over_another_is_refused(pipe: Any, erasure: Erasure) -> None:
     """What two erasures do together is no patch after the other."""
     ActEraseAttnProcessor.for_unet(pipe.unet, erasure, 0.3)
     patch(pipe, erasure)
-    assert len(pipe.unet._forward_pre_hooks) == 1, "one reader, also for those that were never set"
+    assert len(pipe.unet._forward_pre_hooks) == 2, "the guard and one reader: those that were never set are gone"
     drawn = images(pipe)
     with pytest.raises(ErasureInputError, match="remove"):
         unchanged_by(pipe, lambda: ActEraseAttnProcessor.for_unet(pipe.unet, erasure))
@@ -374,7 +417,7 @@ def test_a_processor_with_a_projection_of_its_own(pipe: Any, erasure: Erasure) -
     attention = pipe.unet.get_submodule(MIDDLE)
     attention.set_processor(CustomDiffusionAttnProcessor(True, True, hidden_size=64, cross_attention_dim=32))
     patch(pipe, erasure)
-    with pytest.raises(ErasureCompatibilityError, match="CustomDiffusionAttnProcessor does not call"):
+    with pytest.raises(ErasureInactiveError, match="CustomDiffusionAttnProcessor does not call"):
         images(pipe)
     ActEraseAttnProcessor.remove(pipe.unet)
     images(pipe)

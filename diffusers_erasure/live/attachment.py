@@ -32,7 +32,9 @@ class Loaded:
     strength: float
     base_match: dict[str, str]
     content_hash: str
-    backend: str = "hook"  # or "peft"; which are fused is the components' own matter (`ErasureModules.merged`)
+    backend: str = (
+        "hook"  # or "peft", "processor"; which are fused is the components' own matter (`ErasureModules.merged`)
+    )
 
 
 class ErasureModules(nn.Module):

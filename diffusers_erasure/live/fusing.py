@@ -236,9 +236,10 @@ def plan(pipe: Any, names: Sequence[str], *, alone: bool = False) -> list[_Weigh
     items = [known(pipe, name) for name in names]
     for item in items:
         if item.backend != "hook":
+            instead = "where peft fuses (`pipe.fuse_lora()`)" if item.backend == "peft" else "which are not fused"
             raise ErasureInputError(
-                f"The erasure {item.name!r} was loaded with `backend={item.backend!r}`, where peft fuses "
-                '(`pipe.fuse_lora()`). Unload it, and load it with `backend="merge"`.'
+                f"The erasure {item.name!r} acts by `backend={item.backend!r}`, {instead}. Unload it, and load it with "
+                '`backend="merge"`.'
             )
     beside = [item for name, item in loaded(pipe).items() if name not in names]
     places = _places(pipe, (item.erasure for item in items))

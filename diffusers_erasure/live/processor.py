@@ -1,6 +1,7 @@
 """ActErase as attention processors, for those who set processors. `load_erasure` uses hooks, which stay on."""
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,17 +9,23 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 from .. import compat
-from ..errors import ErasureCompatibilityError, ErasureInputError
+from ..errors import ErasureInactiveError, ErasureInputError
 from ..layers.activation import ATTENTIONS, ActivationKind, ActivationPatch, Part
+from ..layers.base import LiveLayer, Watched
 from ..layers.buffers import placement
-from ..layers.modifiers import Conditions
-from ..layers.sites import find_site
+from ..layers.sites import attention_of, find_site
+from . import attachment
 
 
 if TYPE_CHECKING:
     from ..artifact import Erasure
 
-READER = "erasure_processor_reader"  # a UNet's attribute: a tuple of what reads its timestep for the processors
+BACKEND = "processor"
+PLACE = "attention processors"  # among the UNet's live layers; no layer kind has such a name
+ALREADY = (
+    "Such a processor patches already, and one upon another is not what the erasures do together. Call "
+    "`ActEraseAttnProcessor.remove(unet)` first, or load the erasures with `pipe.load_erasure`."
+)
 
 
 class ActEraseAttnProcessor(nn.Module):
@@ -29,10 +36,10 @@ class ActEraseAttnProcessor(nn.Module):
     class, its attributes and its parameters, under the same names in a state dict. So `set_ip_adapter_scale` works as before.
 
     It does what the hooks of `pipe.load_erasure` do on `….attn1.to_out.0` and `….attn2.to_out.0`, bit for bit. Prefer those.
-    Whatever sets other processors afterwards takes these away, and the concept is back without a word: attention slicing,
-    loading or unloading an IP-Adapter, `fuse_qkv_projections` (until it is undone), `set_default_attn_processor`. Do that first.
-    Two more differences: a LoRA of the user's on `to_out.0` reads the patched values here and the unpatched ones there, and
-    nothing lists, guards or fuses processors.
+    Whatever sets other processors afterwards takes these away: attention slicing, loading or unloading an IP-Adapter,
+    `fuse_qkv_projections` (until it is undone), `set_default_attn_processor`. A pass then raises [`ErasureInactiveError`]. Do that
+    first. The erasure is listed, set, disabled and unloaded as others are (`backend="processor"`). One more difference: a LoRA of
+    the user's on `to_out.0` reads the patched values here and the unpatched ones there.
 
     Args:
         patch (`ActivationPatch`, *optional*): what is done to the attention's output; without it, nothing.
@@ -53,10 +60,7 @@ class ActEraseAttnProcessor(nn.Module):
     def __init__(self, patch: ActivationPatch | None = None, found: Any = None) -> None:
         super().__init__()
         if isinstance(found, ActEraseAttnProcessor):
-            raise ErasureInputError(
-                "This processor patches already, and one upon another is not what the erasures do together. Call "
-                "`ActEraseAttnProcessor.remove(unet)` first, or load the erasures with `pipe.load_erasure`."
-            )
+            raise ErasureInputError(ALREADY)
         found = AttnProcessor2_0() if found is None else found
         self.add_module("patch", patch)
         if isinstance(found, nn.Module):
@@ -68,22 +72,27 @@ class ActEraseAttnProcessor(nn.Module):
         self.found = (found,)  # a tuple, because a module assigned to a module would become its child
 
     @classmethod
-    def for_unet(cls, unet: nn.Module, erasure: "Erasure", strength: float = 1.0) -> dict[str, Any]:
+    def for_unet(
+        cls, unet: nn.Module, erasure: "Erasure", strength: float = 1.0, adapter_name: str | None = None
+    ) -> dict[str, Any]:
         """Make the processors of a UNet from an erasure, for `unet.set_attn_processor`.
 
-        They share one reader of the timestep, a forward pre-hook on the UNet, which stays until [`remove`] is called.
+        From now on the erasure counts as loaded: a pass raises until the processors are set, and `pipe.unload_erasure` or
+        [`remove`] puts those that were there back.
 
         Args:
             unet ([`UNet2DConditionModel`]): the UNet; it keeps its processors until you set the new ones, and within these.
             erasure ([`Erasure`]): one whose layers act on attention outputs only, without schedule and gate (method `acterase`
                 with `sites="attn"`, `"attn1"` or `"attn2"`).
             strength (`float`, *optional*, defaults to 1.0): finite and at least 0.
+            adapter_name (`str`, *optional*): the name under which it is listed; by default that of its method.
 
         Returns:
             `dict`: a processor for each of `unet.attn_processors`; where the erasure does not act, the present one.
 
         Raises:
-            ErasureInputError: the erasure has other layers, the strength is negative, or such processors are set already.
+            ErasureInputError: the erasure has other layers, the strength is negative, the name is taken or no name, or such
+                processors are set already.
             ErasureCompatibilityError: it was made for another architecture.
         """
         from ..artifact import Erasure
@@ -101,51 +110,62 @@ class ActEraseAttnProcessor(nn.Module):
                 "A processor acts on attention outputs; this erasure has layers of another kind or on other modules, a schedule or "
                 "a gate. Load it with `pipe.load_erasure`."
             )
+        name = erasure.config.method.name.replace(".", "_") if adapter_name is None else adapter_name
+        for layer in layers:
+            ActivationKind().check(unet, layer, erasure.layer_tensors(layer))
         bare: Any = compat.unwrap_compiled(unet)
-        (conditions,) = getattr(bare, READER, None) or (Conditions(),)
-        patches: dict[str, ActivationPatch] = {}
+        earlier = _patches_of(bare)
+        if earlier is not None and not earlier.are_set():  # made and never set
+            cls.remove(bare)
+        if any(type(each) is cls for each in bare.attn_processors.values()):
+            raise ErasureInputError(ALREADY)
+        state = attachment.state_of(bare)
+        if not isinstance(name, str) or not name or "." in name or (state is not None and name in state.loaded):
+            raise ErasureInputError(
+                f"`adapter_name` must be a name without '.' that no loaded erasure has, not {name!r}."
+            )
+        item = attachment.Loaded(name, erasure, float(strength), {}, erasure.content_hash, BACKEND)
+        state = attachment.ensure_state(bare)
+        live = ProcessorPatches(bare, name)
         for index, layer in enumerate(layers):
             tensors = erasure.layer_tensors(layer)
-            ActivationKind().check(unet, layer, tensors)
             for place, site in enumerate(layer.sites):
-                module = find_site(unet, site)
+                module = find_site(bare, site)
                 assert isinstance(module, nn.Linear)
-                patch = patches.setdefault(site, ActivationPatch(module.in_features, conditions))
-                patch.parts["", index] = Part.of(tensors, site, None, place)
-        for site, patch in patches.items():
-            patch.rebuild(*placement(unet, find_site(unet, site)))
-            patch.fold({"": strength})
+                patch = live.patches.setdefault(site, ActivationPatch(module.in_features, state.conditions))
+                patch.parts[name, index] = Part.of(tensors, site, None, place)
+                patch.rebuild(*placement(bare, module))
         processors = dict(bare.attn_processors)
-        for name, found in processors.items():
-            site = name.removesuffix("processor") + "to_out.0"
-            if site in patches:
-                processors[name] = cls(patches[site], found)
-        conditions.watch(unet)
-        setattr(bare, READER, (conditions,))
+        for each, found in processors.items():
+            site = each.removesuffix("processor") + "to_out.0"
+            if site in live.patches:
+                processors[each] = cls(live.patches[site], found)
+        state.loaded[name], state.layers[PLACE] = item, live
+        state.timed.add((name, 0))
+        state.conditions.watch(bare)
+        attachment.watch(bare)
+        state.fold()
+        attachment.reset_compiled([bare])
         return processors
 
     @classmethod
     def remove(cls, unet: nn.Module) -> None:
-        """Put the processors that were found back, the very objects, and take the reader of the timestep off the UNet.
+        """Put the processors that were found back, the very objects, and unload the erasure from the UNet.
 
         Processors that were set over these since then stay.
 
         Args:
             unet ([`UNet2DConditionModel`]): the UNet.
         """
-        bare: Any = compat.unwrap_compiled(unet)
-        present = bare.attn_processors.items()
-        bare.set_attn_processor({name: each.found[0] if isinstance(each, cls) else each for name, each in present})
-        if hasattr(bare, READER):
-            (conditions,) = getattr(bare, READER)
-            conditions.unwatch()
-            delattr(bare, READER)
+        live = _patches_of(unet)
+        if live is not None:
+            attachment.detach([unet], live.name)
 
     def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attend, as [`Attention`] calls its processor, with what the found one takes.
 
         Raises:
-            ErasureCompatibilityError: the found processor did not call the attention's `to_out[0]`.
+            ErasureInactiveError: the found processor did not call the attention's `to_out[0]`.
         """
         (found,) = self.found
         if self.patch is None:
@@ -153,7 +173,7 @@ class ActEraseAttnProcessor(nn.Module):
         projection = PatchedProjection(attn.to_out[0], self.patch)
         output = found(PatchedAttention(attn, projection), *args, **kwargs)
         if not projection.called:
-            raise ErasureCompatibilityError(
+            raise ErasureInactiveError(
                 f"The attention processor {type(found).__name__} does not call the attention's `to_out[0]`, whose input an erasure "
                 "patches, so it would not act. Set another processor, and `ActEraseAttnProcessor` over it."
             )
@@ -188,6 +208,82 @@ class ActEraseAttnProcessor(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (), vars(self)
+
+
+class ProcessorPatches(LiveLayer):
+    """The patches of one UNet's processors among its live layers: so they are listed, folded, checked and unloaded.
+
+    Args:
+        unet (`nn.Module`): the UNet.
+        name (`str`): of the erasure.
+    """
+
+    def __init__(self, unet: nn.Module, name: str) -> None:
+        super().__init__()
+        self.source = (unet,)  # a tuple, because a module assigned to a module would become its child
+        self.name = name
+        self.patches: dict[str, ActivationPatch] = {}  # a plain dictionary: they are children of the processors
+
+    def detach(self, name: str) -> None:
+        if name != self.name:
+            return
+        (unet,) = self.source
+        present: Any = unet.attn_processors
+        back = {key: _below(each) for key, each in present.items()}
+        if any(back[key] is not each for key, each in present.items()):
+            set_processors: Any = unet.set_attn_processor
+            set_processors(back)
+        self.patches = {}
+
+    def fold(self, strengths: Mapping[str, float]) -> None:
+        for patch in self.patches.values():
+            patch.fold({self.name: strengths[self.name]})
+
+    def is_empty(self) -> bool:
+        return not self.patches
+
+    def are_set(self) -> bool:
+        """Whether any of the processors is on the UNet."""
+        return any(self._is_there(site) for site in self.patches)
+
+    def watched(self) -> Iterator[Watched]:
+        (unet,) = self.source
+        for site in self.patches:
+            yield Watched(site, find_site(unet, site), frozenset({self.name}))
+
+    def inactive_reason(self) -> str | None:
+        (unet,) = self.source
+        state = attachment.state_of(unet)
+        if state is None or not state.loaded[self.name].strength:
+            return None
+        for site in self.patches:
+            if not self._is_there(site):
+                present = type(self._attention(site).processor).__name__
+                return (
+                    f"The erasure {self.name!r} was made as attention processors, and that of {site.removesuffix('.to_out.0')!r} is "
+                    f"{present}: they were not set, or attention slicing, an IP-Adapter, fused projections or another call set "
+                    "others over them. Call `ActEraseAttnProcessor.remove(unet)`, do that first, and then make and set them; or "
+                    "load the erasure with `pipe.load_erasure`, whose hooks stay on."
+                )
+        return None
+
+    def _attention(self, site: str) -> Any:
+        (unet,) = self.source
+        return attention_of(unet, site.removesuffix(".0"))
+
+    def _is_there(self, site: str) -> bool:
+        processor = self._attention(site).processor
+        return type(processor) is ActEraseAttnProcessor and processor.patch is self.patches[site]
+
+
+def _patches_of(unet: nn.Module) -> ProcessorPatches | None:
+    state = attachment.state_of(unet)
+    live = None if state is None or PLACE not in state.layers else state.layers[PLACE]
+    return live if isinstance(live, ProcessorPatches) else None
+
+
+def _below(processor: Any) -> Any:
+    return processor.found[0] if type(processor) is ActEraseAttnProcessor else processor
 
 
 class PatchedAttention:
