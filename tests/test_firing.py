@@ -171,6 +171,24 @@ def test_a_replaced_forward(erased: Any) -> None:
     noise(erased)
 
 
+@pytest.mark.parametrize("first", ["erasure", "replaced"])
+def test_a_module_whose_own_forward_was_replaced(pipe: Any, first: str) -> None:
+    """As LyCORIS does, with `full` also taking its weight: the module is called all the same, and the hooks on it fire."""
+    erasure = random_erasure(pipe, base=only_family(pipe))
+    oracle, base = noise(dense_edit(pipe, erasure)).numpy(), noise(pipe).numpy()
+
+    def replace() -> None:
+        for site in UNET_SITES:
+            module = pipe.unet.get_submodule(site.removeprefix("unet."))
+            weight = module.weight.data
+            del module.weight
+            module.forward = lambda x, weight=weight: nn.functional.linear(x, weight)
+
+    for action in (lambda: pipe.load_erasure(erasure), replace)[:: 1 if first == "erasure" else -1]:
+        action()
+    assert_like(noise(pipe).numpy(), oracle, base)
+
+
 def test_a_text_encoder(pipe: Any) -> None:
     pipe.load_erasure(random_erasure(pipe, "lora", ("text_encoder.text_model.encoder.layers.1.mlp.fc1",)), "one")
     mlp = next(module for name, module in pipe.text_encoder.named_modules() if name.endswith("layers.1.mlp"))

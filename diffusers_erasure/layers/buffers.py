@@ -30,7 +30,9 @@ def placement(component: nn.Module, module: nn.Module) -> tuple[torch.device, to
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
-        weight = next(module.parameters())
+        weight = next(module.parameters(), None)
+    if weight is None:  # others may hold it elsewhere, as LyCORIS does with `full`
+        weight = next(component.parameters())
     device = torch.device("cpu") if weight.device.type == "meta" else weight.device
     dtype = weight.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
