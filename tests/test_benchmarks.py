@@ -54,6 +54,14 @@ def test_import_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_firing_check(tmp_path: Path) -> None:
+    numbers = run("firing_check", tmp_path)
+    checked, bare = numbers["with the check"], numbers["without"]
+    assert checked["kernels"] == bare["kernels"] > 1000
+    assert checked["synchronisations"] == bare["synchronisations"] == 0
+
+
+@pytest.mark.slow
 def test_unet_step(tmp_path: Path) -> None:
     numbers = run("unet_step", tmp_path)
     rows = numbers["rows"]
