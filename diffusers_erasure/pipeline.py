@@ -287,8 +287,9 @@ def _check_base(pipe: Any, erasure: Erasure, content: str, strict_base: StrictBa
     if changed and strict_base != "ignore":
         message = (
             f"The erasure was made for {base.repo or 'a ' + base.family + ' model'}; the weights of {changed} in this "
-            "pipeline are others (of the same architecture: a fine-tune of it, or fused LoRAs). How well the concept is "
-            'erased here was not measured. `strict_base="ignore"` silences this, "error" refuses.'
+            "pipeline are others (of the same architecture: a fine-tune of it, fused LoRAs, or other input channels as for "
+            "inpainting). How well the concept is erased here was not measured. "
+            '`strict_base="ignore"` silences this, "error" refuses.'
         )
         if strict_base == "error":
             raise ErasureCompatibilityError(message)
