@@ -18,6 +18,7 @@ from ..layers.modifiers import Conditions, Modifier
 from ..originals import Kept
 from ..schema import LayerSpec
 from .firing import FiringCheck
+from .training_rule import trains
 
 
 CHILD = "erasure_modules"
@@ -93,7 +94,7 @@ class Guard:
             if reason is not None:
                 raise ErasureInactiveError(reason)
         if torch.is_grad_enabled() and not state.training_allowed:
-            if any(parameter.requires_grad for parameter in module.parameters()) or _trains_the_text(args, kwargs):
+            if trains(module, args, kwargs):
                 raise ErasureTrainingError(_TRAINING.format(kind=type(module).__name__, names=list(state.loaded)))
 
 
@@ -108,12 +109,6 @@ class GuardAfter:
         reason = self.state.firing.after()
         if reason is not None:
             raise ErasureInactiveError(reason)
-
-
-def _trains_the_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether gradients flow into any input but the first, the noisy sample: textual inversion, a text encoder's LoRA."""
-    others = [*args[1:], *(value for name, value in kwargs.items() if name not in ("sample", "hidden_states"))]
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in others)
 
 
 _TRAINING = (
