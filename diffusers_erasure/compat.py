@@ -3,8 +3,9 @@
 No other module of the library imports or reads a private name of another library.
 """
 
+import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -193,11 +194,15 @@ def exactly(names: Iterable[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def layers_with_adapter(module: nn.Module, name: str) -> list[Any]:
-    """peft's layers in a module that have the LoRA adapter `name`."""
+def layers_with_adapter(module: nn.Module, name: str) -> dict[str, Any]:
+    """peft's layers in a module that have the LoRA adapter `name`, by their paths."""
     from peft.tuners.lora import LoraLayer
 
-    return [part for part in module.modules() if isinstance(part, LoraLayer) and name in part.lora_A]
+    return {
+        path: part
+        for path, part in unwrap_compiled(module).named_modules()
+        if isinstance(part, LoraLayer) and name in part.lora_A
+    }
 
 
 def is_merged(layer: Any, name: str) -> bool:
@@ -214,6 +219,11 @@ def adapter_acts(layer: Any, name: str) -> bool:
     return name in layer.active_adapters and layer.scaling[name] != 0
 
 
+def adapter_scale(layer: Any, name: str) -> float:
+    """By what an adapter's product of factors is multiplied."""
+    return float(layer.scaling[name])
+
+
 def switch_adapter_on(layer: Any, name: str, strength: float, wanted: list[str], *, rescale: bool = False) -> None:
     """Make an adapter act beside the active ones; where all are disabled, of those only the `wanted` come back.
 
@@ -228,6 +238,73 @@ def switch_adapter_on(layer: Any, name: str, strength: float, wanted: list[str],
         half.requires_grad_(False)
     if rescale or layer.scaling[name] == 0:
         layer.set_scale(name, strength)
+
+
+def adapter_tensors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two factors of an adapter, where accelerate keeps them; on the meta device where they cannot be read."""
+
+    def stored(owner: nn.Module) -> torch.Tensor:
+        weight = owner._parameters["weight"]
+        assert weight is not None
+        found = offloaded_tensor(owner, "weight") if weight.device.type == "meta" else None
+        return weight if found is None else found
+
+    return stored(layer.lora_A[name]), stored(layer.lora_B[name])
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often operations have written into a tensor, as torch counts; writes through `.data` are not counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def is_plain_lora(layer: Any, name: str) -> bool:
+    """Whether an adapter adds the product of two factors and nothing else: no DoRA, no bias, no dropout."""
+    variant = name in getattr(layer, "lora_variant", {}) or getattr(layer, "use_dora", {}).get(name, False)
+    return not variant and layer.lora_B[name].bias is None and isinstance(layer.lora_dropout[name], nn.Identity)
+
+
+def write_adapter(layer: Any, name: str, factors: tuple[torch.Tensor, torch.Tensor], strength: float) -> None:
+    """Make an adapter the plain product of these factors, in place where its tensors are large enough."""
+    owners = layer.lora_A[name], layer.lora_B[name]
+    rank = max(owners[0].weight.shape[0], factors[0].shape[0])
+    for owner, factor, dim in zip(owners, factors, (0, 1), strict=True):
+        live = owner.weight
+        shape = [rank if place == dim else size for place, size in enumerate(factor.shape)]
+        with torch.inference_mode(live.is_inference()), torch.no_grad():
+            if list(live.shape) != shape:
+                owner.weight = live = nn.Parameter(live.new_empty(shape), requires_grad=False)
+            live.data.zero_()
+            live.data.narrow(dim, 0, factor.shape[dim]).copy_(factor)
+        owner.requires_grad_(False)
+    getattr(layer, "lora_variant", {}).pop(name, None)
+    getattr(layer, "use_dora", {}).pop(name, None)
+    owners[1].register_parameter("bias", None)
+    layer.lora_dropout[name] = nn.Identity()
+    layer.r[name] = layer.lora_alpha[name] = rank
+    layer.use_rslora[name] = False
+    layer.set_scale(name, strength)
+
+
+def call_after_hotswaps(call: Callable[[nn.Module], None]) -> None:
+    """Have a function called with each model into which peft, for itself or for diffusers, has hotswapped an adapter.
+
+    The tensors are written through `.data` there, which nothing else notes.
+    """
+    from peft.utils import hotswap
+
+    swap = hotswap.hotswap_adapter_from_state_dict
+    if hasattr(swap, "_diffusers_erasure"):
+        return
+
+    @functools.wraps(swap)
+    def swap_and_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return swap(model, *args, **kwargs)
+        finally:
+            call(model)
+
+    swap_and_call._diffusers_erasure = True  # type: ignore[attr-defined]
+    hotswap.hotswap_adapter_from_state_dict = swap_and_call
 
 
 def adapter_states(module: nn.Module) -> dict[Any, tuple[list[str], bool]]:

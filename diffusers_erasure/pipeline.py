@@ -150,7 +150,7 @@ def _info(pipe: Any, item: Loaded) -> ErasureInfo:
         name=item.name,
         method=config.method.name,
         concepts=config.concepts,
-        strength=item.strength,
+        strength=peft_backend.present_strength(pipe, item),
         layers=layers,
         base_match=dict(item.base_match),
         source=item.erasure.source,
@@ -416,7 +416,7 @@ def _one(pipe: Any, adapter_name: str | None) -> Erasure:
             raise ErasureInputError(f"Name one erasure; loaded are {list(items)}.")
         adapter_name = next(iter(items))
     item = _known(pipe, adapter_name)
-    return item.erasure.rescaled(item.strength)
+    return item.erasure.rescaled(peft_backend.present_strength(pipe, item))
 
 
 __all__ = [

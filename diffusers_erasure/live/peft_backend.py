@@ -4,7 +4,8 @@ One [`PeftAdapters`] a component stands among the component's layers, so that st
 unloading reach the adapters as they reach hooks, and so that the guard asks it before each forward pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,75 +19,168 @@ from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, pad_rank
 from ..schema import LayerSpec
 from . import attachment
+from .adapter_contents import AdapterContents
 from .attachment import Loaded
+from .loaded import states
 
 
 logger = get_logger(__name__)
 
 PeftGuard = Literal["reactivate", "error"]
+ROUNDING = 1e-6  # of a scale, which peft multiplies by alpha and divides by the rank
 PLACE = "peft adapters"  # among the component's live layers; no layer kind has such a name
 
 
+@dataclass
+class _Adapter:
+    """One erasure's adapter on one component."""
+
+    contents: AdapterContents
+    policy: PeftGuard
+    warned: set[str] = field(default_factory=set)
+
+
 class PeftAdapters(LiveLayer):
-    """The adapters by which erasures act on one component, by name: how many layers each has, and its policy."""
+    """The adapters by which erasures act on one component, by name."""
 
     def __init__(self, component: nn.Module) -> None:
         super().__init__()
         self.components = (component,)  # a tuple, because a module assigned to a module would become its child
-        self.adapters: dict[str, tuple[int, PeftGuard]] = {}
+        self.adapters: dict[str, _Adapter] = {}
         self.strengths: dict[str, float] = {}
-        self.warned: set[str] = set()
+        self.broken: dict[str, str] = {}  # what was found of their tensors, in words
+        compat.call_after_hotswaps(look_again)
 
-    def add(self, name: str, policy: PeftGuard) -> None:
-        """Take an adapter over that peft has put into the component."""
-        self.adapters[name] = (len(compat.layers_with_adapter(self.components[0], name)), policy)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        compat.call_after_hotswaps(look_again)
+
+    def layers(self, name: str) -> dict[str, Any]:
+        """peft's layers that hold an adapter now, by path."""
+        return compat.layers_with_adapter(self.components[0], name)
+
+    def add(self, name: str, factors: Mapping[str, Factors], policy: PeftGuard) -> None:
+        """Take an adapter over that peft has put into the component.
+
+        Args:
+            name (`str`): its name, and the erasure's.
+            factors (`dict`): A and B of each site.
+            policy (`"reactivate"` or `"error"`): what the guard does.
+        """
+        plain = {site.removeprefix("text_model."): pair for site, pair in factors.items()}
+        paths = {path: plain[path.removeprefix("text_model.")] for path in self.layers(name)}
+        self.adapters[name] = _Adapter(AdapterContents(paths), policy)
 
     def detach(self, name: str) -> None:
         if self.adapters.pop(name, None) is not None:
             self.strengths.pop(name, None)
+            self.broken.pop(name, None)
             compat.delete_adapter(self.components[0], name)
 
     def fold(self, strengths: Mapping[str, float]) -> None:
         self.strengths = {name: strengths[name] for name in self.adapters}
         for name, strength in self.strengths.items():
-            for layer in compat.layers_with_adapter(self.components[0], name):
+            for layer in self.layers(name).values():
                 compat.switch_adapter_on(layer, name, strength, list(self.adapters), rescale=True)
 
     def is_empty(self) -> bool:
         return not self.adapters
 
+    def strength(self, name: str) -> float | None:
+        """The weight that `set_adapters` gave an adapter, the least of its layers; `None` where it is at strength 0."""
+        layers = self.layers(name).values() if self.strengths.get(name) else ()
+        return min((compat.adapter_scale(layer, name) for layer in layers), default=None)
+
     def inactive_reason(self) -> str | None:
-        for name, (count, policy) in self.adapters.items():
-            layers = compat.layers_with_adapter(self.components[0], name)
-            if len(layers) < count:
+        for name, adapter in self.adapters.items():
+            layers = self.layers(name)
+            if not adapter.contents.factors.keys() <= layers.keys():
                 return (
                     f"The LoRA adapter {name!r} of an erasure is gone from {type(self.components[0]).__name__}, with "
                     f"`unload_lora_weights()` or `delete_adapters`. Call `pipe.unload_erasure({name!r})` and load it again; "
                     'the default backend ("hook") stays on whatever is done with LoRAs.'
                 )
-            strength = self.strengths[name]
-            off = [layer for layer in layers if strength and not compat.adapter_acts(layer, name)]
-            if off and policy == "error":
-                return (
-                    f"The LoRA adapter {name!r} of an erasure was switched off by another call (`set_adapters`, "
-                    f"`disable_lora`, loading another LoRA). Name it too: `pipe.set_adapters([..., {name!r}])`; or unload "
-                    f"the erasure: `pipe.unload_erasure({name!r})`."
-                )
-            if off and name not in self.warned:
-                logger.warning(
-                    "The LoRA adapter %r of an erasure was switched off by another call; it is switched on again, now and "
-                    "whenever that happens. `unload_erasure` takes it off.",
-                    name,
-                )
-                self.warned.add(name)
-            for layer in off:
-                compat.switch_adapter_on(layer, name, strength, list(self.adapters))
-            if not all(compat.adapter_acts(layer, name) for layer in off):
-                return (
-                    f"`fuse_lora` has merged other LoRAs where the adapter {name!r} of an erasure acts, and peft leaves out "
-                    "what is not merged there. Call `pipe.unfuse_lora()`, or fuse all of them."
-                )
+            if not self.strengths[name]:
+                continue
+            # A pass that is being compiled reads no contents, only what `look_again` found when they were swapped.
+            if not torch.compiler.is_compiling() and not adapter.contents.looked_at_lately(layers, name):
+                self.look_at_contents(name)
+                layers = self.layers(name)
+            reason = self.broken.get(name) or self._switched_off(name, layers)
+            if reason is not None:
+                return reason
         return None
+
+    def look_at_contents(self, name: str) -> None:
+        """Compare the tensors of an adapter with the erasure's, and restore them where that is the policy."""
+        adapter, layers = self.adapters[name], self.layers(name)
+        self.broken.pop(name, None)
+        changed = adapter.contents.changed(layers, name)
+        if not changed:
+            return
+        component = self.components[0]
+        away = compat.is_group_offloaded(component) or any(each.is_meta for each in component.parameters())
+        if adapter.policy == "error" or away:  # what offloading keeps elsewhere cannot be written here
+            self.broken[name] = (
+                f"The LoRA adapter {name!r} of an erasure holds other tensors than the erasure ({changed[0]!r} and "
+                f"{len(changed) - 1} more of {len(layers)} modules): another LoRA was swapped into it or into one of a like "
+                "name (peft's hotswap zeroes those), it was loaded anew, or trained. Call "
+                f"`pipe.unload_erasure({name!r})` and load it again."
+            )
+            return
+        adapter.contents.restore(layers, name, self.strengths[name])
+        self._warn(
+            name,
+            "restored",
+            "The LoRA adapter %r of an erasure held other tensors than the erasure; they are restored, now and whenever "
+            "that happens. Another LoRA was swapped into it or into one of a like name, it was loaded anew, or trained.",
+        )
+
+    def _switched_off(self, name: str, layers: Mapping[str, Any]) -> str | None:
+        """Why an adapter with the right tensors would act less than its strength says; it is switched on where it may be."""
+        strength, policy = self.strengths[name], self.adapters[name].policy
+        off = [layer for layer in layers.values() if not compat.adapter_acts(layer, name)]
+        if not torch.compiler.is_compiling() and not off:
+            scales = {each: compat.adapter_scale(layer, name) for each, layer in layers.items()}
+            least = strength * (1 - ROUNDING)
+            # One positive weight for all is what `set_adapters` gives by name; for some layers it is nobody's word.
+            if policy == "reactivate" and min(scales.values()) < least and _are_one(scales.values()):
+                self._warn(
+                    name,
+                    f"at {min(scales.values()):.3g}",
+                    "The LoRA adapter %r of an erasure acts at the weight that `set_adapters` gave it, below the strength at "
+                    "which it was loaded; `list_erasures` tells it, and `set_erasures` sets it.",
+                )
+            else:
+                off = [layers[each] for each, scale in scales.items() if scale < least]
+        if off and policy == "error":
+            return (
+                f"The LoRA adapter {name!r} of an erasure was switched off, or weakened, by another call (`set_adapters`, "
+                '`disable_lora`, loading another LoRA, `cross_attention_kwargs={"scale": …}`). '
+                f"Name it too: `pipe.set_adapters([..., {name!r}])`; set its strength with `pipe.set_erasures`; or unload "
+                f"the erasure: `pipe.unload_erasure({name!r})`."
+            )
+        if off:
+            self._warn(
+                name,
+                "on",
+                "The LoRA adapter %r of an erasure was switched off by another call; it is switched on again, now and "
+                "whenever that happens. `unload_erasure` takes it off.",
+            )
+        merged = any(compat.is_merged(layer, name) for layer in off)
+        for layer in () if merged else off:
+            compat.switch_adapter_on(layer, name, strength, list(self.adapters), rescale=True)
+        if merged or not all(compat.adapter_acts(layer, name) for layer in off):
+            return (
+                f"`fuse_lora` has merged other LoRAs where the adapter {name!r} of an erasure acts, or merged it at another "
+                "scale, and peft leaves out what is not merged there. Call `pipe.unfuse_lora()`, or fuse all of them."
+            )
+        return None
+
+    def _warn(self, name: str, once: str, message: str) -> None:
+        if once not in self.adapters[name].warned:
+            self.adapters[name].warned.add(once)
+            logger.warning(message, name)
 
     def scaled_away(self, kwargs: Mapping[str, Any]) -> str | None:
         for argument in ("cross_attention_kwargs", "joint_attention_kwargs"):
@@ -100,14 +194,39 @@ class PeftAdapters(LiveLayer):
         return None
 
     def fixed_reason(self) -> str | None:
-        layers = {name: compat.layers_with_adapter(self.components[0], name) for name in self.adapters}
-        merged = [name for name, found in layers.items() if any(compat.is_merged(layer, name) for layer in found)]
+        merged = [
+            name
+            for name in self.adapters
+            if any(compat.is_merged(layer, name) for layer in self.layers(name).values())
+        ]
         if not merged:
             return None
         return (
             f"`fuse_lora` has merged the adapters {merged} of erasures into the weights. Call `pipe.unfuse_lora()` first; "
             "nothing was changed."
         )
+
+
+def look_again(model: nn.Module) -> None:
+    """Compare the tensors of all adapters of erasures on a model: peft has written into some adapter there."""
+    state = attachment.state_of(model)
+    live = state.layers[PLACE] if state is not None and PLACE in state.layers else None
+    if isinstance(live, PeftAdapters):
+        for name in live.adapters:
+            live.look_at_contents(name)
+
+
+def present_strength(pipe: Any, item: Loaded) -> float:
+    """The strength at which an erasure acts: that of the erasure, or the weight that `set_adapters` gave its adapter."""
+    if item.backend != "peft":
+        return item.strength
+    places = [state.layers[PLACE] for state in states(pipe).values() if PLACE in state.layers]
+    found = [each.strength(item.name) for each in places if isinstance(each, PeftAdapters)]
+    return min((each for each in found if each is not None), default=item.strength)
+
+
+def _are_one(scales: Collection[float]) -> bool:
+    return 0 < max(scales) * (1 - ROUNDING) <= min(scales)
 
 
 def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Module]) -> None:
@@ -175,7 +294,7 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
                 live = state.layers[PLACE] if PLACE in state.layers else PeftAdapters(components[name])
                 assert isinstance(live, PeftAdapters)
                 state.layers[PLACE] = live
-                live.add(item.name, policy)
+                live.add(item.name, _factors(item.erasure, name), policy)
             state.fold()
     except BaseException:
         attachment.detach(components.values(), item.name)
@@ -183,6 +302,12 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
             compat.delete_adapter(component, item.name)
             compat.restore_adapter_states(before[name])
         raise
+
+
+def _factors(erasure: Erasure, component: str) -> dict[str, Factors]:
+    """A and B of each site on one component."""
+    parts = [factors for layer, factors in _loras(erasure) if layer.component == component and factors is not None]
+    return {site: pair for factors in parts for site, pair in factors.items()}
 
 
 def _loras(erasure: Erasure) -> list[tuple[LayerSpec, dict[str, Factors] | None]]:
