@@ -245,7 +245,7 @@ def random_erasure(
         d = torch.randn(rank, width, generator=generator) * size
         layers.append(Layer(kind, ("encoder_hidden_states",), {"A": a, "D": d}, derived_from=derived_from))
     else:
-        for component in ("unet", "transformer", "text_encoder"):
+        for component in ("unet", "transformer", "text_encoder", "text_encoder_2"):
             names = [name.removeprefix(f"{component}.") for name in sites if name.startswith(f"{component}.")]
             tensors: dict[str, torch.Tensor] = {}
             for name in names:

@@ -4,6 +4,7 @@ No other module of the library imports or reads a private name of another librar
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,48 @@ def drop_forward_hooks(module: nn.Module, numbers: Iterable[int]) -> None:
             hooks.pop(number, None)
         for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
             flags.pop(number, None)
+
+
+_PROMPT_ENCODERS = "encode_prompt", "_encode_prompt"  # the former name is the only one in some pipelines
+
+
+def encodes_prompts(pipeline: type) -> bool:
+    """Whether a pipeline class has a function that encodes prompts, which is given the user's `prompt_embeds` too."""
+    return any(hasattr(pipeline, name) for name in _PROMPT_ENCODERS)
+
+
+def wrap_prompt_encoders(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Wrap what encodes prompts in every class of pipelines, in those that are imported later when one is made of them.
+
+    All pipelines register their components as they are made. A class that is wrapped is not wrapped again.
+    """
+    from diffusers import DiffusionPipeline
+
+    def wrap_class(pipeline: type) -> None:
+        for name in _PROMPT_ENCODERS:
+            function = getattr(pipeline, name, None)
+            if inspect.isfunction(function) and not hasattr(function, "_diffusers_erasure"):
+                wrapped = wrap(function)
+                wrapped._diffusers_erasure = True  # type: ignore[attr-defined]
+                owner = next(each for each in pipeline.__mro__ if name in vars(each))
+                setattr(owner if issubclass(owner, DiffusionPipeline) else pipeline, name, wrapped)
+
+    ahead = [DiffusionPipeline]
+    while ahead:
+        pipeline = ahead.pop()
+        wrap_class(pipeline)
+        ahead += pipeline.__subclasses__()
+    register = DiffusionPipeline.register_modules
+    if hasattr(register, "_diffusers_erasure"):
+        return
+
+    @functools.wraps(register)
+    def register_modules(self: Any, **modules: Any) -> Any:
+        wrap_class(type(self))
+        return register(self, **modules)
+
+    register_modules._diffusers_erasure = True  # type: ignore[attr-defined]
+    DiffusionPipeline.register_modules = register_modules
 
 
 def reset_compiled() -> None:

@@ -263,6 +263,7 @@ def load_erasure(
     if on_text:
         prompt_guard.check(pipe)
     item = Loaded(name, erasure, strength, match, content, "peft" if backend == "peft" else "hook")
+    item.prompts = prompt_guard.PromptRecord() if on_text else None
     if backend == "peft":
         peft_backend.check(pipe, erasure, name, components)
         peft_backend.load(pipe, item, components, denoiser_name(pipe), peft_guard)
@@ -270,8 +271,6 @@ def load_erasure(
         attachment.attach(components, [denoiser_name(pipe)], item)
     if backend == "merge":
         fusing.attach_fused(pipe, name)
-    if on_text:
-        prompt_guard.install(pipe)
     logger.info("Loaded the erasure %r (%s) at strength %g.", name, erasure.config.method.name, strength)
     return _info(pipe, item)
 
@@ -361,11 +360,6 @@ def unload_erasure(pipe: Any, name: str | None = None) -> None:
     with fusing.changing(pipe, names):
         for each in names:
             attachment.detach(_components(pipe).values(), each)
-    # Not `text_encoders_with_layers`: what is at strength 0 or disabled now may act later, and is guarded then too.
-    if not any(
-        state.has_layers() for component, state in _states(pipe).items() if component.startswith("text_encoder")
-    ):
-        prompt_guard.remove(pipe)
 
 
 @takes(SaveOptions)

@@ -36,6 +36,7 @@ class Loaded:
     backend: str = (
         "hook"  # or "peft", "processor"; which are fused is the components' own matter (`ErasureModules.merged`)
     )
+    prompts: Any = None  # a `PromptRecord`, where it has layers on text encoders
 
 
 class ErasureModules(nn.Module):

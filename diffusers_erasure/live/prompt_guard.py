@@ -1,42 +1,162 @@
-"""Layers on a text encoder act only where that encoder encodes the prompt: `prompt_embeds` from outside are refused."""
+"""Layers on a text encoder act only where that encoder encodes the prompt: `prompt_embeds` from outside are refused.
 
+The check stands before the `encode_prompt` of all pipeline classes, so that whichever pipeline shares an encoder or a
+denoiser with an erasure has it, also one that is made later. Each erasure remembers rows that were encoded without it.
+"""
+
+import functools
 import inspect
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
+
+from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInactiveError
 from . import attachment
+from .attachment import Loaded
+from .loaded import states
 
 
-_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+SEEN, SAMPLES = 256, 96  # texts that are remembered, and values of each by which it is known again
+_within: ContextVar[bool] = ContextVar("within encode_prompt", default=False)
+_Key = tuple[int, bytes]
 
 
-def text_encoders_with_layers(pipe: Any) -> list[str]:
-    """Names of the text encoders on which erasures of a pipeline act now (strength above 0, not disabled)."""
-    states = {name: attachment.state_of(getattr(pipe, name, None)) for name in _ENCODERS}
-    return [name for name, state in states.items() if state is not None and state.acts()]
+class PromptRecord:
+    """What one erasure with layers on text encoders knows of rows: which were encoded without it, and whom it trusts."""
 
-
-class GuardedEncodePrompt:
-    """Stands before a pipeline's `encode_prompt`. A class and no closure, so that pipelines stay picklable."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+    def __init__(self) -> None:
+        self.rows: OrderedDict[_Key, None] = OrderedDict()  # by what they are known again, the oldest first
         self.trusted = 0
+        guard_all()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        encode_prompt = type(self.pipe).encode_prompt
-        arguments = inspect.signature(encode_prompt).bind(self.pipe, *args, **kwargs).arguments
-        given = [name for name, value in arguments.items() if name.endswith("prompt_embeds") and value is not None]
-        encoders = text_encoders_with_layers(self.pipe)
-        if given and encoders and not self.trusted:
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rows": self.rows, "trusted": 0}  # a copy is in nobody's block
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        guard_all()  # in a process that has unpickled the pipeline no erasure was loaded
+
+    def note(self, rows: Iterable[_Key]) -> None:
+        """Remember rows that were encoded without the erasure."""
+        for row in rows:
+            self.rows[row] = None
+            self.rows.move_to_end(row)
+        while len(self.rows) > SEEN * len(_DTYPES):
+            self.rows.popitem(last=False)
+
+    def forget(self, rows: Iterable[_Key]) -> None:
+        """Drop rows that the erased encoder gives too."""
+        for row in rows:
+            self.rows.pop(row, None)
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # to which rows may be cast before they are given back
+
+
+def _keys(values: Any, dtypes: tuple[torch.dtype, ...]) -> dict[_Key, None]:
+    """By what the rows of tensors are known again after a cast to some dtypes; those that are constant say nothing."""
+    if isinstance(values, tuple | list):
+        return {key: None for value in values for key in _keys(value, dtypes)}
+    if not isinstance(values, torch.Tensor) or values.ndim < 2 or not values.is_floating_point() or values.is_meta:
+        return {}
+    flat = values.detach().flatten(1)
+    places = torch.linspace(0, flat.shape[1] - 1, SAMPLES).round().long().to(flat.device)
+    samples = flat.index_select(1, places).cpu().float()
+    return {
+        (flat.shape[1], sample.to(dtype).float().numpy().tobytes()): None
+        for sample in samples
+        if sample.amin() != sample.amax()
+        for dtype in dtypes
+    }
+
+
+def _on_text(pipe: Any) -> tuple[list[Loaded], list[Loaded]]:
+    """The erasures of a pipeline that have layers on text encoders: those that act now, and those that do not."""
+    found: dict[str, tuple[Loaded, bool]] = {}
+    # A denoiser tells of those whose encoder is not there; it may have been copied alone, with items of its own.
+    for component, state in sorted(states(pipe).items(), key=lambda each: not each[0].startswith("text_encoder")):
+        for name, item in state.loaded.items():
+            if isinstance(item.prompts, PromptRecord) and (name not in found or component.startswith("text_encoder")):
+                former, acting = found.get(name, (item, item.strength > 0))
+                found[name] = former, acting and not state.disabled
+    on = [item for item, acting in found.values() if acting]
+    return on, [item for item, acting in found.values() if not acting]
+
+
+def _encoders(item: Loaded) -> list[str]:
+    names = (layer.component for layer in item.erasure.config.layers)
+    return sorted({name for name in names if name.startswith("text_encoder")})
+
+
+def _guarded(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline class's `encode_prompt` with the check before it. A closure, for classes are not pickled."""
+
+    @functools.wraps(encode_prompt)
+    def guarded_encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _within.get():  # a subclass's own function, or one of its former name, has called this one
+            return encode_prompt(self, *args, **kwargs)
+        acting, off = _on_text(self)
+        if not acting and not off:
+            return encode_prompt(self, *args, **kwargs)
+        arguments = {**inspect.signature(encode_prompt).bind(self, *args, **kwargs).arguments, **kwargs}
+        given = {name: value for name, value in arguments.items() if name.endswith("prompt_embeds")}
+        given = {name: value for name, value in given.items() if value is not None}
+        for item in acting:
+            _check(self, item, given)
+        token = _within.set(True)
+        try:
+            rows = encode_prompt(self, *args, **kwargs)
+        finally:
+            _within.reset(token)
+        if off or any(item.prompts.rows for item in acting):
+            mine = _keys(list(given.values()), _DTYPES)
+            new = [key for key in _keys(rows, _DTYPES) if key not in mine]
+            for item in off:
+                item.prompts.note(new)
+            for item in acting:
+                item.prompts.forget(new)
+        return rows
+
+    return guarded_encode_prompt
+
+
+def _check(pipe: Any, item: Loaded, given: dict[str, Any]) -> None:
+    """Refuse rows that did not go through an erasure, and encoders that it is not on."""
+    encoders = _encoders(item)
+    for name in encoders:
+        encoder = getattr(pipe, name, None)
+        state = attachment.state_of(encoder)
+        if encoder is not None and (state is None or item.name not in state.loaded):
             raise ErasureInactiveError(
-                f"{given} were given, so {encoders} will not run, and the erasure on them would not act. Give `prompt`; "
-                "or, where the embeddings were encoded by this pipeline with the erasure on, call it within "
-                "`with diffusers_erasure.prompt_embeds_are_erased(pipe):`."
+                f"The pipeline's {name!r} is another one than that on which the erasure {item.name!r} acts. Call "
+                f"`pipe.unload_erasure({item.name!r})` and load it again."
             )
-        return encode_prompt(self.pipe, *args, **kwargs)
+    if not given:
+        return
+    if not item.prompts.rows.keys().isdisjoint(_keys(list(given.values()), (torch.float32,))):
+        raise ErasureInactiveError(
+            f"{list(given)} hold rows that were encoded while the erasure {item.name!r} was disabled or at strength 0. Encode "
+            "them again with it on, or give `prompt`."
+        )
+    if not item.prompts.trusted:
+        raise ErasureInactiveError(
+            f"{list(given)} were given, so {encoders} will not run, and the erasure {item.name!r} on them would not act. Give "
+            "`prompt`; or, where the embeddings were encoded with the erasure on, call the pipeline within "
+            "`with diffusers_erasure.prompt_embeds_are_erased(pipe):`."
+        )
+
+
+def guard_all() -> None:
+    """Put the check before the `encode_prompt` of every pipeline class; done twice it does nothing.
+
+    It stays: where no erasure with layers on a text encoder is on a pipeline, it lets everything through.
+    """
+    compat.wrap_prompt_encoders(_guarded)
 
 
 def check(pipe: Any) -> None:
@@ -45,34 +165,25 @@ def check(pipe: Any) -> None:
     Raises:
         ErasureCompatibilityError: the pipeline has no `encode_prompt` (modular pipelines).
     """
-    if not hasattr(type(pipe), "encode_prompt"):
+    if not compat.encodes_prompts(type(pipe)):
         raise ErasureCompatibilityError(
             f"{type(pipe).__name__} has no `encode_prompt`, so prompts that bypass its text encoder could not be noticed; "
             "an erasure with layers on a text encoder is refused there. Use the standard pipeline."
         )
 
 
-def install(pipe: Any) -> None:
-    """Put the guard before the pipeline's `encode_prompt`; a second call does nothing."""
-    if not isinstance(vars(pipe).get("encode_prompt"), GuardedEncodePrompt):
-        pipe.encode_prompt = GuardedEncodePrompt(pipe)
-
-
-def remove(pipe: Any) -> None:
-    """Take the guard away."""
-    if isinstance(vars(pipe).get("encode_prompt"), GuardedEncodePrompt):
-        del pipe.encode_prompt
-
-
 @contextmanager
 def prompt_embeds_are_erased(pipe: Any) -> Iterator[None]:
-    """Within the block `prompt_embeds` are accepted: the caller says that they were encoded with the erasure on."""
-    guard = vars(pipe).get("encode_prompt")
-    if not isinstance(guard, GuardedEncodePrompt):
-        yield
-        return
-    guard.trusted += 1
+    """Within the block `prompt_embeds` are accepted: the caller says that they were encoded with the erasure on.
+
+    Rows that a pipeline is known to have encoded without it are refused all the same.
+    """
+    acting, off = _on_text(pipe)
+    items = acting + off
+    for item in items:
+        item.prompts.trusted += 1
     try:
         yield
     finally:
-        guard.trusted -= 1
+        for item in items:
+            item.prompts.trusted -= 1
