@@ -209,7 +209,7 @@ def far_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield clock
 
 
-@pytest.mark.parametrize("write", ["a like name", "its own name", "loaded anew", "training"])
+@pytest.mark.parametrize("write", ["a like name", "its own name", "loaded anew"])
 def test_on_a_gpu_at_once(far_away: list[float], write: str) -> None:
     """What peft swaps, and what torch counts."""
     pipe = loaded(peft_guard="error")
@@ -233,28 +233,47 @@ def test_on_a_gpu_within_a_second(far_away: list[float], monkeypatch: pytest.Mon
             noise(pipe)
 
 
-@pytest.mark.parametrize("policy", [pytest.param("reactivate", marks=pytest.mark.slow), "error"])
-def test_hotswapped_in_a_compiled_model(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def compiled_alone(pipe: Any) -> Any:
+    return torch.compile(pipe.unet, backend="eager", fullgraph=True)
+
+
+def within_a_larger_graph(pipe: Any) -> Any:
+    """There the guard is traced, and reads no contents."""
+    return torch.compile(lambda *args, **kwargs: pipe.unet(*args, **kwargs), backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "policy"),
+    [
+        (within_a_larger_graph, "error"),
+        pytest.param(within_a_larger_graph, "reactivate", marks=pytest.mark.slow),
+        pytest.param(compiled_alone, "error", marks=pytest.mark.slow),
+        pytest.param(compiled_alone, "reactivate", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled(compiled: Step, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would keep all it says
     torch.compiler.reset()
     small = tiny_sd_pipe(levels=1)
     sites = tuple(f"unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.{part}" for part in ("to_k", "to_v"))
     erasure, pipe = random_erasure(small, "lora", sites), copy.deepcopy(small)
-    tensors = {
-        name: torch.zeros_like(value) for name, value in erasure.layer_tensors(erasure.config.layers[0]).items()
-    }
-    tensors = {f"unet.{name}": value for name, value in tensors.items() if sites[0].removeprefix("unet.") in name}
-    pipe.load_lora_weights(dict(tensors), adapter_name="cat")
+    factors = erasure.layer_tensors(erasure.config.layers[0])
+    there = sites[0].removeprefix("unet.")
+    nothing = {f"unet.{name}": torch.zeros_like(value) for name, value in factors.items() if there in name}
+    pipe.load_lora_weights(dict(nothing), adapter_name="cat")
     pipe.load_erasure(erasure, "no_cat", backend="peft", peft_guard=policy)
-    pipe.unet.compile(backend="eager", fullgraph=True)
-    drawn = noise(pipe).numpy()
+    unet = compiled(pipe)
+    drawn = noise(pipe, unet).numpy()
     assert_like(drawn, noise(dense_edit(small, erasure)).numpy(), noise(small).numpy())
-    pipe.load_lora_weights(dict(tensors), adapter_name="cat", hotswap=True)
+    if compiled is compiled_alone:
+        write_zeros(pipe)
+    else:
+        pipe.load_lora_weights(dict(nothing), adapter_name="cat", hotswap=True)
     if policy == "error":
         with pytest.raises(Exception, match="other tensors"):
-            noise(pipe)
+            noise(pipe, unet)
     else:
-        assert equal(noise(pipe).numpy(), drawn)
+        assert equal(noise(pipe, unet).numpy(), drawn)
     torch.compiler.reset()
 
 

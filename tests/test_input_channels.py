@@ -75,7 +75,7 @@ def test_made_on_inpainting(pipe: Any) -> None:
     assert tiny_sd_pipe().load_erasure(fitted, strict_base="ignore").base_match["unet"] == "different weights"
 
 
-@pytest.mark.parametrize("channels", [5, 7, 8, 12])
+@pytest.mark.parametrize("channels", [5, 8])
 def test_strict_base_decides(channels: int) -> None:
     erasure = random_erasure(tiny_sd_pipe())
     with pytest.raises(ErasureCompatibilityError, match="input channels"):

@@ -67,14 +67,6 @@ class ErasureModules(nn.Module):
         for layer in self.live():
             layer.fold(strengths)
 
-    def has_layers(self) -> bool:
-        """Whether any erasure has layers on this component, as hooks or fused."""
-        return len(self.layers) > 0 or len(self.fused) > 0
-
-    def acts(self) -> bool:
-        """Whether any erasure with layers on this component has a strength above 0 and is not disabled."""
-        return not self.disabled and self.has_layers() and any(item.strength > 0 for item in self.loaded.values())
-
 
 class Guard:
     """Forward pre-hook of a component: refuses passes that would train through an erasure, or around it."""

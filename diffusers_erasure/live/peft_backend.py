@@ -102,7 +102,7 @@ class PeftAdapters(LiveLayer):
                 )
             if not self.strengths[name]:
                 continue
-            # A pass that is being compiled reads no contents, only what `look_again` found when they were swapped.
+            # Traced into a larger graph this reads no contents, only what `look_again` found when they were swapped.
             if not torch.compiler.is_compiling() and not adapter.contents.looked_at_lately(layers, name):
                 self.look_at_contents(name)
                 layers = self.layers(name)
