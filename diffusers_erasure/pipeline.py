@@ -49,7 +49,8 @@ class ErasureInfo:
         name: the name under which it is loaded.
         method: how it was made.
         concepts: what it removes; the names are `None` where the erasure was redacted.
-        strength: its strength now; 0 where it is set to 0, whatever `erasures_disabled` does.
+        strength: its strength now; 0 where it is set to 0, whatever `erasures_disabled` does. With `backend="peft"` the
+            weight that `set_adapters` gave it, where it gave one.
         layers: its layers in words, such as `"lora on unet (32 sites)"`.
         base_match: for each component of its base model `"same"`, `"different weights"` or `"unverified"`.
         source: the folder or repository that it came from, `None` for one made in this process.
@@ -199,14 +200,15 @@ def load_erasure(
         adapter_name (`str`, *optional*): name under which it is loaded; by default that of the folder or repository.
         strength (`float`, *optional*, defaults to 1.0): finite, at least 0; 0 is the base model bit for bit.
         strict_base (`"warn"`, `"error"` or `"ignore"`, *optional*, defaults to `"warn"`): what to do where the denoiser
-            has the right architecture, but other weights than the one that the erasure was made for (a fine-tune of it).
+            has the right architecture, but other weights than the one that the erasure was made for (a fine-tune of it, or
+            one that reads other channels beside the latents).
         method (`str`, *optional*): `"lora"` loads a plain LoRA file as an erasure; otherwise leave it out.
         weight_name (`str`, *optional*): the LoRA's file, with `method="lora"` alone.
         backend (`"hook"`, `"merge"` or `"peft"`, *optional*, defaults to `"hook"`): how it acts. `"merge"` is loading and
             then [`fuse_erasures`]; `"peft"` makes a stock LoRA an adapter of the pipeline, which `set_adapters` governs.
         peft_guard (`"reactivate"` or `"error"`, *optional*, defaults to `"reactivate"`): with `backend="peft"`, what a
-            forward pass does where other calls have switched the adapter off: switch it on again, with one warning, or
-            raise [`ErasureInactiveError`].
+            forward pass does where other calls have switched the adapter off or written into its tensors: undo that, with
+            one warning, or raise [`ErasureInactiveError`].
         options: see [`ReadOptions`].
 
     Returns:
