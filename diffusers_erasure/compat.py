@@ -218,6 +218,13 @@ def is_tuner(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer)
 
 
+def is_lora(module: nn.Module) -> bool:
+    """Whether a module is what peft puts around a layer for a LoRA."""
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
 def drops_base_output(tuner: Any) -> bool:
     """Whether one of peft's layers calls the layer that it wraps and then subtracts what it gave, as GLoRA does."""
     if not type(tuner).__module__.startswith("peft.tuners.glora.") or tuner.disable_adapters or tuner.merged:

@@ -78,6 +78,14 @@ def own_weights(unet: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- a site is not called
 
 
+def test_adapters_are_left_out_likewise(pipe: Any) -> None:
+    pipe.load_erasure(random_erasure(pipe), "no_zebra", backend="peft")
+    noise(pipe)
+    pipe.unet.set_attn_processor(own_weights(tiny_sd_pipe().unet))
+    with pytest.raises(ErasureInactiveError, match=r"no_zebra.*to_k.*CustomDiffusionAttnProcessor2_0"):
+        noise(pipe)
+
+
 def test_processors_with_weights_of_their_own(erased: Any) -> None:
     plain = erased.unet.attn_processors
     erased.unet.set_attn_processor(own_weights(erased.unet))

@@ -286,7 +286,7 @@ _MOVED = (
 def _cause(component: nn.Module, owner: nn.Module, site: str, module: nn.Module) -> str:
     """Why a module was not called in its owner, and what to do."""
     for parent, _, _ in path_to(component, site, module):
-        if compat.is_tuner(parent):
+        if compat.is_tuner(parent) and not compat.is_lora(parent):  # a LoRA calls what it wraps
             return (
                 f"peft's {type(parent).__module__.split('.')[-2]} adapter there ({type(parent).__name__}) computes with the "
                 "weight and not with what the module gives. Put the edit into the weight, which it reads: "

@@ -4,7 +4,7 @@ One [`PeftAdapters`] a component stands among the component's layers, so that st
 unloading reach the adapters as they reach hooks, and so that the guard asks it before each forward pass.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import nn
 from .. import compat
 from ..artifact import Erasure
 from ..errors import ErasureCompatibilityError, ErasureInputError
-from ..layers import LiveLayer, layer_kind
+from ..layers import LiveLayer, Watched, layer_kind
 from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, pad_rank
 from ..schema import LayerSpec
@@ -85,6 +85,11 @@ class PeftAdapters(LiveLayer):
 
     def is_empty(self) -> bool:
         return not self.adapters
+
+    def watched(self) -> Iterator[Watched]:
+        for name in self.adapters:
+            for path, layer in self.layers(name).items():
+                yield Watched(path, compat.base_layer(layer), frozenset({name}))
 
     def strength(self, name: str) -> float | None:
         """The weight that `set_adapters` gave an adapter, the least of its layers; `None` where it is at strength 0."""
@@ -295,6 +300,7 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
                 assert isinstance(live, PeftAdapters)
                 state.layers[PLACE] = live
                 live.add(item.name, _factors(item.erasure, name), policy)
+                attachment.watch(components[name])
             state.fold()
     except BaseException:
         attachment.detach(components.values(), item.name)
