@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,55 @@ def add_store_arguments(parser: argparse.ArgumentParser, name: str, page: str | 
         parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each")
         parser.add_argument("--write-docs", action="store_true", help=f"put the tables into {page}")
         parser.set_defaults(cpu_time=True)
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser, name: str, page: str, images: int) -> None:
+    """
+    For what draws on any device, after erasures were made on the CPU: the device, how many images, what is stored, and the page.
+
+    The numbers that another machine wrote with `--json` are taken up with `--numbers`.
+    """
+    add_store_arguments(parser, name, page)
+    parser.add_argument("--device", default="cpu", help="where images are drawn: cpu or cuda")
+    parser.add_argument("--images", type=int, default=images, metavar="N", help=f"behind each share ({images})")
+    parser.add_argument("--batch", type=int, metavar="N", help="images at once; 25 on the CPU, 250 on cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of all first noises, and of what is trained here")
+    parser.add_argument("--numbers", type=Path, metavar="PATH", help="measure nothing: take what --json wrote there")
+
+
+def drawing_settings(
+    parser: argparse.ArgumentParser, given: Sequence[str] | None, targets: Sequence[str], steps: int
+) -> argparse.Namespace:
+    """Those options, checked, with `targets`, sampler `steps` and how they were `given`; one target and two images with --smoke."""
+    options = parser.parse_args(given)
+    if options.smoke:
+        if options.write_docs:
+            parser.error("--write-docs is not for --smoke")
+        targets, steps, options.images = targets[:1], 2, 2
+    if options.jobs < 1 or options.images < 1 or options.images % len(targets):
+        parser.error(f"--jobs must be at least 1, and --images a multiple of {len(targets)}, the number of targets")
+    options.batch = options.batch or (25 if options.device == "cpu" else 250)
+    options.given, options.targets, options.steps = given, tuple(targets), steps
+    return options
+
+
+def measured_or_read(options: argparse.Namespace, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is measured now, with the command and the machine, or what `--numbers` says of an earlier run."""
+    if not options.numbers:
+        where = machine(options.device, options.cpu_time)
+        return {"command": made_by(name, options.given), "made_on": where, **measure()}
+    numbers: dict[str, Any] = json.loads(options.numbers.read_text(encoding="utf-8"))
+    if numbers.get("benchmark") != name or numbers.get("smoke"):
+        raise SystemExit(f"{options.numbers} holds no numbers of {name}, or those of --smoke")
+    return {key: value for key, value in numbers.items() if key not in ("benchmark", "smoke", "machine")}
+
+
+def made_on(numbers: Mapping[str, Any]) -> str:
+    """`Made by ... on ...`, for a page."""
+    where = numbers["made_on"]
+    return (
+        f"Made by `{numbers['command']}` ({where['device']}, torch {where['torch']}, diffusers {where['diffusers']})."
+    )
 
 
 def start(options: argparse.Namespace) -> None:

@@ -5,10 +5,18 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from benchmarks import beside_loras, image_to_image
+from diffusers_erasure import demo
+from diffusers_erasure.demo.drawing import fast_pipeline
 
 
 ROOT = Path(__file__).parent.parent
@@ -192,3 +200,92 @@ def test_acterase_ablation(tmp_path: Path) -> None:
         assert 0 <= row["erased"] <= 1 and 0 <= row["kept"] <= 1 and 0 < row["patched"] < 0.11
         assert all(0 < each["bytes"] < 100_000 for each in row["concepts"].values())
     assert len(numbers["calibration_s"]) == 1  # both settings only read it
+
+
+@pytest.mark.slow
+def test_beside_loras(tmp_path: Path) -> None:
+    numbers = run("beside_loras", tmp_path, "--store", str(tmp_path / "store"))
+    assert [row["lora"] for row in numbers["loras"]] == ["brown ink", "new objects"]
+    assert all(row["steps"] == 2 and row["pictures"] > 100 for row in numbers["loras"])
+    assert 0 < numbers["changed"] < 0.1  # two steps of training are on, and no more
+    assert list(numbers["rows"]) == ["none", "anchor prompt", "uce"]
+    for row in numbers["rows"].values():
+        assert row["without"]["images"] == row["beside"]["images"] == numbers["images"] == 2
+        assert row["points"]["value"] == pytest.approx(100 * (row["beside"]["value"] - row["without"]["value"]))
+    assert numbers["rows"]["none"]["without"]["value"] == 1 and numbers["rows"]["uce"]["without"]["value"] < 1
+
+
+@pytest.mark.slow
+def test_image_to_image(tmp_path: Path) -> None:
+    numbers = run("image_to_image", tmp_path, "--store", str(tmp_path / "store"))
+    rows = {(row["way"], row["prompt"], row["method"]): row["shares"] for row in numbers["rows"]}
+    ways = ("img2img", "inpainting, middle", "inpainting, left half")
+    assert set(rows) == {(way, says, by) for way in ways for says in ("its own", "neutral") for by in ("none", "uce")}
+    assert all([each["strength"] for each in shares] == [0.5, 1.0] for shares in rows.values())
+    # At full strength nothing of the picture is left but what a mask keeps: the prompt alone says what is drawn.
+    assert rows["img2img", "its own", "none"][1]["value"] == 1 and rows["img2img", "neutral", "none"][1]["value"] == 0
+    assert set(numbers["blank"]) == {"inpainting, middle", "inpainting, left half"}
+
+
+def test_what_inpainting_keeps() -> None:
+    pipe = fast_pipeline()
+    pipe.scheduler.set_timesteps(4)
+    latents, noise, drawn = torch.randn(3, 2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    keep = image_to_image.KeepOutside(latents, noise, [(2, 6, 2, 6), (0, 8, 0, 8)])
+    first, second, *_, last = pipe.scheduler.timesteps
+    noisy = DDPMScheduler.from_config(pipe.scheduler.config).add_noise(latents, noise, second[None])
+    for step, timestep, outside in ((0, first, noisy), (3, last, latents)):
+        after = keep(pipe, step, timestep, {"latents": drawn})["latents"]
+        torch.testing.assert_close(after[0, :, :, :2], outside[0, :, :, :2])
+        assert torch.equal(after[0, :, 2:6, 2:6], drawn[0, :, 2:6, 2:6]) and torch.equal(after[1], drawn[1])
+
+
+def test_the_loras_know_nothing_of_the_targets() -> None:
+    known = demo.load_images()
+    for lora in (beside_loras.STYLE, beside_loras.OBJECTS):
+        pictures = beside_loras.pictures_of(lora)
+        assert not set(pictures.objects) & set(beside_loras.TARGETS)
+        assert len(pictures.images) == len(pictures.objects) == len(pictures.styles)
+        # The n-th picture is of the n-th name: as it was, or in brown.
+        for picture, name, style in zip(pictures.images, pictures.objects, pictures.styles, strict=True):
+            source = known if name in known.objects else demo.load_unseen_images()
+            own = source.images[source.objects.index(name), source.styles.index(style)]
+            if lora == beside_loras.OBJECTS:
+                assert np.array_equal(picture, own)
+            else:
+                assert not np.array_equal(picture, own) and (picture[..., 0] >= picture[..., 2]).all()
+                assert (picture[(own == 255).all(-1)] == 255).all()
+
+
+def test_numbers_of_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    share = {"value": 0.25, "low": 0.125, "high": 0.375, "images": 8}
+    points = {"value": 3.0, "low": -1.0, "high": 7.0, "images": 8}
+    numbers = {
+        **{"benchmark": "beside_loras", "smoke": False, "command": "python -m benchmarks.beside_loras --device cuda"},
+        **{"made_on": {"device": "a GPU", "torch": "9", "diffusers": "9"}, "targets": ["dog"], "images": 8, "seed": 0},
+        **{"loras": [{"lora": "x", "steps": 3, "pictures": 4, "loss": [0.5, 0.25]}], "changed": 0.125, "seconds": 1.0},
+        "rows": {"none": {"without": share, "beside": share, "points": points}},
+    }
+    path = tmp_path / "earlier.json"
+    numbers["rows"]["uce"] = numbers["rows"]["none"]
+    path.write_text(json.dumps(numbers), encoding="utf-8")
+    beside_loras.main(["--numbers", str(path)])
+    shown = capsys.readouterr().out
+    assert re.search(r"\+3\.0 \[-1\.0 to \+7\.0\] +no\n", shown) and "(a GPU, torch 9, diffusers 9)" in shown
+    text = beside_loras.markdown(numbers)
+    assert "| none | 25.0 [12.5 to 37.5] | 25.0 [12.5 to 37.5] | +3.0 [-1.0 to +7.0] |  |" in text
+    assert (
+        "| uce |" in text
+        and text.endswith("| no |")
+        and "`python -m benchmarks.beside_loras --device cuda` (a GPU" in text
+    )
+    path.write_text(json.dumps({**numbers, "benchmark": "uce"}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="no numbers of beside_loras"):
+        beside_loras.main(["--numbers", str(path)])
+
+
+@pytest.mark.parametrize("wrong", [["--smoke", "--write-docs"], ["--images", "9"], ["--images", "0"], ["--jobs", "0"]])
+@pytest.mark.parametrize("parse", [beside_loras.parse, image_to_image.parse])
+def test_wrong_options(parse: Callable[[list[str]], Any], wrong: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(wrong)

@@ -65,6 +65,7 @@ def train_lora(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     means, deviations = encode_pictures(pipe.vae, data.images)
+    device = pipe.unet.device  # all that is random is drawn on the CPU, the same for every device
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     order: list[int] = []
     losses = []
@@ -77,13 +78,14 @@ def train_lora(
         batch, order = order[: recipe.batch_size], order[recipe.batch_size :]
         with torch.no_grad():
             captions = [data.caption(index, rng) for index in batch]
-            rows = pipe.text_encoder(tokens(pipe.tokenizer, captions))[0]
+            rows = pipe.text_encoder(tokens(pipe.tokenizer, captions).to(device))[0]
         flips = [rng.randrange(2) for _ in batch]
         mean, deviation = means[flips, batch], deviations[flips, batch]
-        latents = mean + deviation * torch.randn(mean.shape, generator=generator)
+        latents = mean + deviation * torch.randn(mean.shape, generator=generator).to(device)
         latents = latents * pipe.vae.config.scaling_factor
-        noise = torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
         times = torch.randint(noise_scheduler.config.num_train_timesteps, (len(batch),), generator=generator)
+        times = times.to(device)
         noisy = noise_scheduler.add_noise(latents, noise, times)
         loss = F.mse_loss(pipe.unet(noisy, times, rows).sample, noise)
         loss.backward()
@@ -108,11 +110,13 @@ def noise_loss(pipe: Any, data: TrainingSet, times: Sequence[int] = (200, 500, 8
     every = range(0, len(data.images), -(-len(data.images) // 20))
     latents = encode_pictures(pipe.vae, data.images[list(every)])[0][0] * pipe.vae.config.scaling_factor
     captions = [f"a {data.objects[i]} in {data.styles[i]} style" for i in every]
-    rows = pipe.text_encoder(tokens(pipe.tokenizer, captions))[0]
+    device = pipe.unet.device
+    rows = pipe.text_encoder(tokens(pipe.tokenizer, captions).to(device))[0]
     generator = torch.Generator().manual_seed(0)
     losses = []
     for time in times:
-        noise, at = torch.randn(latents.shape, generator=generator), torch.full((len(latents),), time)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        at = torch.full((len(latents),), time, device=device)
         predicted = pipe.unet(noise_scheduler.add_noise(latents, noise, at), at, rows).sample
         losses.append(F.mse_loss(predicted, noise).item())
     return sum(losses) / len(losses)
@@ -129,7 +133,7 @@ def tokens(tokenizer: Any, captions: Sequence[str]) -> torch.Tensor:
 @torch.no_grad()
 def encode_pictures(vae: Any, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of the latents of pictures as they are and flipped, [2, n, channels, height, width] each."""
-    pixels = to_pixels(images) * 2 - 1
+    pixels = to_pixels(images).to(vae.device) * 2 - 1
     both = [vae.encode(each).latent_dist for each in (pixels, pixels.flip(3))]
     return torch.stack([each.mean for each in both]), torch.stack([each.std for each in both])
 
