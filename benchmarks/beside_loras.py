@@ -4,8 +4,9 @@
 
 The eight objects of the report half of `benchmarks.efficacy` are erased one at a time on the embedded model. Two LoRAs are
 trained here as users train them, on neither a picture nor a name of these objects: a style, learnt from the objects of the other
-half in brown ink, and new objects, learnt from twelve that the model has never seen. Both are active at their full weight. The
-same prompts are drawn from the same first noise without and with them, by the un-erased model too.
+half in brown ink, and new objects, learnt from twelve that the model has never seen. Both are active, at weights with which the
+un-erased model still draws the objects, and at their full weights, with which it draws fewer. The same prompts are drawn from the
+same first noise without and with them.
 
 A finished erasure or LoRA is kept in `--store`, and does not notice changes of the library's code: give `--fresh` after one.
 """
@@ -48,6 +49,7 @@ from diffusers_erasure.demo.drawing import STEPS
 
 PAGE = "docs/efficacy.md"
 AIM = 2.0  # points that acc_e may rise by
+WEIGHTS = (0.7, 1.0)  # of both LoRAs
 TARGETS = SINGLES["report"]
 STYLE, OBJECTS = "brown ink", "new objects"
 BROWN = np.array([90, 45, 15])
@@ -116,68 +118,80 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     with quiet():
         for name, tuning in zip(names, tunings, strict=True):
             beside.load_lora_weights(store.files_of(tuning) / str(tuning.steps), adapter_name=name)
-    beside.set_adapters(names)
-
-    began, changed, rows = time.perf_counter(), [], {}
+    began, rows = time.perf_counter(), {}
+    changed: dict[float, list[float]] = {weight: [] for weight in WEIGHTS}
     each = options.images // len(options.targets)
     for method in (NONE, ANCHOR, *options.methods):
-        hits: list[dict[str, list[bool]]] = [{}, {}]
+        by = None if method in (NONE, ANCHOR) else method
+        hits: dict[float, dict[str, list[bool]]] = {weight: {} for weight in (0.0, *WEIGHTS)}
         for target in options.targets:
             shots = shots_of(target, each, options.seed)
             prompts = [ENTRIES[ANCHOR].prompt(shot, [target]) if method == ANCHOR else shot.prompt for shot in shots]
-            drawn = []
-            for pipe, seen in zip((without, beside), hits, strict=True):
-                with erased(pipe, None if method in (NONE, ANCHOR) else method, target, store):
+            drawn = {}
+            for weight, seen in hits.items():
+                pipe = beside if weight else without
+                with erased(pipe, by, target, store):
+                    if weight:
+                        pipe.set_adapters(names, [weight] * len(names))
                     images = draw(pipe, prompts, [shot.seed for shot in shots], options.steps, options.batch)
                 seen[target] = [name == target for name in judge.predict(images).objects]
-                drawn.append(np.stack([np.asarray(image, float) for image in images]))
+                drawn[weight] = np.stack([np.asarray(image, float) for image in images])
             if method == NONE:
-                changed.append(float(np.sqrt(np.mean((drawn[1] - drawn[0]) ** 2))) / 255)
-        rows[method] = row_of(*hits)
+                for weight in WEIGHTS:
+                    changed[weight].append(float(np.sqrt(np.mean((drawn[weight] - drawn[0.0]) ** 2))) / 255)
+        rows[method] = row_of(hits)
     return {
         "targets": list(options.targets),
         "images": each * len(options.targets),
         "seed": options.seed,
         "loras": [{"lora": tuning.lora, "steps": tuning.steps, **learnt[tuning]} for tuning in tunings],
-        "changed": float(np.mean(changed)),
+        "changed": {f"{weight:g}": float(np.mean(parts)) for weight, parts in changed.items()},
         "seconds": time.perf_counter() - began,
         "rows": rows,
     }
 
 
-def row_of(without: Mapping[str, Sequence[bool]], beside: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
-    """Both shares and their difference in points; the interval resamples targets and then images, in pairs."""
-    bootstrap, paired = Bootstrap(), samples(beside, without)
-    values, baseline = bootstrap.means(paired)
-    low, high = 100 * np.quantile(values - baseline, (0.025, 0.975))
-    points = Number(
-        100 * float(paired.values.mean() - paired.baseline.mean()), float(low), float(high), len(paired.values)
-    )
-    return {
-        "without": asdict(bootstrap.mean(samples(without))),
-        "beside": asdict(bootstrap.mean(samples(beside))),
-        "points": asdict(points),
-        "by_target": {name: [float(np.mean(each[name])) for each in (without, beside)] for name in without},
-    }
+def row_of(hits: Mapping[float, Mapping[str, Sequence[bool]]]) -> dict[str, Any]:
+    """All shares, and how many points more those beside LoRAs are: intervals resample targets and then images, in pairs."""
+    bootstrap, without = Bootstrap(), hits[0.0]
+    row: dict[str, Any] = {"without": asdict(bootstrap.mean(samples(without))), "beside": {}}
+    for weight, beside in hits.items():
+        if weight:
+            paired = samples(beside, without)
+            values, baseline = bootstrap.means(paired)
+            low, high = 100 * np.quantile(values - baseline, (0.025, 0.975))
+            more = 100 * float(paired.values.mean() - paired.baseline.mean())
+            row["beside"][f"{weight:g}"] = {
+                "share": asdict(bootstrap.mean(samples(beside))),
+                "points": asdict(Number(more, float(low), float(high), len(paired.values))),
+            }
+    row["by_target"] = {name: {f"{w:g}": float(np.mean(each[name])) for w, each in hits.items()} for name in without}
+    return row
 
 
 # -------------------------------------------------------------------------------------------------------- tables
 
 
-HEADER = ["method", "acc_e without", "acc_e with both LoRAs", "points more", f"at most {AIM:g}"]
+def header(numbers: Mapping[str, Any]) -> list[str]:
+    weights = numbers["rows"][NONE]["beside"]
+    beside = [text for weight in weights for text in (f"both LoRAs at {weight}", "points more")]
+    return ["method", "acc_e without", *beside, f"at most {AIM:g}"]
 
 
 def body(numbers: Mapping[str, Any]) -> list[list[str]]:
     """A row for each method; the aim is for erasures."""
+
+    def show(share: Mapping[str, float]) -> str:
+        return f"{100 * share['value']:.1f} [{100 * share['low']:.1f} to {100 * share['high']:.1f}]"
+
     rows = []
     for method, row in numbers["rows"].items():
-        shares = [
-            f"{100 * each['value']:.1f} [{100 * each['low']:.1f} to {100 * each['high']:.1f}]"
-            for each in (row["without"], row["beside"])
-        ]
-        points = row["points"]
-        met = "" if method in (NONE, ANCHOR) else "yes" if points["value"] <= AIM else "no"
-        rows.append([method, *shares, f"{points['value']:+.1f} [{points['low']:+.1f} to {points['high']:+.1f}]", met])
+        cells, most = [method, show(row["without"])], -100.0
+        for each in row["beside"].values():
+            points = each["points"]
+            cells += [show(each["share"]), f"{points['value']:+.1f} [{points['low']:+.1f} to {points['high']:+.1f}]"]
+            most = max(most, points["value"])
+        rows.append([*cells, "" if method in (NONE, ANCHOR) else "yes" if most <= AIM else "no"])
     return rows
 
 
@@ -187,16 +201,17 @@ def about(numbers: Mapping[str, Any]) -> str:
         f"{each['lora']}, {each['pictures']} pictures, {each['steps']} steps, loss {each['loss'][0]:.3f} → {each['loss'][1]:.3f}"
         for each in numbers["loras"]
     )
+    changed = " and ".join(f"{100 * part:.1f} % at {weight}" for weight, part in numbers["changed"].items())
     return (
         f"Erased, one at a time: {', '.join(numbers['targets'])}. LoRAs: {learnt}. They change the un-erased model's images by "
-        f"{100 * numbers['changed']:.1f} % of a pixel's range (root mean square)."
+        f"{changed} of a pixel's range (root mean square)."
     )
 
 
 def markdown(numbers: Mapping[str, Any]) -> str:
     """The table for the docs."""
     first = f"{made_on(numbers)} {numbers['images']:,} images behind each share, in %; 95 % intervals in brackets."
-    return "\n".join([first, about(numbers), "", *markdown_table(HEADER, body(numbers))])
+    return "\n".join([first, about(numbers), "", *markdown_table(header(numbers), body(numbers))])
 
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
@@ -215,7 +230,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parse(given)
     start(options)
     numbers = measured_or_read(options, "beside_loras", lambda: measured(options))
-    print_table(f"{numbers['images']} images behind each share; in %, [95 %]", HEADER, body(numbers))
+    print_table(f"{numbers['images']} images behind each share; in %, [95 %]", header(numbers), body(numbers))
     print(f"\n{numbers['seconds']:.0f} s of wall time to draw. " + about(numbers))
     if options.numbers:
         print(made_on(numbers))

@@ -207,11 +207,13 @@ def test_beside_loras(tmp_path: Path) -> None:
     numbers = run("beside_loras", tmp_path, "--store", str(tmp_path / "store"))
     assert [row["lora"] for row in numbers["loras"]] == ["brown ink", "new objects"]
     assert all(row["steps"] == 2 and row["pictures"] > 100 for row in numbers["loras"])
-    assert 0 < numbers["changed"] < 0.1  # two steps of training are on, and no more
+    assert 0 < numbers["changed"]["0.7"] < numbers["changed"]["1"] < 0.1  # two steps of training are on, and no more
     assert list(numbers["rows"]) == ["none", "anchor prompt", "uce"]
     for row in numbers["rows"].values():
-        assert row["without"]["images"] == row["beside"]["images"] == numbers["images"] == 2
-        assert row["points"]["value"] == pytest.approx(100 * (row["beside"]["value"] - row["without"]["value"]))
+        for each in row["beside"].values():
+            assert row["without"]["images"] == each["share"]["images"] == numbers["images"] == 2
+            more = 100 * (each["share"]["value"] - row["without"]["value"])
+            assert each["points"]["value"] == pytest.approx(more)
     assert numbers["rows"]["none"]["without"]["value"] == 1 and numbers["rows"]["uce"]["without"]["value"] < 1
 
 
@@ -259,15 +261,18 @@ def test_the_loras_know_nothing_of_the_targets() -> None:
 
 def test_numbers_of_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     share = {"value": 0.25, "low": 0.125, "high": 0.375, "images": 8}
-    points = {"value": 3.0, "low": -1.0, "high": 7.0, "images": 8}
+    beside = {"share": share, "points": {"value": 3.0, "low": -1.0, "high": 7.0, "images": 8}}
     numbers = {
         **{"benchmark": "beside_loras", "smoke": False, "command": "python -m benchmarks.beside_loras --device cuda"},
         **{"made_on": {"device": "a GPU", "torch": "9", "diffusers": "9"}, "targets": ["dog"], "images": 8, "seed": 0},
-        **{"loras": [{"lora": "x", "steps": 3, "pictures": 4, "loss": [0.5, 0.25]}], "changed": 0.125, "seconds": 1.0},
-        "rows": {"none": {"without": share, "beside": share, "points": points}},
+        **{
+            "loras": [{"lora": "x", "steps": 3, "pictures": 4, "loss": [0.5, 0.25]}],
+            "changed": {"1": 0.125},
+            "seconds": 1.0,
+        },
+        "rows": dict.fromkeys(("none", "uce"), {"without": share, "beside": {"1": beside}}),
     }
     path = tmp_path / "earlier.json"
-    numbers["rows"]["uce"] = numbers["rows"]["none"]
     path.write_text(json.dumps(numbers), encoding="utf-8")
     beside_loras.main(["--numbers", str(path)])
     shown = capsys.readouterr().out
