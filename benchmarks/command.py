@@ -110,7 +110,11 @@ def measured_or_read(options: argparse.Namespace, name: str, measure: Callable[[
     """What is measured now, with the command and the machine, or what `--numbers` says of an earlier run."""
     if not options.numbers:
         where = machine(options.device, options.cpu_time)
-        return {"command": made_by(name, options.given), "made_on": where, **measure()}
+        given = sys.argv[1:] if options.given is None else options.given
+        # Without where things lie on the machine that measures, which is no matter for a page.
+        places = {place for i, each in enumerate(given) if each in ("--json", "--store") for place in (i, i + 1)}
+        command = made_by(name, [each for i, each in enumerate(given) if i not in places])
+        return {"command": command, "made_on": where, **measure()}
     numbers: dict[str, Any] = json.loads(options.numbers.read_text(encoding="utf-8"))
     if numbers.get("benchmark") != name or numbers.get("smoke"):
         raise SystemExit(f"{options.numbers} holds no numbers of {name}, or those of --smoke")

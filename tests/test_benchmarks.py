@@ -205,6 +205,7 @@ def test_acterase_ablation(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_beside_loras(tmp_path: Path) -> None:
     numbers = run("beside_loras", tmp_path, "--store", str(tmp_path / "store"))
+    assert numbers["command"] == "python -m benchmarks.beside_loras --smoke"
     assert [row["lora"] for row in numbers["loras"]] == ["brown ink", "new objects"]
     assert all(row["steps"] == 2 and row["pictures"] > 100 for row in numbers["loras"])
     assert 0 < numbers["changed"]["0.7"] < numbers["changed"]["1"] < 0.1  # two steps of training are on, and no more
