@@ -282,3 +282,9 @@ def test_the_search_for_private_attributes(code: str, expected: str | None) -> N
 )
 def test_the_search_for_unsafe_loads(code: str, caught: bool) -> None:
     assert bool(list(unsafe_loads(ast.parse(code)))) is caught
+
+
+def test_the_threat_model_names_tests_that_there_are() -> None:
+    page = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+\.py)`", page))
+    assert len(named) > 10 and not [name for name in named if not (ROOT / "tests" / name).is_file()]
