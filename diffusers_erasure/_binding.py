@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from . import pipeline
+from .live import copies, saving
+from .live.loaded import states
 from .logging import get_logger
 
 
@@ -35,6 +37,17 @@ def _forwarder(function: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = [name for state in states(self).values() for name in state.marks.ledger.acting]
+        saving.refuse(type(self).__name__, list(dict.fromkeys(names)))
+        return function(self, *args, **kwargs)
+
+    method._diffusers_erasure = True  # type: ignore[attr-defined]
+    return method
+
+
 def _ours(attribute: Any) -> bool:
     return getattr(attribute, "_diffusers_erasure", False) is True
 
@@ -51,8 +64,15 @@ def install() -> None:
 
     Importing the package does this, unless the environment variable `DIFFUSERS_ERASURE_NO_PATCH=1` is set. A second
     call does nothing, and an attribute that somebody else has put there is left alone, with a warning.
+
+    Their `save_pretrained` and `push_to_hub` refuse a pipeline on which erasures act beside the weights, and where diffusers
+    builds a denoiser from another one, erasures are carried over.
     """
+    copies.watch_builders()
     for base in _bases():
+        for name in saving.METHODS:
+            if not _ours(getattr(base, name)):
+                setattr(base, name, _guarded(getattr(base, name)))
         for name in NAMES:
             present = getattr(base, name, None)
             if present is None:
@@ -67,8 +87,15 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Remove the methods that [`install`] has bound. Erasures that are loaded stay on."""
+    """Remove what [`install`] has bound, and put back what it has replaced. Erasures that are loaded stay on."""
+    copies.unwatch_builders()
     for base in _bases():
+        for name in saving.METHODS:
+            present: Any = vars(base).get(name)
+            if _ours(present):
+                delattr(base, name)
+                if getattr(base, name, None) is not present.__wrapped__:  # it was not inherited
+                    setattr(base, name, present.__wrapped__)
         for name in NAMES:
             if _ours(vars(base).get(name)):
                 delattr(base, name)

@@ -427,6 +427,14 @@ def text_readers(pipe: Any) -> dict[str, nn.Linear]:
     return readers_of_text(component(pipe, denoiser_name(pipe)))
 
 
+def text_attentions(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the cross-attentions of a UNet, by name; those of motion modules have the name and read no text."""
+    for name, module in unet.named_modules():
+        if name.endswith(".attn2") and not name.startswith("erasure_modules"):
+            if getattr(module, "is_cross_attention", True):
+                yield name, module
+
+
 def readers_of_text(unet: nn.Module) -> dict[str, nn.Linear]:
     """Return the Linears of a UNet that read the text rows: each cross-attention's `to_k` and `to_v`, in model order.
 
@@ -434,9 +442,7 @@ def readers_of_text(unet: nn.Module) -> dict[str, nn.Linear]:
         ErasureCompatibilityError: the denoiser has none, or its attention projections are fused.
     """
     readers: dict[str, nn.Linear] = {}
-    for name, module in unet.named_modules():
-        if not name.endswith(".attn2") or name.startswith("erasure_modules"):
-            continue
+    for name, module in text_attentions(unet):
         if compat.has_fused_projections(module):
             raise ErasureCompatibilityError(
                 f"The attention projections of {name!r} are fused; call `pipe.unfuse_qkv_projections()` first."

@@ -22,6 +22,7 @@ from benchmarks import builders
 from benchmarks.builders import random_factors, site_of
 from diffusers_erasure import Erasure, cards, tensors
 from diffusers_erasure.base_model import family_of
+from diffusers_erasure.live.marks import KEY
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE, BaseModel, Concept, ErasureConfig, Method
 
@@ -324,7 +325,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def _hooks(module: nn.Module) -> tuple[int, ...]:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    kinds = ("forward", "forward_pre", "backward", "backward_pre", "state_dict", "load_state_dict_pre")
+    names = [f"_{kind}_hooks" for kind in kinds]
     return tuple(len(getattr(module, name)) for name in names)
 
 
@@ -348,12 +350,18 @@ def tree(pipe: Any) -> dict[str, Any]:
 
 
 def weights(pipe: Any) -> dict[str, torch.Tensor]:
-    """Copies of all weights."""
+    """Copies of all weights, without the marks of erasures."""
     return {
         f"{component}.{name}": value.clone()
         for component, model in models(pipe).items()
         for name, value in model.state_dict().items()
+        if not is_mark(name)
     }
+
+
+def is_mark(name: str) -> bool:
+    """Whether a key of a state dict only tells that an erasure is on."""
+    return name.endswith(KEY.partition("{}")[2])
 
 
 def unchanged_by(pipe: Any, action: Callable[[], Any]) -> Any:

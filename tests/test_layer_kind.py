@@ -54,6 +54,7 @@ from tests.helpers import (
     ROUNDINGS,
     assert_same_weights,
     far,
+    is_mark,
     random_erasure,
     roundings,
     rows_of,
@@ -292,7 +293,7 @@ def test_saved_loaded_and_off_again(pipe: Any, kind: str, tmp_path: Path) -> Non
     def load_and_unload() -> None:
         pipe.load_erasure(tmp_path / "one", "a", strict_base="error")
         assert (predict(pipe) == predict(dense(kind))).all()
-        assert [name for name in pipe.unet.state_dict() if "erasure" in name] == []
+        assert [name for name in pipe.unet.state_dict() if "erasure" in name and not is_mark(name)] == []
         pipe.set_erasures("a", 0.4)
         assert (predict(pipe) == predict(dense(kind, 0.4))).all()
         assert (predict(copy.deepcopy(pipe)) == predict(pipe)).all()

@@ -18,6 +18,7 @@ from ..errors import ErasureError, ErasureInputError
 from ..hub.options import CommitOptions, takes
 from ..hub.transfer import push_model
 from ..live import fusing
+from ..live.attachment import counted
 from ..live.loaded import components, known, loaded, states
 from ..logging import get_logger
 from ..schema import CARD_FILE, SCHEMA, Library
@@ -139,7 +140,8 @@ def _write(pipe: Any, folder: Path, provenance: Provenance) -> list[Path]:
     Provenance.from_json(text.encode())  # what is written can be read
     try:
         with new_folder(folder) as fresh:
-            pipe.save_pretrained(fresh)
+            with counted(lambda: states(pipe).values(), "disabled"):  # what acts besides is not to be in the weights
+                pipe.save_pretrained(fresh)
             for place in PLACES:
                 if (fresh / place).parent.is_dir():
                     (fresh / place).write_text(text, encoding="utf-8")

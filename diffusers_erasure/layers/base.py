@@ -1,12 +1,13 @@
 """What a layer kind is on a live component. One instance serves all erasures of its kind there."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
+from .. import compat
 from ..schema import LayerSpec
 from .buffers import PartKey, Tensors
 from .modifiers import Conditions, Modifier
@@ -89,3 +90,10 @@ class HookLayer(LiveLayer):
         self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors, modifier: Modifier | None
     ) -> None:
         """Attach one layer of one erasure, with its schedule and gate, at strength 0 until `fold` is called."""
+
+    def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
+        """The modules that do otherwise than their weights say, because of an attached layer: their state dicts tell of it.
+
+        By default the component as a whole.
+        """
+        return [compat.unwrap_compiled(component)]

@@ -1,7 +1,7 @@
 """Sites: the modules of a base model at which layers act, and the hooks there, one a module for all erasures."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -143,6 +143,9 @@ class SiteLayer(HookLayer):
             edit = self.edit(site)
             edit.parts[key] = part
             edit.rebuild(*self.placement(*self.hooked[site]))
+
+    def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
+        return [self.hooked[site][1] for site in spec.sites]
 
     def detach(self, name: str) -> None:
         for site in list(self.sites):

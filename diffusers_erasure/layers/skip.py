@@ -12,7 +12,7 @@ not enter it. In the compact form the base's own modules run again, with all tha
 the one erasure whose pass it is. Several erasures cost one encoder pass each, also at strength 0.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +61,10 @@ class SkipLayer(HookLayer):
         self.keys[key] = str(self.count)
         self.networks[str(self.count)] = network
         self.count += 1
+
+    def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
+        unet: Any = compat.unwrap_compiled(component)
+        return [unet, unet.mid_block, *unet.up_blocks]
 
     def detach(self, name: str) -> None:
         for key in [key for key in self.keys if key[0] == name]:

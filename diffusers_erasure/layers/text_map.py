@@ -7,7 +7,7 @@ Linear the two differ: the map gives `(W + U) T`, the LoRA `W T + U`.
 """
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import compat, low_rank
-from ..base_model import readers_of_text, weight_times
+from ..base_model import readers_of_text, text_attentions, weight_times
 from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..schema import LayerSpec
 from .base import HookLayer
@@ -37,6 +37,8 @@ INPUTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "pooled_projections": ("pooled_projections", None, ("pooled_projection_dim",)),
     POOLED: ("added_cond_kwargs", POOLED, ()),
 }
+# The module that reads an input where there is but one: of SD3 and Flux, and SDXL's.
+READERS = {ROWS: "context_embedder", "pooled_projections": "time_text_embed.text_embedder", POOLED: POOLED_READER}
 
 
 # ---------------------------------------------------------------------------------------------------- the live side
@@ -138,6 +140,16 @@ class TextMapLayer(SiteLayer):
 
     def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> MapPart:
         return MapPart(tensors["A"], tensors["D"], modifier)
+
+    def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
+        """The denoiser, and where they are known the modules that read what is mapped."""
+        component = compat.unwrap_compiled(component)
+        readers = [
+            attention.get_submodule(part) for _, attention in text_attentions(component) for part in ("to_k", "to_v")
+        ]
+        named = readers if spec.sites == (ROWS,) else []
+        named += [part for name, part in component.named_modules() if name == READERS[spec.sites[0]]]
+        return [component, *map(compat.base_layer, named)]
 
     def placement(self, component: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         return placement(module, next(owner for _, owner, _, _ in compat.base_parameters(module)))

@@ -17,7 +17,9 @@ from ..layers.gate import Gate
 from ..layers.modifiers import Conditions, Modifier
 from ..originals import Kept
 from ..schema import LayerSpec
+from . import saving
 from .firing import FiringCheck
+from .marks import Marks
 from .training_rule import trains
 
 
@@ -54,6 +56,8 @@ class ErasureModules(nn.Module):
         self.guards: list[torch.utils.hooks.RemovableHandle] = []
         self.fused: dict[str, Kept] = {}
         self.merged: list[str] = []  # names of the erasures that are fused, and so have no layers here
+        self.marks = Marks()
+        self.copies: list[ErasureModules] = []  # of denoisers built within the present blocks, which end for them too
 
     def live(self) -> Iterator[LiveLayer]:
         """By what erasures act here."""
@@ -66,6 +70,7 @@ class ErasureModules(nn.Module):
         strengths = {name: 0.0 if self.disabled else item.strength for name, item in self.loaded.items()}
         for layer in self.live():
             layer.fold(strengths)
+        self.marks.fold(strengths)
 
 
 class Guard:
@@ -170,6 +175,7 @@ def attach_layers(
         if layer.is_modified:
             modifier = _modifier(state.conditions, key, layer, item.erasure, encoder)
         live.attach(components[layer.component], key, layer, item.erasure.layer_tensors(layer), modifier)
+        state.marks.add(item.name, item.content_hash, live.altered(components[layer.component], layer))
     for name in {layer.component for layer in item.erasure.config.layers if layer.component in components}:
         watch(components[name])
 
@@ -203,6 +209,7 @@ def detach_layers(component: nn.Module, name: str) -> None:
     for layer in state.live():
         layer.detach(name)
     state.conditions.drop_gates(name)
+    state.marks.drop(name)
     for kind in [kind for kind, layer in state.layers.items() if isinstance(layer, LiveLayer) and layer.is_empty()]:
         del state.layers[kind]
     state.timed = {key for key in state.timed if key[0] != name}
@@ -225,6 +232,7 @@ def detach(components: Iterable[nn.Module], name: str) -> None:
             continue
         for handle in state.guards:
             handle.remove()
+        saving.unguard(compat.unwrap_compiled(component))
         compat.remove_child(compat.unwrap_compiled(component), CHILD)
     reset_compiled(components)
 
@@ -242,6 +250,7 @@ def ensure_state(component: nn.Module, beside: ErasureModules | None = None) -> 
             component.register_forward_hook(GuardAfter(state)),
         ]
         component.add_module(CHILD, state)
+        saving.guard(component, state.marks.ledger)
     return state
 
 
@@ -258,12 +267,22 @@ def counted(states: Callable[[], Iterable[ErasureModules]], attribute: str) -> I
     At its end the states are asked for again: some may have come within the block, with the counter of the others.
     """
     held = list(states())
-    for state in held:
+    for state in _with_copies(held):
         setattr(state, attribute, getattr(state, attribute) + 1)
         state.fold()
     try:
         yield
     finally:
-        for state in dict.fromkeys([*held, *states()]):
+        for state in _with_copies([*held, *states()]):
             setattr(state, attribute, max(0, getattr(state, attribute) - 1))
+            if not state.disabled and not state.training_allowed:
+                state.copies.clear()
             state.fold()
+
+
+def _with_copies(states: Iterable[ErasureModules]) -> list[ErasureModules]:
+    """States, and those of the denoisers that were built from theirs within the blocks that they are in."""
+    found: dict[ErasureModules, None] = {}
+    for state in states:
+        found.update(dict.fromkeys([state, *_with_copies(state.copies)]))
+    return list(found)

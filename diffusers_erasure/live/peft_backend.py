@@ -300,6 +300,7 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
                 assert isinstance(live, PeftAdapters)
                 state.layers[PLACE] = live
                 live.add(item.name, _factors(item.erasure, name), policy)
+                state.marks.add(item.name, item.content_hash)  # peft's own keys are marks enough
                 attachment.watch(components[name])
             state.fold()
     except BaseException:

@@ -141,6 +141,7 @@ class ActEraseAttnProcessor(nn.Module):
             if site in live.patches:
                 processors[each] = cls(live.patches[site], found)
         state.loaded[name], state.layers[PLACE] = item, live
+        state.marks.add(name, item.content_hash, [find_site(bare, site) for site in live.patches])
         state.timed.add((name, 0))
         state.conditions.watch(bare)
         attachment.watch(bare)
