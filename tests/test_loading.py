@@ -662,9 +662,10 @@ def test_foreign_attributes_are_left_alone(restored: None, caplog: pytest.LogCap
 
 def test_opting_out() -> None:
     code = (
-        "import diffusers_erasure; from diffusers import DiffusionPipeline, ModularPipeline;"
-        "print([hasattr(c, 'load_erasure') for c in (DiffusionPipeline, ModularPipeline)])"
+        "import diffusers_erasure; from diffusers import DiffusionPipeline, ModularPipeline, UNetMotionModel;"
+        "print([hasattr(c, 'load_erasure') for c in (DiffusionPipeline, ModularPipeline)],"
+        "[hasattr(f, '_diffusers_erasure') for f in (DiffusionPipeline.save_pretrained, UNetMotionModel.from_unet2d)])"
     )
     environment = {**os.environ, "DIFFUSERS_ERASURE_NO_PATCH": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[False, False]"
+    assert result.stdout.strip() == "[False, False] [False, False]"

@@ -35,6 +35,8 @@ ENCODERS = (
     ("SparseControlNetModel", "from_unet"),
     ("FluxControlNetModel", "from_transformer"),
     ("SD3ControlNetModel", "from_transformer"),
+    ("HunyuanDiT2DControlNetModel", "from_transformer"),
+    ("QwenImageControlNetModel", "from_transformer"),
 )
 # By these arguments of theirs they copy no weights.
 LOADS = ("load_weights", "load_weights_from_unet", "load_weights_from_transformer")
@@ -63,7 +65,9 @@ def _builders() -> list[tuple[Any, str, Callable[[Build, nn.Module], nn.Module]]
 
     named = [(*each, carried_over) for each in DENOISERS] + [(*each, without_erasures) for each in ENCODERS]
     classes = [(getattr(diffusers, name, None), method, carry) for name, method, carry in named]
-    return [each for each in classes if isinstance(each[0], type) and isinstance(vars(each[0]).get(each[1]), classmethod)]
+    return [
+        each for each in classes if isinstance(each[0], type) and isinstance(vars(each[0]).get(each[1]), classmethod)
+    ]
 
 
 def _ours(present: Any) -> bool:

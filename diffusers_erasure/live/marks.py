@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 
-
 KEY = "erasure_{}_is_not_in_these_weights_see_export_erased"
 
 
@@ -39,8 +38,9 @@ class Mark:
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         for key in self.keys(prefix, acting=True):
-            weight = next(module.parameters())
-            state_dict[key] = torch.zeros(1, device="cpu" if weight.is_meta else weight.device)
+            weight = next(module.parameters(), None)
+            device = torch.device("cpu") if weight is None or weight.is_meta else weight.device
+            state_dict[key] = torch.zeros(1, device=device)
 
 
 class PassOver:
