@@ -36,6 +36,7 @@ from torch import nn
 
 import diffusers_erasure
 from diffusers_erasure import (
+    ActEraseAttnProcessor,
     Erasure,
     ErasureCompatibilityError,
     ErasureInactiveError,
@@ -45,6 +46,7 @@ from diffusers_erasure import (
     with_schedule,
 )
 from diffusers_erasure.live import copies
+from diffusers_erasure.live.attachment import state_of
 from diffusers_erasure.live.saving import METHODS
 from tests.helpers import (
     CONV_SITES,
@@ -338,10 +340,12 @@ def test_a_users_lora_beside_it(pipe: Any, tmp_path: Path) -> None:
     pipe.unet.load_state_dict(torch.load(tmp_path / "unet.pt"))
 
 
-def test_a_copied_part_does_not_drag_the_model_along(pipe: Any) -> None:
-    alone = len(pickle.dumps(pipe.unet.mid_block))
+def test_a_mark_is_small(pipe: Any) -> None:
+    """It goes along with a copy of a part of the model, to which it must not bring the rest."""
     pipe.load_erasure(make("lora"))
-    assert len(pickle.dumps(pipe.unet.mid_block)) < alone + 200_000 < len(pickle.dumps(pipe.unet)) / 2
+    placed = state_of(pipe.unet).marks.placed
+    assert len(placed) == len(UNET_SITES) + len(CONV_SITES)
+    assert max(len(pickle.dumps(mark)) for mark, _ in placed.values()) < 1000
 
 
 # ------------------------------------------------------------------------------------------------ new denoisers
@@ -465,6 +469,24 @@ def test_several_by_every_way(pipe: Any, base_frames: np.ndarray) -> None:
 
 def named(pipe: Any) -> dict[str, Any]:
     return {name: value for name, value in pipe.components.items() if name != "safety_checker"}
+
+
+def test_set_as_processors(pipe: Any, base_frames: np.ndarray, tmp_path: Path) -> None:
+    """Refused as hooks are; on a new denoiser they are hooks."""
+    plan = make_plan(ATTENTION)
+    pipe.unet.set_attn_processor(ActEraseAttnProcessor.for_unet(pipe.unet, as_erasure(plan), adapter_name="one"))
+    with pytest.raises(ErasureInactiveError):
+        pipe.unet.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="is_not_in_these_weights"):
+        tiny_sd_pipe().unet.load_state_dict(pipe.unet.state_dict())
+    video = video_of(pipe)
+    assert [(info.name, info.backend) for info in video.list_erasures()] == [("one", "hook")]
+    oracle = frames(Reference(video_of(tiny_sd_pipe()), [(plan, 1.0)]).pipe)
+    assert_like(frames(video), oracle, base_frames, ratio=10)
+    video.unload_erasure()
+    assert equal(frames(video), base_frames)
+    ActEraseAttnProcessor.remove(pipe.unet)
+    pipe.unet.save_pretrained(tmp_path)
 
 
 def test_built_while_disabled(pipe: Any, base_frames: np.ndarray) -> None:

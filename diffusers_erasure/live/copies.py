@@ -23,6 +23,7 @@ from ..schema import LayerSpec
 from . import attachment
 from .attachment import ErasureModules, Loaded, counted
 from .peft_backend import PLACE
+from .processor import BACKEND
 
 
 logger = get_logger(__name__)
@@ -203,7 +204,8 @@ def _attach(state: ErasureModules, new: nn.Module, items: list[Loaded]) -> None:
         return
     own = attachment.ensure_state(new, state)
     for item in items:
-        own.loaded[item.name] = twin = dataclasses.replace(item)
+        backend = "hook" if item.backend == BACKEND else item.backend  # what processors do, hooks do
+        own.loaded[item.name] = twin = dataclasses.replace(item, backend=backend)
         attachment.attach_layers({NAME: new}, twin)
     own.fold()
     if state.disabled or state.training_allowed:
