@@ -33,6 +33,7 @@ from tests.helpers import (
     equal,
     far,
     images,
+    is_mark,
     roundings,
     rows_of,
     style_lora,
@@ -90,7 +91,7 @@ def test_the_very_values_of_the_hooks(pipe: Any, erasure: Erasure) -> None:
     assert patching(pipe) == SITES
     assert equal(images(pipe), images(hooked))
     assert far(images(pipe), base) > 0.05
-    assert list(pipe.unet.state_dict()) == list(tiny_sd_pipe().unet.state_dict())
+    assert [name for name in pipe.unet.state_dict() if not is_mark(name)] == list(tiny_sd_pipe().unet.state_dict())
     for twin in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         assert equal(images(twin), images(hooked))
         ActEraseAttnProcessor.remove(twin.unet)
@@ -222,7 +223,7 @@ def test_an_ip_adapter_below(pipe: Any, erasure: Erasure, ip_adapter: dict[str, 
 
     state = plain.unet.state_dict()
     assert any("to_k_ip" in name for name in state)
-    assert {name: value.shape for name, value in pipe.unet.state_dict().items()} == {
+    assert {name: value.shape for name, value in pipe.unet.state_dict().items() if not is_mark(name)} == {
         name: value.shape for name, value in state.items()
     }
     assert sorted(name for name, _ in pipe.unet.named_parameters()) == sorted(
