@@ -185,14 +185,10 @@ def problem_rows(
 def from_rows(kind: str, pipe: Any, found: Mapping[str, tuple[TargetRows, KeptRows]], settings: Any) -> Any:
     """What a method makes of known rows, up to the layers' tensors: without encoding, report and fingerprints."""
     if kind == "speed":
-        problems = {name: speed.Problem.of(*pair, settings) for name, pair in found.items()}
+        problems = speed.problems_of(found, settings)
         sites = speed.sites_of(pipe, settings, problems)
         factors, _ = speed.solve_sites(pipe, problems, sites, settings)
-
-        def of_site(site: speed.Site) -> tuple[torch.Tensor, torch.Tensor]:
-            return speed.padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]
-
-        return speed.as_lora({site.name: functools.partial(of_site, site) for site in sites}, settings)
+        return speed.as_lora(speed.lazy_factors(factors, sites), settings)
     if kind == "uce":
         return uce.publish(pipe, uce.solve_all(found, settings), settings)
     maps = {}
@@ -215,7 +211,9 @@ def speed_against_the_published_way(options: Any, size: Size, repeats: int) -> l
     table = []
     for count in size.counts:
         rows, kept = problem_rows(count, size.retain_rows, width)
-        problem = speed.Problem.of(rows, kept, settings)  # the baseline shares its shuffle and its centres
+        problem = speed.Problem.of(
+            slice(0, width), rows, kept, settings
+        )  # the baseline shares its shuffle and its centres
 
         def draws(name: str, problem: Any = problem) -> torch.Tensor:
             """What the library draws for a layer."""

@@ -12,6 +12,7 @@ from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .layers import Layer, Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
+from .lists.names import folded
 from .live.blocks import erasures_disabled
 from .logging import get_logger
 from .methods import MethodEntry, get_method, make_config
@@ -75,9 +76,10 @@ def combine(
     TextConfig(rank=rank, max_error=max_error)  # checks them
     _check_one_base(parts)
     names = [concept.target for part in parts for concept in part.concepts if concept.target is not None]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ErasureInputError(f"Two of the erasures remove {twice[0]!r}; leave one of them out.")
+    alike = [folded(name) for name in names]
+    twice = next((name for name in names if alike.count(folded(name)) > 1), None)
+    if twice is not None:
+        raise ErasureInputError(f"Two of the erasures remove {twice!r}; leave one of them out.")
     if mode == "sum":
         if retain is not None:
             raise ErasureInputError("`retain` goes with the mode 'joint': a sum is not solved again.")

@@ -84,6 +84,33 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
         token_ids(tokenizer, _as_fed(pipe, tokenizer, prompts))
 
 
+def part_widths(pipe: Any) -> tuple[int, ...]:
+    """How wide each text encoder's part of a row is; of most families one encoder makes all of it.
+
+    Raises:
+        ErasureCompatibilityError, ErasureInputError: see [`check_prompts`].
+    """
+    return tuple(int(encoder.config.hidden_size) for encoder, _ in _readers(pipe))
+
+
+def _lengths(fed: Sequence[tuple[Any, Sequence[str]]]) -> list[int]:
+    """Tokens of each prompt, with the special ones.
+
+    Raises:
+        ErasureCompatibilityError: two tokenizers cut a prompt into different numbers of pieces. Its last pieces then stand at
+            two places, and no row that a pipeline makes holds both.
+    """
+    lengths = [[len(row) for row in token_ids(tokenizer, texts)] for tokenizer, texts in fed]
+    for index, numbers in enumerate(zip(*lengths, strict=True)):
+        if len(set(numbers)) > 1:
+            raise ErasureCompatibilityError(
+                f"The pipeline's tokenizers cut a prompt into different numbers of pieces: {fed[0][1][index][:80]!r} into "
+                f"{' and '.join(str(number - 2) for number in numbers)}, so that its parts stand at different places of the text "
+                "rows. Where a textual inversion was loaded into one tokenizer and text encoder, load it into the other too."
+            )
+    return lengths[0]
+
+
 def _forward(encoder: nn.Module, ids: list[list[int]], mask: torch.Tensor | None, penultimate: bool) -> Any:
     """One pass: rows [B, L, c] and the projected, pooled vector [B, p] (`None` where the encoder has none)."""
     device = compat.execution_device(encoder)
@@ -197,16 +224,21 @@ def last_rows(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
         `torch.Tensor`: float64 [N, C] on the CPU; C = 768 (SD 1.x), 1024 (SD 2.x), 2048 (SDXL).
 
     Raises:
-        ErasureCompatibilityError: another family, or no text encoder is loaded.
+        ErasureCompatibilityError: another family, or no text encoder is loaded; or two tokenizers cut a prompt into different
+            numbers of pieces, so that no row that the pipeline makes is the last piece's of both.
         ErasureInputError: a prompt is too long, a text encoder carries an active LoRA, or its rows are not finite.
     """
     pairs = _readers(pipe)
     penultimate = family_of(pipe).name != "stable-diffusion"
 
+    fed = [(tokenizer, _as_fed(pipe, tokenizer, prompts)) for _, tokenizer in pairs]
+    if len(pairs) > 1:
+        _lengths(fed)
+
     def make() -> torch.Tensor:
         parts = [
-            _short(encoder, tokenizer, _as_fed(pipe, tokenizer, prompts), penultimate, pooled=False)
-            for encoder, tokenizer in pairs
+            _short(encoder, tokenizer, texts, penultimate, pooled=False)
+            for (encoder, _), (tokenizer, texts) in zip(pairs, fed, strict=True)
         ]
         return _finite(torch.cat(parts, dim=1))
 
@@ -236,17 +268,13 @@ def all_rows(pipe: Any, prompts: Sequence[str]) -> tuple[torch.Tensor, list[int]
     pairs = _readers(pipe)
     penultimate = family_of(pipe).name != "stable-diffusion"
     fed = [_as_fed(pipe, tokenizer, prompts) for _, tokenizer in pairs]
-    lengths = [
-        [len(row) for row in token_ids(tokenizer, texts)] for (_, tokenizer), texts in zip(pairs, fed, strict=True)
-    ]
-    if any(each != lengths[0] for each in lengths):
-        raise ErasureCompatibilityError("The pipeline's tokenizers cut a prompt into different numbers of pieces.")
+    lengths = _lengths([(tokenizer, texts) for (_, tokenizer), texts in zip(pairs, fed, strict=True)])
     parts = []
     for start in range(0, len(prompts), PADDED_BATCH):
         chunks = [texts[start : start + PADDED_BATCH] for texts in fed]
         both = [_full(*pair, chunk, penultimate) for pair, chunk in zip(pairs, chunks, strict=True)]
         parts.append(torch.cat(both, dim=2))
-    return _finite(torch.cat(parts)), [length - 2 for length in lengths[0]]
+    return _finite(torch.cat(parts)), [length - 2 for length in lengths]
 
 
 def null_rows(pipe: Any) -> torch.Tensor:

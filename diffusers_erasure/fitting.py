@@ -9,6 +9,7 @@ from .base_model import family_of
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .lists import expand, retained
+from .lists.names import check_anchor, check_targets
 from .live.blocks import erasures_disabled
 from .logging import get_logger
 from .methods import check_names, get_method, make_config
@@ -55,8 +56,8 @@ def erase(
         [`Erasure`]: to be loaded with `pipe.load_erasure(erasure)`, saved with `erasure.save_pretrained(dir)`.
 
     Raises:
-        ErasureInputError: an empty target, a target equal to its anchor or among the retained prompts, a prompt longer
-            than the encoder, an unknown method or setting, or a setting out of range.
+        ErasureInputError: an empty target, a target that is named twice, equal to its anchor (but for case, spaces or an
+            article) or among the retained prompts, a prompt longer than the encoder, an unknown method or setting, or a setting out of range.
         ErasureCompatibilityError: the method does not support this base model.
         ErasureTrainingError: methods that train: the loss is not finite, or a checkpoint cannot be written.
 
@@ -71,9 +72,7 @@ def erase(
     entry = get_method(method)
     check_names(entry, settings if retain is None else [*settings, "retain"])  # before a list is read
     names = expand(targets, "targets")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ErasureInputError(f"`targets` names {twice[0]!r} twice.")
+    check_targets(names)
     if anchors is not None:
         mapped = expand(anchors, "anchors", allow_empty=True)
         mapped = mapped * len(names) if len(mapped) == 1 else mapped
@@ -85,8 +84,8 @@ def erase(
     else:
         concepts = tuple(Concept(target) for target in names)
     for concept in concepts:
-        if concept.anchor is not None and _same(concept.target, concept.anchor):
-            raise ErasureInputError(f"The target {concept.target!r} is its own anchor, so nothing would be erased.")
+        if concept.target is not None and concept.anchor is not None:
+            check_anchor(concept.target, concept.anchor)
     if retain is not None:
         settings["retain"] = retained(retain, names)
     config = make_config(entry, settings)
@@ -155,7 +154,3 @@ def recipe_of(erasure: Erasure) -> dict[str, Any]:
         "method": method.name,
         "settings": settings,
     }
-
-
-def _same(a: str | None, b: str | None) -> bool:
-    return " ".join((a or "").split()).casefold() == " ".join((b or "").split()).casefold()

@@ -21,6 +21,49 @@ def product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torc
     return q_l @ u, s, vh @ q_r.T
 
 
+def blocks(a: torch.Tensor) -> list[tuple[torch.Tensor, slice]]:
+    """The rows of `a` [n, C] in groups that share no column, exact zeros left out: for each its rows and its columns.
+
+    SDXL's edits that act on each text encoder's half of a row by itself have one a half; most edits have one.
+    """
+    nonzero = a != 0
+    used = nonzero.any(1)
+    if not bool(used.any()):
+        return [(torch.arange(len(a)), slice(0, a.shape[1]))]
+    first, last = nonzero.int().argmax(1).tolist(), nonzero.flip(1).int().argmax(1).tolist()
+    spans = sorted((first[i], a.shape[1] - last[i], i) for i in torch.nonzero(used)[:, 0].tolist())
+    groups: list[tuple[int, int, list[int]]] = []
+    for start, stop, row in spans:
+        if groups and start < groups[-1][1]:
+            before, end, rows = groups.pop()
+            groups.append((before, max(end, stop), [*rows, row]))
+        else:
+            groups.append((start, stop, [row]))
+    return [(torch.tensor(sorted(rows)), slice(start, stop)) for start, stop, rows in groups]
+
+
+def svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`left @ right` as [`product`] gives it, where rows of `right` share no column ([`blocks`]) each group by itself.
+
+    So each row of `vh` stays within the columns of one group, also where the result is truncated; `s` still falls, and what is
+    left out adds up as with singular values.
+    """
+    groups = blocks(right)
+    if len(groups) == 1:
+        return product(left, right)
+    parts = []
+    for rows, columns in groups:
+        own = left[:, rows]
+        used = (own != 0).any(1)  # zeros of `left` stay exact too
+        u, s, vh = product(own[used], right[rows][:, columns])
+        whole_u, whole_vh = left.new_zeros(len(left), len(s)), right.new_zeros(len(s), right.shape[1])
+        whole_u[used], whole_vh[:, columns] = u, vh
+        parts.append((whole_u, s, whole_vh))
+    s = torch.cat([part[1] for part in parts])
+    order = torch.argsort(s, descending=True, stable=True)
+    return torch.cat([part[0] for part in parts], 1)[:, order], s[order], torch.cat([part[2] for part in parts])[order]
+
+
 def rank_for(s: torch.Tensor, rank: int | None, max_error: float | None) -> int:
     """The least rank that keeps the error within `max_error`, or all that is no rounding; at most `rank`."""
     kept = max(1, int((s > ROUNDING * s[0]).sum()))
@@ -32,7 +75,7 @@ def rank_for(s: torch.Tensor, rank: int | None, max_error: float | None) -> int:
 
 def compress(a: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Write D^T A with as few rows as it has rank, the heaviest first, balanced between the two factors."""
-    u, s, vh = product(d.T, a)
+    u, s, vh = svd(d.T, a)
     kept = rank_for(s, None, None)
     root = s[:kept].sqrt()
     return vh[:kept] * root[:, None], (u[:, :kept] * root).T
@@ -96,7 +139,7 @@ def written(a: torch.Tensor, b: torch.Tensor, rank: int | None, max_error: float
     error = 0.0
     # More rows than the matrix has rank (many rows of a window) are written as fewer, exactly.
     if rank is not None or max_error is not None or len(a) > min(a.shape[1], b.shape[0]):
-        u, s, vh = product(b, a)
+        u, s, vh = svd(b, a)
         kept = rank_for(s, rank, max_error)
         lost, whole = float(s[kept:].norm()), float(s.norm())
         error = lost / whole if whole else 0.0

@@ -15,7 +15,7 @@ from .base_model import compare_base, denoiser_name
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .formats.erased_model import export_erased, push_erased_model
 from .hub.options import CommitOptions, PushOptions, ReadOptions, SaveOptions, takes
-from .live import attachment, fusing, peft_backend, prompt_guard
+from .live import attachment, fusing, peft_backend, prompt_guard, second_prompt, twins
 from .live.attachment import Loaded
 from .live.blocks import erasures_disabled, training_through_erasures
 from .live.contained import check_not_contained
@@ -215,7 +215,8 @@ def load_erasure(
         [`ErasureInfo`]: what was loaded and how its base model matched.
 
     Raises:
-        ErasureInputError: the name or the content is loaded already, or an argument is out of range.
+        ErasureInputError: the name or the edit (in whatever dtype, form or scale) is loaded already, or an argument is out of
+            range. Another erasure of the same target is loaded, with a warning of how far both overshoot.
         ErasureCompatibilityError: the erasure was made for another architecture or another text encoder.
         ErasureNotFoundError, ErasureConfigError, ErasureFileError: see [`Erasure.from_pretrained`].
     """
@@ -252,20 +253,17 @@ def load_erasure(
         erasure = Erasure.from_pretrained(src, **options)
 
     content = erasure.content_hash
-    twin = next((item.name for item in taken.values() if item.content_hash == content), None)
-    if twin is not None:
-        raise ErasureInputError(
-            f"This erasure is loaded already, as {twin!r}; twice it would act at twice the strength. "
-            f"Use `pipe.set_erasures({twin!r}, strength)`."
-        )
+    twins.refuse_copy(pipe, content)
     match = _check_base(pipe, erasure, content, strict_base)
     fusing.check_beside_fused(pipe, erasure)
+    twins.refuse_same_edit(pipe, erasure)
     components = _components(pipe)
     on_text = any(layer.component.startswith("text_encoder") for layer in erasure.config.layers)
     if on_text:
         prompt_guard.check(pipe)
     item = Loaded(name, erasure, strength, match, content, "peft" if backend == "peft" else "hook")
     item.prompts = prompt_guard.PromptRecord() if on_text else None
+    item.one_prompt = prompt_guard.OnePrompt() if second_prompt.needs_guard(pipe, erasure) else None
     if backend == "peft":
         peft_backend.check(pipe, erasure, name, components)
         peft_backend.load(pipe, item, components, denoiser_name(pipe), peft_guard)
@@ -273,6 +271,7 @@ def load_erasure(
         attachment.attach(components, [denoiser_name(pipe)], item)
     if backend == "merge":
         fusing.attach_fused(pipe, name)
+    twins.warn_of_shared_targets(pipe, name)
     logger.info("Loaded the erasure %r (%s) at strength %g.", name, erasure.config.method.name, strength)
     return _info(pipe, item)
 

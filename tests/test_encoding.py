@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, demo, encoding
+from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, demo, encoding, erase
 from diffusers_erasure.base_model import describe_model
 from diffusers_erasure.encoding import all_rows, fingerprint, gram, last_rows, pooled_rows
 from tests.helpers import ROUNDINGS, TOKENIZER, tiny_sd_pipe, tiny_sdxl_pipe
@@ -258,8 +258,24 @@ def test_tokenizers_that_cut_differently_are_refused() -> None:
     pipe = tiny_sdxl_pipe()
     pipe.tokenizer_2.add_tokens(["ice cream"])
     pipe.text_encoder_2.resize_token_embeddings(len(pipe.tokenizer_2), mean_resizing=False)
-    with pytest.raises(ErasureCompatibilityError, match="different numbers of pieces"):
-        all_rows(pipe, ["cat", "ice cream"])
+    for rows in (all_rows, last_rows, gram):
+        with pytest.raises(ErasureCompatibilityError, match="different numbers of pieces: 'ice cream' into"):
+            rows(pipe, ["cat", "ice cream"])
+    assert len(last_rows(pipe, ["cat"])) == 1 and len(pooled_rows(pipe, ["ice cream"])) == 1
+
+
+@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+def test_a_token_that_one_encoder_alone_knows_is_refused(method: str) -> None:
+    """Its pieces stand at other places of the other encoder's rows: no row that the pipeline makes would be mapped."""
+    pipe = tiny_sdxl_pipe()
+    encoder, vector = pipe.text_encoder, pipe.text_encoder.get_input_embeddings().weight.detach()[50].clone()
+    pipe.load_textual_inversion({"<thing>": vector}, token="<thing>", text_encoder=encoder, tokenizer=pipe.tokenizer)
+    for arguments in ({"targets": "<thing>", "anchors": "animal"}, {"targets": "cat", "anchors": "<thing>"}):
+        with pytest.raises(ErasureCompatibilityError, match="'<thing>' into 1 and 3.*load it into the other too"):
+            erase(pipe, **arguments, method=method, rows="last")
+    both, vector = pipe.text_encoder_2, pipe.text_encoder_2.get_input_embeddings().weight.detach()[50].clone()
+    pipe.load_textual_inversion({"<thing>": vector}, token="<thing>", text_encoder=both, tokenizer=pipe.tokenizer_2)
+    erase(pipe, "<thing>", anchors="animal", method=method, rows="last")
 
 
 # --------------------------------------------------------------------------------------------------- fingerprint

@@ -1,5 +1,6 @@
 """UCE against a plain dense float64 implementation of the published equation, and its unhappy paths."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,8 +233,12 @@ def test_a_string_is_accepted_for_every_list(pipe: Any, tmp_path: Path) -> None:
     [
         ({"targets": ""}, "empty entry"),
         ({"targets": []}, "empty"),
-        ({"targets": ["cat", "cat"]}, "twice"),
+        ({"targets": ["cat", "cat"]}, "'cat' twice; leave"),
+        ({"targets": ["cat", "dog", " CAT"]}, "'cat' twice, the second time as ' CAT'"),
+        ({"targets": ["ice cream", "Ice  cream"]}, "twice, the second time as"),
         ({"targets": "cat", "anchors": " Cat "}, "own anchor"),
+        ({"targets": "cat", "anchors": "a  cat"}, "but for an article"),
+        ({"targets": ["dog", "The cat"], "anchors": ["animal", "cat"]}, "but for an article"),
         ({"targets": "cat", "retain": ["dog", "CAT"]}, "retain"),
         ({"targets": ["cat", "dog"], "anchors": ["a", "b", "c"]}, "3 anchors"),
         ({"targets": "cat " * 40}, "tokens"),
@@ -253,6 +258,13 @@ def test_a_string_is_accepted_for_every_list(pipe: Any, tmp_path: Path) -> None:
 def test_bad_input_names_the_culprit(pipe: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ErasureInputError, match=message):
         erase(pipe, arguments.pop("targets"), **arguments)
+
+
+def test_targets_that_differ_by_an_article_are_told(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "diffusers_erasure")
+    erase(pipe, ["owl", "apple", "An  Apple", "the", "then"], anchors="a thing", templates="none")
+    (record,) = [each for each in caplog.records if "article" in each.getMessage()]
+    assert "'apple' and 'An  Apple' differ by an article alone" in record.getMessage()
 
 
 def test_damaged_and_missing_models() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import compat, low_rank
 from ..errors import ErasureCompatibilityError, ErasureFileError
-from ..low_rank import DOWN, UP, balanced, pad_rank, product, rank_for
+from ..low_rank import DOWN, UP, balanced, pad_rank, rank_for, svd
 from ..schema import LORA_FILE, LayerSpec
 from .base import HookLayer
 from .buffers import PartKey, Tensors, live_buffer, set_buffer
@@ -243,7 +243,7 @@ class LoraKind(LayerKind):
             norm = low_rank.norm(a, b)
             lost = sum(stated * low_rank.norm(down.double(), up.double()) for down, up, stated in factors)
             if rank is not None or max_error is not None:
-                u, s, vh = product(b.flatten(1), a.flatten(1))
+                u, s, vh = svd(b.flatten(1), a.flatten(1))
                 kept = rank_for(s, rank, max_error)
                 lost += float(s[kept:].norm())
                 small = balanced(vh[:kept], u[:, :kept] * s[:kept])

@@ -39,6 +39,7 @@ class Loaded:
         "hook"  # or "peft", "processor"; which are fused is the components' own matter (`ErasureModules.merged`)
     )
     prompts: Any = None  # a `PromptRecord`, where it has layers on text encoders
+    one_prompt: Any = None  # a `OnePrompt`, where it acts only on rows whose halves are of one prompt
 
 
 class ErasureModules(nn.Module):

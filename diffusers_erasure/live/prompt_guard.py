@@ -16,7 +16,7 @@ import torch
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInactiveError
-from . import attachment
+from . import attachment, second_prompt
 from .attachment import Loaded
 from .loaded import states
 
@@ -100,12 +100,14 @@ def _guarded(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
     def guarded_encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _within.get():  # a subclass's own function, or one of its former name, has called this one
             return encode_prompt(self, *args, **kwargs)
+        needing = second_prompt.acting_together(self)
         acting, off = _on_text(self)
-        if not acting and not off:
+        if not acting and not off and not needing:
             return encode_prompt(self, *args, **kwargs)
         arguments = {**inspect.signature(encode_prompt).bind(self, *args, **kwargs).arguments, **kwargs}
         given = {name: value for name, value in arguments.items() if name.endswith("prompt_embeds")}
         given = {name: value for name, value in given.items() if value is not None}
+        second_prompt.refuse(self, needing, arguments)
         for item in acting:
             _check(self, item, given)
         token = _within.set(True)
@@ -157,6 +159,16 @@ def guard_all() -> None:
     It stays: where no erasure with layers on a text encoder is on a pipeline, it lets everything through.
     """
     compat.wrap_prompt_encoders(_guarded)
+
+
+class OnePrompt:
+    """On an erasure that needs both of SDXL's prompts to be one: the check is there wherever this is, unpickled too."""
+
+    def __init__(self) -> None:
+        guard_all()
+
+    def __reduce__(self) -> tuple[type["OnePrompt"], tuple[()]]:
+        return OnePrompt, ()
 
 
 def check(pipe: Any) -> None:

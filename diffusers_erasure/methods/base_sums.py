@@ -9,7 +9,7 @@ from .. import cache
 from ..base_model import checksum, plain_weight, readable_weight
 
 
-def _key(linears: Mapping[str, nn.Linear], widths: Iterable[int]) -> Callable[[], list[str | None]]:
+def _key(linears: Mapping[str, nn.Linear], widths: Iterable[int | str]) -> Callable[[], list[str | None]]:
     weights = ((name, readable_weight(linear, name)) for name, linear in linears.items())
     return lambda: [*map(str, widths), checksum(weights)]
 
@@ -27,15 +27,16 @@ def weight_gram(linears: Mapping[str, nn.Linear], width: int) -> torch.Tensor:
     return cache.fetch("weights", _key(linears, [width]), make)["gram"]
 
 
-def least_directions(linears: Mapping[str, nn.Linear], widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """For each projection the last right-singular vector of its reduced SVD [C], its largest entry positive."""
+def least_directions(linears: Mapping[str, nn.Linear], columns: Mapping[str, slice]) -> dict[str, torch.Tensor]:
+    """For each projection, of its `columns` alone, the last right-singular vector of its reduced SVD [C], its largest entry positive."""
 
     def make() -> dict[str, torch.Tensor]:
         return {
-            name: least_direction(plain_weight(linear, name)[:, : widths[name]]) for name, linear in linears.items()
+            name: least_direction(plain_weight(linear, name)[:, columns[name]]) for name, linear in linears.items()
         }
 
-    return cache.fetch("directions", _key(linears, widths.values()), make)
+    places = [f"{each.start}:{each.stop}" if each.start else each.stop for each in columns.values()]
+    return cache.fetch("directions", _key(linears, places), make)
 
 
 def least_direction(weight: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..artifact import Erasure
@@ -16,7 +17,7 @@ from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, pad_rank, truncated, written
 from ..schema import Concept, SolveRows
 from ..stock_lora import give_stock_lora
-from .rows import ROWS, KeptRows, TargetRows, TextSettings, to_tensors
+from .rows import ROWS, SAME, KeptRows, TargetRows, TextSettings, to_tensors
 
 
 logger = get_logger(__name__)
@@ -77,9 +78,17 @@ def pooled_linear(pipe: Any) -> nn.Linear:
     return linear
 
 
-def padded(a: torch.Tensor, width: int) -> torch.Tensor:
-    """`a` [r, C] with zeros behind it, for a Linear that reads more than the text."""
-    return torch.cat([a, a.new_zeros(len(a), width - a.shape[1])], dim=1)
+def padded(a: torch.Tensor, width: int, start: int = 0) -> torch.Tensor:
+    """`a` [r, C] with zeros around it, for a Linear that reads more: the time beside the text, or another encoder's rows."""
+    return F.pad(a, (start, width - start - a.shape[1]))
+
+
+def side_by_side(factors: Sequence[Factors]) -> Factors:
+    """Maps of the parts of a row as one map of the row; zeros between the parts are exact."""
+    if len(factors) == 1:
+        return factors[0]
+    a, d = (torch.block_diag(*(pair[i] for pair in factors)) for i in (0, 1))
+    return a, d
 
 
 def report(
@@ -87,6 +96,7 @@ def report(
     edits: Mapping[str, Sequence[Factors]],
     concepts: Sequence[Concept],
     retained: Sequence[str] = (),
+    parts: Sequence[slice] = (),
 ) -> dict[str, Any]:
     """How far targets moved to their anchors, and by which share of their norm rows moved that should stay.
 
@@ -96,15 +106,13 @@ def report(
             over them are reported.
         concepts: the concepts, in the order of the probes.
         retained: names of the retained rows of `encoder_hidden_states`, for the warning.
+        parts: the columns of the rows that were mapped by themselves. A target moved as far as its part that moved least:
+            with another `prompt_2` no other part may hold the concept.
     """
     result: dict[str, Any] = {}
     for name, (rows, kept) in found.items():
         part: dict[str, Any] = {}
-        probes, anchors = rows.probes
-        way = anchors - probes
-        shares = _mean(
-            [((_change(probes, f) * way).sum(1) / way.square().sum(1).clamp_min(1e-300)) for f in edits[name]]
-        )
+        shares = _least_share(rows.probes, edits[name], parts if name == ROWS else ())
         part["completeness"] = {str(c.target): _rounded(v) for c, v in zip(concepts, shares, strict=True)}
         if len(kept.retain):
             change = _mean([_relative(kept.retain, f) for f in edits[name]])
@@ -118,6 +126,24 @@ def report(
             _warn_of_targets(part["completeness"])
         result.update(part if name == ROWS else {"pooled": part})
     return result
+
+
+def _least_share(
+    probes: tuple[torch.Tensor, torch.Tensor], edits: Sequence[Factors], parts: Sequence[slice]
+) -> torch.Tensor:
+    """How far each probe moves to its anchor, of its parts the one that moves least; a part that is the anchor's is left out."""
+    rows, anchors = probes
+    way = anchors - rows
+    changes = [_change(rows, f) for f in edits]
+    columns = parts if len(parts) > 1 else [slice(None)]
+    squares = torch.stack([way[:, part].square().sum(1) for part in columns])
+    shares = [
+        _mean([(c[:, part] * way[:, part]).sum(1) / own.clamp_min(1e-300) for c in changes])
+        for part, own in zip(columns, squares, strict=True)
+    ]
+    found = torch.stack(shares)
+    alike = (squares <= SAME**2 * squares.sum(0)) & (squares < squares.amax(0))
+    return found.masked_fill(alike, float("inf")).amin(0)
 
 
 def _change(rows: torch.Tensor, factors: Factors) -> torch.Tensor:

@@ -24,7 +24,7 @@ from ..schema import Concept
 from ..settings import Number, Whole, resolve
 from ..settings.texts import Templates
 from . import base_sums
-from .publishing import POOLED_SITE, Factors, kept_names, make_erasure, pooled_linear, report
+from .publishing import POOLED_SITE, Factors, kept_names, make_erasure, pooled_linear, report, side_by_side
 from .rows import (
     POOLED,
     ROWS,
@@ -32,7 +32,9 @@ from .rows import (
     TargetRows,
     TextConfig,
     Which,
+    by_part,
     kept_rows,
+    parts_of,
     target_rows,
 )
 from .speed import with_anchors
@@ -55,6 +57,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "retain_scale": 0.1,
         "uce_lamb": 0.5,
         "uce_retain_scale": 0.1 if task == "artist" else 1.0,
+        "per_encoder": False,
     }
     for task in ("nudity", "unsafe", "artist", "object", "hard_object")
 }
@@ -73,6 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "retain_scale": 1.0,
         "uce_lamb": 1e-3,
         "uce_retain_scale": 1.0,
+        "per_encoder": True,
     }
     for task, values in PUBLISHED.items()
 }
@@ -112,6 +116,8 @@ class Config(TextConfig):
             exact and small; a LoRA has the map's rank in every layer, or is truncated (`rank`, `max_error`). `"both"`: the
             map for this library, and its LoRA for stock diffusers.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
+        per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
+            `prompt_2` is. Off, both are mapped together, and a call with another `prompt_2` is refused.
         rank (`int`, *optional*): truncate what is published to this rank; the error is recorded. 0, the default, for the exact
             one.
         max_error (`float`, *optional*): truncate what is published to the least rank whose relative error is no larger; 0, the
@@ -218,6 +224,23 @@ def solve(
     return torch.cat(reads), torch.cat(writes)
 
 
+def solve_parts(
+    found: tuple[TargetRows, KeptRows],
+    concept: TargetRows,
+    weights: torch.Tensor,
+    settings: Settings,
+    parts: Sequence[slice] = (),
+) -> Factors:
+    """Solve in the units of the settings; rows in `parts` for each part by itself, with what the weights do to it."""
+    solved = []
+    for columns, rows, kept in by_part(parts, *found):
+        own = concept if len(parts) < 2 else concept.part(columns)
+        weight = weights[columns, columns]
+        scales = Scales.of(settings, rows, own, kept, weight)
+        solved.append(solve(rows, own, kept, weight, scales, settings.epochs, settings.keep_erased))
+    return side_by_side(solved)
+
+
 def readers_of(pipe: Any, name: str) -> dict[str, nn.Linear]:
     """The projections that read one input of the denoiser."""
     return {POOLED_SITE: pooled_linear(pipe)} if name == POOLED else text_readers(pipe)
@@ -243,14 +266,12 @@ def refit(
     kept = kept_rows(pipe, settings.retain, settings.retained_in, with_gram=settings.retain_rows == "all")
     first, later = targets[""], targets.get("epochs", targets[""])
     names = [name for name in first if name == ROWS or settings.pooled]
+    parts = parts_of(pipe, settings)
     maps, found = {}, {}
     for name in names:
-        width = first[name].targets.shape[1]
-        weights = base_sums.weight_gram(readers_of(pipe, name), width)
-        scales = Scales.of(settings, first[name], later[name], kept[name], weights)
-        maps[name] = solve(
-            first[name], later[name], kept[name], weights, scales, settings.epochs, settings.keep_erased
-        )
         found[name] = first[name], kept[name]
-    diagnostics = report(found, {name: [factors] for name, factors in maps.items()}, concepts, kept_names(settings))
+        weights = base_sums.weight_gram(readers_of(pipe, name), first[name].targets.shape[1])
+        maps[name] = solve_parts(found[name], later[name], weights, settings, parts if name == ROWS else ())
+    edits = {name: [factors] for name, factors in maps.items()}
+    diagnostics = report(found, edits, concepts, kept_names(settings), parts)
     return make_erasure(pipe, "rece", concepts, settings, publish(pipe, maps, settings), diagnostics, targets)

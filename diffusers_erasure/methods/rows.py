@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..base_model import family_of
-from ..encoding import all_rows, gram, last_rows, null_rows, pooled_rows
+from ..encoding import all_rows, gram, last_rows, null_rows, part_widths, pooled_rows
 from ..lists import Retained
 from ..schema import Concept, SolveRows
 from ..settings import Number, Whole, check_settings
@@ -34,6 +34,8 @@ class TextConfig:
         retain (tuple of `str`, *optional*): prompts that must not change.
         retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
+        per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
+            `prompt_2` is. Off, both halves are mapped together, as published, and a call with another `prompt_2` is refused.
         rank (`int`, *optional*): truncate the published LoRA or map to this rank; the error is recorded. 0 for the exact one.
         max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger; 0 for no truncation.
     """
@@ -43,12 +45,13 @@ class TextConfig:
     retain: Retain = ()
     retain_templates: bool | None = None
     pooled: bool = True
+    per_encoder: bool | None = None
     rank: Annotated[int | None, Whole(least=0)] = None
     max_error: Annotated[float | None, Number(below=1)] = None
 
     def stated(self) -> Mapping[str, Any]:
         """What stands for settings that are left out; a method's config adds its preset."""
-        return {"retain_templates": False, "rank": 0, "max_error": 0.0}
+        return {"retain_templates": False, "per_encoder": True, "rank": 0, "max_error": 0.0}
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -63,6 +66,7 @@ class TextSettings:
     retain: Retained
     retain_templates: bool
     pooled: bool
+    per_encoder: bool
     rank: int
     max_error: float
 
@@ -111,6 +115,12 @@ class TargetRows:
         """How many concepts the rows belong to."""
         return len(self.probes[0])
 
+    def part(self, columns: slice) -> "TargetRows":
+        """The same rows on some of the columns alone."""
+        e, g = self.targets[:, columns], self.anchors[:, columns]
+        probes = self.probes[0][:, columns], self.probes[1][:, columns]
+        return TargetRows(e, g, probes, float(e.square().sum()) / self.count, self.count, self.prompts)
+
 
 @dataclass(frozen=True)
 class KeptRows:
@@ -129,6 +139,27 @@ class KeptRows:
     gram: torch.Tensor | None = None
     prompts: int = 0
     gram_count: int = 0
+
+    def part(self, columns: slice) -> "KeptRows":
+        """The same rows on some of the columns alone."""
+        gram = None if self.gram is None else self.gram[columns, columns]
+        return KeptRows(self.retain[:, columns], self.null[:, columns], gram, self.prompts, self.gram_count)
+
+
+def parts_of(pipe: Any, settings: TextSettings) -> tuple[slice, ...]:
+    """The columns of `encoder_hidden_states` that are mapped by themselves: each text encoder's, or all together."""
+    widths = part_widths(pipe)
+    if not settings.per_encoder:
+        return (slice(0, sum(widths)),)
+    stops = [sum(widths[: i + 1]) for i in range(len(widths))]
+    return tuple(slice(stop - width, stop) for stop, width in zip(stops, widths, strict=True))
+
+
+def by_part(parts: Sequence[slice], rows: TargetRows, kept: KeptRows) -> list[tuple[slice, TargetRows, KeptRows]]:
+    """Rows cut into parts; one part is the rows themselves."""
+    if len(parts) < 2:
+        return [(slice(0, rows.targets.shape[1]), rows, kept)]
+    return [(columns, rows.part(columns), kept.part(columns)) for columns in parts]
 
 
 def reduced(targets: torch.Tensor, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,8 @@ directed prior augmentation (DPA) adds variants of the rest along W's least dire
 [`nullspace`]: dW = B A with B = W (G - E)^T, so that the edit is a LoRA of as many rows as there are target rows, exactly.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,14 +20,37 @@ import torch
 from ..artifact import Erasure
 from ..base_model import plain_weight, text_readers, weight_times
 from ..errors import ErasureInputError
+from ..lists.names import bare
 from ..logging import get_logger
 from ..schema import Concept
 from ..settings import Number, Whole, resolve
 from ..settings.texts import Templates
 from . import base_sums
 from .nullspace import Influence, edit, kept_directions, refine
-from .publishing import POOLED_SITE, Factors, as_lora, kept_names, make_erasure, padded, pooled_linear, report
-from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, TextSettings, Which, kept_rows, target_rows
+from .publishing import (
+    POOLED_SITE,
+    Factors,
+    as_lora,
+    kept_names,
+    make_erasure,
+    padded,
+    pooled_linear,
+    report,
+    side_by_side,
+)
+from .rows import (
+    POOLED,
+    ROWS,
+    KeptRows,
+    TargetRows,
+    TextConfig,
+    TextSettings,
+    Which,
+    by_part,
+    kept_rows,
+    parts_of,
+    target_rows,
+)
 
 
 logger = get_logger(__name__)
@@ -48,6 +72,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "params": "V",
         "retain_rows": "last",
         "retain_templates": False,
+        "per_encoder": False,
     }
     for task, anchor in {"instance": "", "style": "art", "celebrity": "person", "nudity": ""}.items()
 }
@@ -65,6 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ridge": 1e-3,
         "lamb": values["lamb"] * values["ridge"] / SQUARES,
         "max_error": 1e-3,
+        "per_encoder": True,
     }
     for task, values in PUBLISHED.items()
 }
@@ -105,6 +131,8 @@ class Config(TextConfig):
             the projections' columns where `units` is `"relative"`.
         seed (`int`, *optional*, defaults to 0): seed of the augmentation, the chunks and k-means.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
+        per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
+            `prompt_2` is. Off, as published, both are mapped together, and a call with another `prompt_2` is refused.
         rank (`int`, *optional*): truncate the published LoRA to this rank; the error is recorded. 0, the default, for no such
             limit.
         max_error (`float`, *optional*): truncate the published LoRA to the least rank whose relative error is no larger; 0
@@ -195,8 +223,12 @@ def centres_of(rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """All that the layers of one input of the denoiser share: rows, invariants, units, the influence, the shuffled retain set."""
+    """All that the layers share for one input of the denoiser, or one encoder's columns of it.
 
+    Rows, invariants, units, the influence, the shuffled retain set.
+    """
+
+    columns: slice
     rows: TargetRows
     retain: torch.Tensor
     extra: torch.Tensor | None
@@ -206,7 +238,7 @@ class Problem:
     coordinates: torch.Tensor
 
     @classmethod
-    def of(cls, rows: TargetRows, kept: KeptRows, settings: Settings) -> "Problem":
+    def of(cls, columns: slice, rows: TargetRows, kept: KeptRows, settings: Settings) -> "Problem":
         """Set up; without a retain set the empty prompt's own rows are retained, as published."""
         retain = kept.retain if len(kept.retain) else kept.null[1:]
         order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(settings.seed))
@@ -215,7 +247,7 @@ class Problem:
         influence = Influence.of(rows.targets, rows.concepts, units.identity)
         extra = None if kept.gram is None else kept.gram / max(1, kept.gram_count)
         retain = retain[order]
-        return cls(rows, retain, extra, invariants, units, influence, influence.coordinates(retain))
+        return cls(columns, rows, retain, extra, invariants, units, influence, influence.coordinates(retain))
 
 
 def solve_layer(
@@ -245,49 +277,58 @@ def solve_layer(
 
 @dataclass(frozen=True)
 class Site:
-    """One projection that is edited: its Linear, the input that it reads, and how many of its columns read that."""
+    """One projection that is edited: its Linear, the problem that is solved for it, and its columns that read those rows.
+
+    Where each text encoder's part of the rows is a problem of its own, a projection is a site of each.
+    """
 
     name: str
     linear: Any
     reads: str
-    width: int
+    columns: slice
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """By which its factors are found."""
+        return self.name, self.reads
 
 
 def sites_of(pipe: Any, settings: Settings, problems: Mapping[str, Problem]) -> list[Site]:
     """The projections that `params` names, and SDXL's Linear of the pooled vector."""
-    width = problems[ROWS].rows.targets.shape[1]
     wanted = [f"to_{letter.lower()}" for letter in settings.params]
+    of_rows = [name for name in problems if name != POOLED]
     sites = [
-        Site(name, linear, ROWS, width)
+        Site(name, linear, reads, problems[reads].columns)
         for name, linear in text_readers(pipe).items()
         if name.rpartition(".")[2] in wanted
+        for reads in of_rows
     ]
     if POOLED in problems:
-        sites.append(Site(POOLED_SITE, pooled_linear(pipe), POOLED, problems[POOLED].rows.targets.shape[1]))
+        sites.append(Site(POOLED_SITE, pooled_linear(pipe), POOLED, problems[POOLED].columns))
     return sites
 
 
 def solve_sites(
     pipe: Any, problems: Mapping[str, Problem], sites: Sequence[Site], settings: Settings
-) -> tuple[dict[str, Factors], dict[str, int]]:
-    """Solve every layer: `(A, B)` with dW = B A, and the dimension of the null space."""
+) -> tuple[dict[tuple[str, str], Factors], dict[tuple[str, str], int]]:
+    """Solve every layer: `(A, B)` with dW = B A on the site's columns, and the dimension of the null space, by [`Site.key`]."""
     directions: dict[str, torch.Tensor] = {}
     if settings.augment:
-        linears = {site.name: site.linear for site in sites}
-        directions = base_sums.least_directions(linears, {site.name: site.width for site in sites})
-    factors: dict[str, Factors] = {}
-    free: dict[str, int] = {}
+        linears = {f"{site.name}/{site.reads}": site.linear for site in sites}
+        directions = base_sums.least_directions(linears, {f"{site.name}/{site.reads}": site.columns for site in sites})
+    factors: dict[tuple[str, str], Factors] = {}
+    free: dict[tuple[str, str], int] = {}
     for index, site in enumerate(sites):
         problem = problems[site.reads]
         draws = None
         if settings.augment:
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
             draws = torch.randn(settings.augment, len(problem.retain), generator=generator, dtype=torch.float64)
-        way = padded(problem.rows.way, site.linear.in_features)
+        way = padded(problem.rows.way, site.linear.in_features, site.columns.start)
         images = weight_times(site.linear, site.name, way.T)
-        a, kept = solve_layer(problem, images, settings, directions.get(site.name), draws)
-        factors[site.name] = a, images / problem.rows.concepts
-        free[site.name] = site.width - kept
+        a, kept = solve_layer(problem, images, settings, directions.get(f"{site.name}/{site.reads}"), draws)
+        factors[site.key] = a, images / problem.rows.concepts
+        free[site.key] = a.shape[1] - kept
     return factors, free
 
 
@@ -303,7 +344,7 @@ def with_anchors(concepts: Sequence[Concept], anchor: str) -> list[Concept]:
     """Give the preset's anchor to concepts that have none."""
     found = [Concept(c.target, anchor if c.anchor is None else c.anchor) for c in concepts]
     for concept in found:
-        if (concept.target or "").strip().casefold() == (concept.anchor or "").strip().casefold():
+        if bare(concept.target or "") == bare(concept.anchor or ""):
             raise ErasureInputError(
                 f"The target {concept.target!r} is the anchor of this preset, so nothing would be erased; give `anchors`."
             )
@@ -318,35 +359,72 @@ def refit(
     kept = kept_rows(pipe, settings.retain, settings.retained_in, with_gram=settings.retain_rows == "all")
     found = {name: (rows, kept[name]) for name, rows in targets[""].items() if name == ROWS or settings.pooled}
     _warn_of_units(settings, found[ROWS][0])
-    problems = {name: Problem.of(*pair, settings) for name, pair in found.items()}
+    parts = parts_of(pipe, settings)
+    problems = problems_of(found, settings, parts)
     sites = sites_of(pipe, settings, problems)
     factors, free = solve_sites(pipe, problems, sites, settings)
     for _ in range(settings.adversarial):
-        more = adversarial_rows(problems[ROWS].rows, factors, [s for s in sites if s.reads == ROWS], settings)
-        problems[ROWS] = Problem.of(more, kept[ROWS], settings)
+        more = {
+            name: adversarial_rows(problem.rows, factors, [s for s in sites if s.reads == name], settings)
+            for name, problem in problems.items()
+            if name != POOLED
+        }
+        problems.update(problems_of({ROWS: found[ROWS]}, settings, parts, more))
         factors, free = solve_sites(pipe, problems, sites, settings)
-    maps = {
-        name: [
-            (factors[site.name][0], problems[name].rows.way / problems[name].rows.concepts)
-            for site in sites
-            if site.reads == name
-        ]
-        for name in problems
-    }
-    diagnostics = report(found, maps, concepts, kept_names(settings))
+    edits: dict[str, list[Factors]] = {ROWS: [], POOLED: []}
+    for own in by_name(sites).values():
+        maps = [(factors[s.key][0], problems[s.reads].rows.way / problems[s.reads].rows.concepts) for s in own]
+        edits[POOLED if own[0].reads == POOLED else ROWS].append(side_by_side(maps))
+    diagnostics = report(found, edits, concepts, kept_names(settings), parts)
     diagnostics["null_space"] = null_space(free, sites)
-    lazy = {
-        site.name: (lambda site=site: (padded(factors[site.name][0], site.linear.in_features), factors[site.name][1]))
-        for site in sites
-    }
-    edit = as_lora(lazy, settings)
+    edit = as_lora(lazy_factors(factors, sites), settings)
     return make_erasure(pipe, "speed", concepts, settings, edit, diagnostics, targets, seed=settings.seed)
 
 
-def null_space(free: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]:
+def problems_of(
+    found: Mapping[str, tuple[TargetRows, KeptRows]],
+    settings: Settings,
+    parts: Sequence[slice] = (),
+    targets: Mapping[str, TargetRows] | None = None,
+) -> dict[str, Problem]:
+    """The problems of each input of the denoiser: of rows in `parts` one a part, whose name has a number behind it.
+
+    Args:
+        targets: other rows to map than those of `found`, by the problem's name.
+    """
+    problems = {}
+    for name, pair in found.items():
+        cut = by_part(parts if name == ROWS else (), *pair)
+        for number, (columns, rows, kept) in enumerate(cut):
+            own = name if len(cut) == 1 else f"{name}.{number}"
+            problems[own] = Problem.of(columns, (targets or {}).get(own, rows), kept, settings)
+    return problems
+
+
+def by_name(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """The sites of each projection."""
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        found.setdefault(site.name, []).append(site)
+    return found
+
+
+def lazy_factors(
+    factors: Mapping[tuple[str, str], Factors], sites: Sequence[Site]
+) -> dict[str, Callable[[], Factors]]:
+    """For each projection what puts its factors together: `a` [r, in], with zeros where it reads something else."""
+
+    def together(own: Sequence[Site]) -> Factors:
+        placed = [padded(factors[s.key][0], s.linear.in_features, s.columns.start) for s in own]
+        return torch.cat(placed), torch.cat([factors[s.key][1] for s in own], dim=1)
+
+    return {name: functools.partial(together, own) for name, own in by_name(sites).items()}
+
+
+def null_space(free: Mapping[tuple[str, str], int], sites: Sequence[Site]) -> dict[str, int]:
     """Least and largest dimension of the layers' null spaces, and the width of the rows."""
-    values = [free[site.name] for site in sites if site.reads == ROWS]
-    width = sites[0].width
+    values = [sum(free[s.key] for s in own) for own in by_name(sites).values() if own[0].reads != POOLED]
+    width = max(site.columns.stop for site in sites if site.reads != POOLED)
     if max(values) == 0:
         raise ErasureInputError(
             f"Nothing can be erased: what is retained spans all {width} dimensions of the text rows in every layer. "
@@ -368,7 +446,7 @@ def _warn_of_units(settings: Settings, rows: TargetRows) -> None:
 
 
 def adversarial_rows(
-    rows: TargetRows, factors: Mapping[str, Factors], sites: Sequence[Site], settings: Settings
+    rows: TargetRows, factors: Mapping[tuple[str, str], Factors], sites: Sequence[Site], settings: Settings
 ) -> TargetRows:
     """Add RECE's rows as targets: those which the edited weights W' map nearest to what W made of the targets.
 
@@ -377,8 +455,8 @@ def adversarial_rows(
     width = rows.targets.shape[1]
     edited, mixed = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
     for site in sites:
-        a, b = factors[site.name]
-        before = plain_weight(site.linear, site.name)[:, :width]
+        a, b = factors[site.key]
+        before = plain_weight(site.linear, site.name)[:, site.columns]
         after = torch.addmm(before, b, a)
         edited.addmm_(after.T, after)
         mixed.addmm_(after.T, before)

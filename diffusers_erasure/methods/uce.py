@@ -33,8 +33,20 @@ from .publishing import (
     padded,
     pooled_linear,
     report,
+    side_by_side,
 )
-from .rows import POOLED, ROWS, KeptRows, TargetRows, TextConfig, TextSettings, kept_rows, target_rows
+from .rows import (
+    POOLED,
+    ROWS,
+    KeptRows,
+    TargetRows,
+    TextConfig,
+    TextSettings,
+    by_part,
+    kept_rows,
+    parts_of,
+    target_rows,
+)
 
 
 # What the authors' code of 2025 does, whatever the concept is.
@@ -46,10 +58,11 @@ PUBLISHED: dict[str, Any] = {
     "retain_scale": 1.0,
     "lamb": 0.5,
     "absolute": True,
+    "per_encoder": False,
 }
 # Ours: in prompts around the concept, and relative to the rows' own scale; chosen by hand (docs/methods/uce.md).
 PRESETS: dict[str, dict[str, Any]] = {
-    task: {**PUBLISHED, "templates": task, "retain_rows": "all", "lamb": 1e-3, "absolute": False}
+    task: {**PUBLISHED, "templates": task, "retain_rows": "all", "lamb": 1e-3, "absolute": False, "per_encoder": True}
     for task in ("object", "style", "person")
 }
 
@@ -81,6 +94,8 @@ class Config(TextConfig):
         layer (`"lora"`, `"text_map"` or `"both"`, *optional*, defaults to `"lora"`): how the erasure is published: as a LoRA,
             as a map of the text rows, or as the map for this library and the LoRA for stock diffusers.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
+        per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
+            `prompt_2` is. Off, as published, both are mapped together, and a call with another `prompt_2` is refused.
         rank (`int`, *optional*): truncate to this rank; the error is recorded. 0, the default, for the exact one.
         max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger; 0, the default, for none.
     """
@@ -135,19 +150,23 @@ def relative_units(rows: TargetRows, kept: KeptRows) -> tuple[float, float]:
 
 
 def solve_all(
-    found: Mapping[str, tuple[TargetRows, KeptRows]], settings: Settings
+    found: Mapping[str, tuple[TargetRows, KeptRows]], settings: Settings, parts: Sequence[slice] = ()
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Solve for each input of the denoiser, in the units of the settings."""
+    """Solve for each input of the denoiser, in the units of the settings; rows in `parts` for each part by itself."""
     maps = {}
-    for name, (rows, kept) in found.items():
-        norm, share = (1.0, 1.0) if settings.absolute else relative_units(rows, kept)
-        maps[name] = solve(
-            rows,
-            kept,
-            erase_scale=settings.erase_scale,
-            retain_scale=settings.retain_scale * share,
-            lamb=settings.lamb * norm,
-        )
+    for name, pair in found.items():
+        solved = []
+        for _, rows, kept in by_part(parts if name == ROWS else (), *pair):
+            norm, share = (1.0, 1.0) if settings.absolute else relative_units(rows, kept)
+            factors = solve(
+                rows,
+                kept,
+                erase_scale=settings.erase_scale,
+                retain_scale=settings.retain_scale * share,
+                lamb=settings.lamb * norm,
+            )
+            solved.append(factors)
+        maps[name] = side_by_side(solved)
     return maps
 
 
@@ -167,8 +186,10 @@ def refit(
     kept = kept_rows(pipe, settings.retain, settings.retained_in, with_gram=settings.retain_rows == "all")
     wanted = [name for name in targets[""] if name == ROWS or settings.pooled]
     found = {name: (targets[""][name], kept[name]) for name in wanted}
-    maps = solve_all(found, settings)
-    diagnostics = report(found, {name: [factors] for name, factors in maps.items()}, concepts, kept_names(settings))
+    parts = parts_of(pipe, settings)
+    maps = solve_all(found, settings, parts)
+    edits = {name: [factors] for name, factors in maps.items()}
+    diagnostics = report(found, edits, concepts, kept_names(settings), parts)
     return make_erasure(pipe, "uce", concepts, settings, publish(pipe, maps, settings), diagnostics, targets)
 
 
