@@ -599,6 +599,7 @@ def restored() -> Iterator[None]:
         for name, value in attributes.items():
             if vars(base).get(name) is not value:
                 setattr(base, name, value)
+    install()  # diffusers' builders, which are no attributes of the bases
 
 
 def test_bound_to_both_bases(bound: tuple[str, ...]) -> None:
