@@ -16,9 +16,12 @@ from torch import nn
 
 
 def unwrap_compiled(module: nn.Module) -> nn.Module:
-    """Return the module inside a `torch.compile`d one (itself where it is not compiled)."""
+    """Return the module inside a `torch.compile`d one, or a `PeftModel`; itself where it is neither."""
     inner = getattr(module, "_orig_mod", None)  # without importing torch._dynamo, which takes a second
-    return inner if isinstance(inner, nn.Module) else module
+    module = inner if isinstance(inner, nn.Module) else module
+    if type(module).__module__.startswith("peft.peft_model"):
+        return module.get_base_model()  # type: ignore[operator]
+    return module
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -81,7 +84,8 @@ def drop_forward_hooks(module: nn.Module, numbers: Iterable[int]) -> None:
     for number in numbers:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             hooks.pop(number, None)
-        for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+        kwargs, always = module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called
+        for flags in (kwargs, module._forward_hooks_with_kwargs, always):
             flags.pop(number, None)
 
 

@@ -15,7 +15,7 @@ from .base_model import compare_base, denoiser_name
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .formats.erased_model import export_erased, push_erased_model
 from .hub.options import CommitOptions, PushOptions, ReadOptions, SaveOptions, takes
-from .live import attachment, fusing, peft_backend, prompt_guard, second_prompt, twins
+from .live import attachment, fusing, peft_backend, processor, prompt_guard, second_prompt, twins
 from .live.attachment import Loaded
 from .live.blocks import erasures_disabled, training_through_erasures
 from .live.contained import check_not_contained
@@ -256,6 +256,7 @@ def load_erasure(
     twins.refuse_copy(pipe, content)
     match = _check_base(pipe, erasure, content, strict_base)
     fusing.check_beside_fused(pipe, erasure)
+    processor.check_beside(getattr(pipe, "unet", None), erasure)
     twins.refuse_same_edit(pipe, erasure)
     components = _components(pipe)
     on_text = any(layer.component.startswith("text_encoder") for layer in erasure.config.layers)

@@ -25,6 +25,7 @@ from diffusers_erasure import (
     ErasureTrainingError,
     compat,
 )
+from diffusers_erasure.layers.activation import ActivationPatch
 from tests import test_stays_on
 from tests.helpers import (
     ROUNDINGS,
@@ -365,6 +366,40 @@ def test_undoing_the_fusion_brings_the_patch_back(pipe: Any, erasure: Erasure) -
     assert equal(images(pipe), drawn)
 
 
+def test_unloaded_while_others_are_over_it(pipe: Any, erasure: Erasure) -> None:
+    """diffusers keeps the processors that it found, and puts them back; they patch nothing then."""
+    base = images(pipe)
+    patch(pipe, erasure)
+    pipe.unet.fuse_qkv_projections()
+    pipe.unload_erasure()
+    pipe.unet.unfuse_qkv_projections()
+    assert patching(pipe) == SITES
+    assert equal(images(pipe), base)
+    ActEraseAttnProcessor.remove(pipe.unet)
+    assert patching(pipe) == []
+    patch(pipe, erasure)
+    assert far(images(pipe), base) > 0.05
+
+
+def test_beside_hooks_it_is_refused(pipe: Any, erasure: Erasure) -> None:
+    pipe.load_erasure(erasure, "hooks")
+    with pytest.raises(ErasureInputError, match="loaded already, as 'hooks'"):
+        unchanged_by(pipe, lambda: ActEraseAttnProcessor.for_unet(pipe.unet, erasure))
+    other = as_erasure(make_plan(ATTENTION[:1], 7))
+    with pytest.raises(ErasureInputError, match="one upon another"):
+        unchanged_by(pipe, lambda: ActEraseAttnProcessor.for_unet(pipe.unet, other))
+    pipe.unload_erasure()
+    patch(pipe, other)
+    with pytest.raises(ErasureInputError, match="one upon another"):
+        unchanged_by(pipe, lambda: pipe.load_erasure(erasure))
+
+
+def test_all_or_nothing(pipe: Any, erasure: Erasure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ActivationPatch, "rebuild", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        unchanged_by(pipe, lambda: ActEraseAttnProcessor.for_unet(pipe.unet, erasure))
+
+
 # ------------------------------------------------------------------------------------------------------------ bare
 
 
@@ -420,5 +455,9 @@ def test_a_processor_with_a_projection_of_its_own(pipe: Any, erasure: Erasure) -
     patch(pipe, erasure)
     with pytest.raises(ErasureInactiveError, match="CustomDiffusionAttnProcessor does not call"):
         images(pipe)
+    with pipe.erasures_disabled():
+        base = images(pipe)
+    pipe.set_erasures("random", 0.0)
+    assert equal(images(pipe), base)
     ActEraseAttnProcessor.remove(pipe.unet)
     images(pipe)

@@ -161,6 +161,7 @@ class ActivationPatch(SiteEdit):
     rows: torch.Tensor  # [intervals of all tables, 2, C]: what `joined` gives, or with gates a part's weight and mean
     limits: torch.Tensor  # [tables, most intervals - 1], infinite where a table has fewer; float32's bits
     offsets: torch.Tensor  # [tables], of a table's first row
+    on = True  # of a processor's patch: whether its strength is above 0
 
     def __init__(self, width: int, conditions: Conditions) -> None:
         super().__init__(conditions)

@@ -3,6 +3,7 @@
 One class for both uses: loaded, its tensors are buffers, and in training parameters. See [`diffusers_erasure.layers.skip`].
 """
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -313,11 +314,21 @@ class SkipHooks:
         self.networks: list[EPR] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.sites: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self.fixed: list[tuple[str, nn.Module]] = []  # what the handles are on, by name
+        self.modules: dict[str, nn.Module] = {}  # what the hooks of the sites are on
         self.sample: torch.Tensor | None = None
         self.time: tuple[Any, ...] | None = None
         self.added: torch.Tensor | None = None
         self.residuals: list[torch.Tensor] | None = None
         self.acting: EPR | None = None  # whose encoder runs now: then the hooks on the base's modules are still
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SkipHooks":
+        """A copy of a block alone gets hooks that do nothing, or all of the UNet would be copied with it."""
+        copied = SkipHooks(None)
+        memo[id(self)] = copied
+        if id(self.unet) in memo:
+            vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     @classmethod
     def of(cls, unet: Any) -> "SkipHooks":
@@ -327,18 +338,12 @@ class SkipHooks:
 
     def hooked(self) -> Iterator[tuple[str, nn.Module, EPR | None, int]]:
         """What has to be called: names and modules, the network whose delta is there (`None`: all), and the hook's number."""
-        unet = self.unet
-        names = {id(module): name for name, module in unet.named_modules()}
-        fixed = [compat.base_layer(unet.conv_in), unet.time_embedding]
-        if getattr(unet, "add_embedding", None) is not None:
-            fixed.append(unet.add_embedding)
-        fixed += [unet.mid_block, *unet.up_blocks]
-        for module, handle in zip(fixed, self.handles, strict=True):
-            yield names[id(module)].removesuffix(".base_layer"), module, None, handle.id
+        for (name, module), handle in zip(self.fixed, self.handles, strict=True):
+            yield name, module, None, handle.id
         for site, handle in self.sites.items():
             for network in self.networks:
                 if site in network.sites:
-                    yield site, find_site(unet, site), network, handle.id
+                    yield site, self.modules[site], network, handle.id
 
     def add(self, network: EPR) -> None:
         """Let a network act from now on."""
@@ -346,8 +351,12 @@ class SkipHooks:
         if not self.handles:
             setattr(unet, ATTRIBUTE, self)
             reads = [(compat.base_layer(unet.conv_in), self.see_sample), (unet.time_embedding, self.see_time)]
+            self.fixed = [("conv_in", reads[0][0]), ("time_embedding", reads[1][0])]
             if getattr(unet, "add_embedding", None) is not None:
                 reads.append((unet.add_embedding, self.see_added))
+                self.fixed.append(("add_embedding", unet.add_embedding))
+            self.fixed.append(("mid_block", unet.mid_block))
+            self.fixed += [(f"up_blocks.{index}", block) for index, block in enumerate(unet.up_blocks)]
             self.handles = [module.register_forward_pre_hook(hook) for module, hook in reads]
             self.handles.append(unet.mid_block.register_forward_hook(self.run, with_kwargs=True))
             for block, (first, last) in zip(unet.up_blocks, spans(unet), strict=True):
@@ -357,7 +366,8 @@ class SkipHooks:
         for site in network.sites:
             if site not in self.sites:
                 delta = AddDelta(self, site)
-                self.sites[site] = find_site(unet, site).register_forward_hook(delta, with_kwargs=True)
+                self.modules[site] = find_site(unet, site)
+                self.sites[site] = self.modules[site].register_forward_hook(delta, with_kwargs=True)
 
     def drop(self, network: EPR) -> None:
         """Let a network act no more; with the last one all hooks go."""

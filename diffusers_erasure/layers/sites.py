@@ -61,7 +61,7 @@ def path_to(component: nn.Module, site: str, module: nn.Module) -> list[tuple[nn
             child = None if here is None else compat.child(here, part)
             if here is not None and child is not None:
                 steps.append((here, part, child))
-            here = child
+            here = None if child is None else compat.unwrap_compiled(child)
         while here is not None and here is not module:
             child = compat.child(here, "base_layer")
             if child is not None:

@@ -9,7 +9,6 @@ Nothing here touches a tensor. In a graph that torch traces all of it is Python 
 what was missed, which the component's own hook reads: an error cannot leave a graph.
 """
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,9 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..errors import ErasureCompatibilityError, ErasureInactiveError
+from ..errors import ErasureInactiveError
 from ..layers import Watched
-from ..layers.sites import find_module, path_to
+from ..layers.sites import path_to
 
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 COMPUTED = ""  # among the names of sites: something else in the owner was called
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+Step = tuple[nn.Module, str, nn.Module]  # a parent, a name, and its child of that name
 
 
 class Mark:
@@ -35,6 +35,7 @@ class Mark:
 
     def __init__(self, owner: "Owner", site: str, hooks: tuple[int, ...]) -> None:
         self.owner, self.site, self.hooks = owner, site, hooks
+        self.apart = False  # called in a graph of which the owner's own hooks see nothing
 
     @compat.untraced
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -46,7 +47,7 @@ class Mark:
         elif owner.traced:
             owner.seen = (*owner.seen, self.site)
         else:
-            owner.apart = True
+            self.apart = True
 
 
 class Owner:
@@ -56,23 +57,35 @@ class Owner:
         calls: what was called so far in the call that is under way, by thread.
         wrapped: its `forward` was replaced, as caches do, so that its being called does not say that it computes.
         traced, seen: the same as `calls` in a graph; the values are known while it is traced, and constant in between.
-        apart: it is itself what is compiled, so that its hooks run outside the graph and do not see into it.
         missed: sites that were not called, found in a graph.
     """
 
     def __init__(self, check: "FiringCheck", module: nn.Module) -> None:
         self.check: FiringCheck | None = check
-        self.module = module
+        self.module: nn.Module | None = module
+        self.marks: list[Mark] = []
         self.sites: tuple[str, ...] = ()
         self.calls: dict[int, set[str]] = {}
-        self.wrapped = self.traced = self.apart = False
+        self.wrapped = self.traced = False
         self.seen: tuple[str, ...] = ()
         self.missed: tuple[str, ...] = ()
         self.witnesses: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self.handles = [
             module.register_forward_pre_hook(self.enter, prepend=True),
-            module.register_forward_hook(self.leave),
+            module.register_forward_hook(self.leave, always_call=True),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches nothing: of a block alone it must not bring the whole component, and a component is watched anew."""
+        empty: dict[str, Any] = {"check": None, "module": None, "marks": [], "sites": (), "calls": {}, "witnesses": {}}
+        return {**empty, "wrapped": False, "traced": False, "seen": (), "missed": (), "handles": []}
+
+    def watch(self, module: nn.Module, site: str, hooks: tuple[int, ...]) -> None:
+        """Expect a module to be called."""
+        mark = Mark(self, site, hooks)
+        self.marks.append(mark)
+        self.sites = (*self.sites, site)
+        self.handles.append(module.register_forward_pre_hook(mark))
 
     @compat.untraced
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -92,44 +105,28 @@ class Owner:
                 self.missed = missing
             return
         called = self.calls.pop(threading.get_ident(), None)
-        if called is None or self.apart or (self.wrapped and COMPUTED not in called):
+        if called is None or output is None or (self.wrapped and COMPUTED not in called):  # `None`: it broke off
             return
-        missing = tuple(site for site in self.sites if site not in called)
+        missing = tuple(mark.site for mark in self.marks if mark.site not in called and not mark.apart)
         reason = self.check.why_inactive(self, missing) if missing and self.check is not None else None
         if reason is not None:
             raise ErasureInactiveError(reason)
 
     def look(self) -> None:
         """Before a pass: see whether `forward` was replaced; then what is called inside says whether it computes."""
+        assert self.module is not None
         self.wrapped = "forward" in vars(self.module)
         for module in _inside(self.module) if self.wrapped else ():
             if id(module) not in self.witnesses:
                 self.witnesses[id(module)] = module.register_forward_pre_hook(Mark(self, COMPUTED, ()))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
-        """A copy of a block alone gets an owner that watches nothing, or all of the component would be copied with it."""
-        copied = Owner.__new__(Owner)
-        memo[id(self)] = copied
-        whole = self.check is not None and id(self.check.component) in memo
-        vars(copied).update(copy.deepcopy(vars(self), memo) if whole else {**_STALE, "calls": {}})
-        return copied
+        if not self.calls.keys() - {threading.get_ident()}:  # no other thread is in between
+            for mark in self.marks:
+                mark.apart = False
 
     def close(self) -> None:
         """Take all hooks off."""
         for handle in (*self.handles, *self.witnesses.values()):
             handle.remove()
-
-
-_STALE: dict[str, Any] = {
-    "check": None,
-    "module": None,
-    "sites": (),
-    "wrapped": False,
-    "traced": False,
-    "apart": False,
-    "seen": (),
-    "missed": (),
-}
 
 
 def _inside(module: nn.Module) -> Iterator[nn.Module]:
@@ -148,13 +145,18 @@ class FiringCheck:
         self.state = state
         self.component: nn.Module | None = None
         self.watched: dict[str, Watched] = {}
+        self.copied = False  # then the hooks came along, but see nothing: all is to be watched anew
         self.owners: dict[int, Owner] = {}
-        self.marks: list[torch.utils.hooks.RemovableHandle] = []
-        self.steps: list[tuple[nn.Module, str, nn.Module]] = []
+        self.steps: list[Step] = []
         self.tuners: list[nn.Module] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"state": self.state, "component": self.component, "watched": self.watched}
+        return {**kept, "copied": True, "owners": {}, "steps": [], "tuners": []}
 
     def watch(self, component: nn.Module, watched: Iterable[Watched]) -> None:
         """Watch these modules from now on, and no others."""
+        watched = list(watched)
         self.close()
         self.component = compat.unwrap_compiled(component)
         for each in watched:
@@ -162,33 +164,32 @@ class FiringCheck:
             names = each.names if known is None else each.names | known.names
             hooks = each.hooks if known is None else (*known.hooks, *each.hooks)
             self.watched[each.site] = Watched(each.site, each.module, names, hooks)
-        drop_copied(self.component, self)
+        drop_copied(self.component, {id(each.module) for each in watched})
+        parents = {id(child): parent for parent in self.component.modules() for child in parent.children()}
         for each in self.watched.values():
-            around = _owner(path_to(self.component, each.site, each.module), self.component)
+            around = _owner(each.module, parents, self.component)
             if id(around) not in self.owners:
                 self.owners[id(around)] = Owner(self, around)
-            owner = self.owners[id(around)]
-            owner.sites = (*owner.sites, each.site)
-            mark = Mark(owner, each.site, each.hooks)
-            self.marks.append(each.module.register_forward_pre_hook(mark))
-        self._walk()
+            self.owners[id(around)].watch(each.module, each.site, each.hooks)
+        steps: dict[tuple[int, str], Step] = {}
+        for each in self.watched.values():
+            for step in path_to(self.component, each.site, each.module):
+                steps[id(step[0]), step[1]] = step
+        self.steps = list(steps.values())
+        self.tuners = [parent for parent, _, _ in self.steps if compat.is_tuner(parent)]
 
     def close(self) -> None:
         """Watch nothing."""
-        for handle in self.marks:
-            handle.remove()
         for owner in self.owners.values():
             owner.close()
-        self.watched, self.owners, self.marks, self.steps, self.tuners = {}, {}, [], [], []
+        self.watched, self.owners, self.steps, self.tuners, self.copied = {}, {}, [], [], False
 
     def before(self) -> str | None:
         """Why what is watched would not act in the coming pass, or `None`."""
-        for parent, name, child in self.steps:
-            if compat.child(parent, name) is not child:
-                reason = self._moved()
-                if reason is not None:
-                    return reason
-                break
+        if self.copied or any(compat.child(parent, name) is not child for parent, name, child in self.steps):
+            reason = self._moved()
+            if reason is not None:
+                return reason
         for owner in self.owners.values():
             owner.look()
         return self._dropped() if self.tuners else None
@@ -207,7 +208,7 @@ class FiringCheck:
         for site in missing:
             names = self._acting(site)
             if names:
-                assert self.component is not None
+                assert self.component is not None and owner.module is not None
                 cause = _cause(self.component, owner.module, site, self.watched[site].module)
                 return self._said(names, site, cause)
         return None
@@ -219,15 +220,6 @@ class FiringCheck:
         return [
             n for n in sorted(self.watched[site].names) if n in self.state.loaded and self.state.loaded[n].strength
         ]
-
-    def _walk(self) -> None:
-        assert self.component is not None
-        steps = {}
-        for each in self.watched.values():
-            for parent, name, child in path_to(self.component, each.site, each.module):
-                steps[id(parent), name] = (parent, name, child)
-        self.steps = list(steps.values())
-        self.tuners = [parent for parent, _, _ in self.steps if compat.is_tuner(parent)]
 
     def _dropped(self) -> str | None:
         """Why what peft has wrapped around a watched module would take its edit away, or `None`."""
@@ -248,34 +240,45 @@ class FiringCheck:
     def _moved(self) -> str | None:
         """Something on the way to the watched modules changed: why they are not reached, or `None` where they are."""
         assert self.component is not None
-        for each in self.watched.values():
-            try:
-                found: nn.Module | None = find_module(self.component, each.site)
-            except ErasureCompatibilityError:
-                found = None
+        present = {id(module) for module in self.component.modules()}
+        gone = [each for each in self.watched.values() if id(each.module) not in present]
+        for each in gone:
             names = self._acting(each.site)
-            if found is not each.module and names:
+            if names:
                 return _MOVED.format(names=names, site=each.site, kind=type(self.component).__name__)
-        self._walk()
+        if not gone:  # otherwise they are looked for again in the next pass, at other strengths perhaps
+            self.watch(self.component, self.watched.values())
         return None
 
 
-def _owner(steps: list[tuple[nn.Module, str, nn.Module]], component: nn.Module) -> nn.Module:
-    """The innermost module on the way to a site that is called, and no peft wrapper."""
-    parents = [parent for parent, _, _ in steps if not isinstance(parent, CONTAINERS) and not compat.is_tuner(parent)]
-    return parents[-1] if parents else component
+def _owner(module: nn.Module, parents: dict[int, nn.Module], component: nn.Module) -> nn.Module:
+    """The innermost module around another that is called, and no wrapper of peft or of `torch.compile`."""
+    around = parents.get(id(module), component)
+    while around is not component and (
+        isinstance(around, CONTAINERS) or compat.is_tuner(around) or compat.unwrap_compiled(around) is not around
+    ):
+        around = parents.get(id(around), component)
+    return around
 
 
-def drop_copied(component: nn.Module, check: FiringCheck) -> None:
-    """Take off what came along when modules with hooks were copied into a component: it follows no strength there."""
+def drop_copied(component: nn.Module, own: set[int]) -> None:
+    """Take off what came along when modules with hooks were copied into a component: it follows no strength there.
+
+    Of the component's `own` modules, which were copied with it, only the hooks of the check, which are put on anew.
+    """
     for module in component.modules():
         for key, hook in compat.forward_hooks(module):
             mark = hook if isinstance(hook, Mark) else None
             owner = mark.owner if mark else getattr(hook, "__self__", None)
-            if isinstance(owner, Owner) and owner.check is not check:
-                compat.drop_forward_hooks(module, (key, *(mark.hooks if mark else ())))
+            if isinstance(owner, Owner) and owner.check is None:
+                stray = mark.hooks if mark is not None and id(module) not in own else ()
+                compat.drop_forward_hooks(module, (key, *stray))
 
 
+_ELSEWHERE = (
+    "another module took its place. Call `pipe.unload_erasure()` and load them again; to copy what is erased, copy the whole "
+    "component or pipeline."
+)
 _MOVED = (
     "The erasures {names} would not act on {site!r} of {kind}: another module took its place since they were loaded (a copy of "
     "a block, a quantised or swapped layer). Call `pipe.unload_erasure()` and load them again; to copy what is erased, copy "
@@ -285,17 +288,21 @@ _MOVED = (
 
 def _cause(component: nn.Module, owner: nn.Module, site: str, module: nn.Module) -> str:
     """Why a module was not called in its owner, and what to do."""
-    for parent, _, _ in path_to(component, site, module):
-        if compat.is_tuner(parent) and not compat.is_lora(parent):  # a LoRA calls what it wraps
-            return (
-                f"peft's {type(parent).__module__.split('.')[-2]} adapter there ({type(parent).__name__}) computes with the "
-                "weight and not with what the module gives. Put the edit into the weight, which it reads: "
-                '`pipe.unload_erasure()`, then load with `backend="merge"` before that adapter; or unload the adapter.'
-            )
+    way = path_to(component, site, module)
+    if not way:
+        return _ELSEWHERE
     processor: Callable[..., Any] | None = getattr(owner, "processor", None)
+    name = type(processor).__name__
+    tuner = next((parent for parent, _, _ in way if compat.is_tuner(parent)), None)
+    if tuner is not None and not compat.is_lora(tuner) and (processor is None or name.startswith(STOCK)):
+        return (
+            f"peft's {type(tuner).__module__.split('.')[-2]} adapter there ({type(tuner).__name__}) computes with the "
+            "weight and not with what the module gives. Put the edit into the weight, which it reads: "
+            '`pipe.unload_erasure()`, then load with `backend="merge"` before that adapter; or unload the adapter.'
+        )
     if processor is not None:
         return (
-            f"the attention processor {type(processor).__name__} does not call it (it has weights of its own, or fused ones). "
+            f"the attention processor {name} does not call it (it has weights of its own, or fused ones). "
             "Set another processor (`set_default_attn_processor()`), or make the erasure as a map of the text rows, which acts "
             'before the attention whatever computes there (methods that have it: `layer="text_map"`).'
         )
@@ -303,3 +310,7 @@ def _cause(component: nn.Module, owner: nn.Module, site: str, module: nn.Module)
         f"the {type(owner).__name__} around it computed without calling it. Undo what replaced its `forward`, or put the edit "
         'into the weights (`backend="merge"`).'
     )
+
+
+# Attention processors that call an attention's projections.
+STOCK = ("AttnProcessor", "AttnAddedKV", "SlicedAttn", "XFormersAttn", "IPAdapter", "PAG", "JointAttn", "FluxAttn")

@@ -30,6 +30,10 @@ class Mark:
         self.ledger = ledger
         self.names: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a block alone says nothing: it has no erasure, and no state that would take the mark off."""
+        return {"ledger": Ledger(), "names": self.names}
+
     def keys(self, prefix: str, *, acting: bool) -> list[str]:
         """The keys of the erasures that alter this module: all, or those that are on."""
         contents = self.ledger.contents
@@ -60,6 +64,11 @@ class Marks:
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.placed: dict[nn.Module, tuple[Mark, tuple[torch.utils.hooks.RemovableHandle, ...]]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for mark, _ in self.placed.values():
+            mark.ledger = self.ledger
 
     def add(self, name: str, content: str, modules: Iterable[nn.Module] = ()) -> None:
         """An erasure has hooks or adapters on the component from now on, by which it alters these modules."""

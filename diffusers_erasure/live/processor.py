@@ -124,29 +124,40 @@ class ActEraseAttnProcessor(nn.Module):
             raise ErasureInputError(
                 f"`adapter_name` must be a name without '.' that no loaded erasure has, not {name!r}."
             )
+        if state is not None:
+            _check_beside(state, erasure)
         item = attachment.Loaded(name, erasure, float(strength), {}, erasure.content_hash, BACKEND)
+        try:
+            processors = cls._attach(bare, item)
+        except BaseException:
+            attachment.detach([bare], name)
+            raise
+        attachment.reset_compiled([bare])
+        return processors
+
+    @classmethod
+    def _attach(cls, bare: Any, item: attachment.Loaded) -> dict[str, Any]:
         state = attachment.ensure_state(bare)
-        live = ProcessorPatches(bare, name)
-        for index, layer in enumerate(layers):
-            tensors = erasure.layer_tensors(layer)
+        state.loaded[item.name] = item
+        state.layers[PLACE] = live = ProcessorPatches(bare, item.name)
+        for index, layer in enumerate(item.erasure.config.layers):
+            tensors = item.erasure.layer_tensors(layer)
             for place, site in enumerate(layer.sites):
                 module = find_site(bare, site)
                 assert isinstance(module, nn.Linear)
                 patch = live.patches.setdefault(site, ActivationPatch(module.in_features, state.conditions))
-                patch.parts[name, index] = Part.of(tensors, site, None, place)
+                patch.parts[item.name, index] = Part.of(tensors, site, None, place)
                 patch.rebuild(*placement(bare, module))
         processors = dict(bare.attn_processors)
         for each, found in processors.items():
             site = each.removesuffix("processor") + "to_out.0"
             if site in live.patches:
                 processors[each] = cls(live.patches[site], found)
-        state.loaded[name], state.layers[PLACE] = item, live
-        state.marks.add(name, item.content_hash, [find_site(bare, site) for site in live.patches])
-        state.timed.add((name, 0))
+        state.marks.add(item.name, item.content_hash, [find_site(bare, site) for site in live.patches])
+        state.timed.add((item.name, 0))
         state.conditions.watch(bare)
         attachment.watch(bare)
         state.fold()
-        attachment.reset_compiled([bare])
         return processors
 
     @classmethod
@@ -158,9 +169,10 @@ class ActEraseAttnProcessor(nn.Module):
         Args:
             unet ([`UNet2DConditionModel`]): the UNet.
         """
-        live = _patches_of(unet)
+        live, bare = _patches_of(unet), compat.unwrap_compiled(unet)
         if live is not None:
             attachment.detach([unet], live.name)
+        _put_back(bare)
 
     def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attend, as [`Attention`] calls its processor, with what the found one takes.
@@ -169,11 +181,11 @@ class ActEraseAttnProcessor(nn.Module):
             ErasureInactiveError: the found processor did not call the attention's `to_out[0]`.
         """
         (found,) = self.found
-        if self.patch is None:
+        if self.patch is None or not self.patch.parts:  # unloaded, while something else kept the processor
             return found(attn, *args, **kwargs)
         projection = PatchedProjection(attn.to_out[0], self.patch)
         output = found(PatchedAttention(attn, projection), *args, **kwargs)
-        if not projection.called:
+        if not projection.called and self.patch.on:
             raise ErasureInactiveError(
                 f"The attention processor {type(found).__name__} does not call the attention's `to_out[0]`, whose input an erasure "
                 "patches, so it would not act. Set another processor, and `ActEraseAttnProcessor` over it."
@@ -211,6 +223,31 @@ class ActEraseAttnProcessor(nn.Module):
         return type(self), (), vars(self)
 
 
+def check_beside(unet: Any, erasure: "Erasure") -> None:
+    """Refuse an erasure whose hooks would patch what the processors of a UNet patch already.
+
+    Raises:
+        ErasureInputError: it would.
+    """
+    live = _patches_of(unet) if isinstance(unet, nn.Module) else None
+    sites = {site for layer in erasure.config.layers if layer.kind == ActivationKind.name for site in layer.sites}
+    if live is not None and sites & live.patches.keys():
+        raise ErasureInputError(ALREADY)
+
+
+def _check_beside(state: attachment.ErasureModules, erasure: "Erasure") -> None:
+    """The same the other way round; and the erasure itself is not loaded twice."""
+    sites = {site for layer in erasure.config.layers for site in layer.sites}
+    for item in state.loaded.values():
+        if item.content_hash == erasure.content_hash:
+            raise ErasureInputError(
+                f"This erasure is loaded already, as {item.name!r}. Call `pipe.unload_erasure({item.name!r})` first."
+            )
+        layers = (layer for layer in item.erasure.config.layers if layer.kind == ActivationKind.name)
+        if any(sites & set(layer.sites) for layer in layers):
+            raise ErasureInputError(ALREADY)
+
+
 class ProcessorPatches(LiveLayer):
     """The patches of one UNet's processors among its live layers: so they are listed, folded, checked and unloaded.
 
@@ -228,17 +265,15 @@ class ProcessorPatches(LiveLayer):
     def detach(self, name: str) -> None:
         if name != self.name:
             return
-        (unet,) = self.source
-        present: Any = unet.attn_processors
-        back = {key: _below(each) for key, each in present.items()}
-        if any(back[key] is not each for key, each in present.items()):
-            set_processors: Any = unet.set_attn_processor
-            set_processors(back)
+        _put_back(self.source[0])
+        for patch in self.patches.values():
+            patch.parts = {}
         self.patches = {}
 
     def fold(self, strengths: Mapping[str, float]) -> None:
         for patch in self.patches.values():
             patch.fold({self.name: strengths[self.name]})
+            patch.on = strengths[self.name] > 0
 
     def is_empty(self) -> bool:
         return not self.patches
@@ -281,6 +316,14 @@ def _patches_of(unet: nn.Module) -> ProcessorPatches | None:
     state = attachment.state_of(unet)
     live = None if state is None or PLACE not in state.layers else state.layers[PLACE]
     return live if isinstance(live, ProcessorPatches) else None
+
+
+def _put_back(unet: Any) -> None:
+    """Set the processors that were found again, where ours are."""
+    present = unet.attn_processors
+    back = {key: _below(each) for key, each in present.items()}
+    if any(back[key] is not each for key, each in present.items()):
+        unet.set_attn_processor(back)
 
 
 def _below(processor: Any) -> Any:

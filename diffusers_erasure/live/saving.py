@@ -22,7 +22,7 @@ def refuse(kind: str, names: Sequence[str]) -> None:
     if names:
         raise ErasureInactiveError(
             f"The erasures {list(names)} act beside the weights of this {kind}, so what would be saved is the base model, on "
-            "which they are off; nothing was written. To save the erased model use `pipe.export_erased(folder)`, or call "
+            "which they are off; nothing of it was written. To save the erased model use `pipe.export_erased(folder)`, or call "
             "`pipe.fuse_erasures()` first; `pipe.save_erasure(folder)` saves an erasure by itself. To save the base model "
             "as such do it within `with pipe.erasures_disabled():`."
         )
