@@ -159,7 +159,7 @@ def markdown(tables: Sequence[Table], command: str) -> str:
     """The tables for the page."""
     parts = [f"Made by `{command}`."]
     for title, header, rows in tables:
-        parts.append("\n".join([f"{title}:", "", *markdown_table(header, rows)]))
+        parts.append("\n".join([title if title.endswith("?") else f"{title}:", "", *markdown_table(header, rows)]))
     return "\n\n".join(parts)
 
 
