@@ -315,7 +315,7 @@ def fitter(pipe: Any, size: Size, smoke: bool) -> Callable[..., Erasure]:
     targets, retain = names[: size.many + 1], names[size.many + 1 :]
 
     def fit(kind: str, start: int, stop: int) -> Erasure:
-        return erase(pipe, targets[start:stop], retain=retain, **SETTINGS[kind])
+        return erase(pipe, targets[start:stop], retain=retain, retain_default="none", **SETTINGS[kind])
 
     return fit
 

@@ -30,6 +30,7 @@ _FAMILY_TAGS = {
     "stable-diffusion-3": ("sd3", "sd3-diffusers"),
     "flux": ("flux", "flux-diffusers"),
 }
+_NAMES = {"retain_default": "retained by default"}  # settings that are told in other words
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # Control characters, marks that turn the direction of text, and halves of surrogate pairs.
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
@@ -162,7 +163,7 @@ def render_card(
             lora_file=LORA_FILE if plain or config.stock else None,
             family_tags=_FAMILY_TAGS.get(config.base_model.family, ()),
             place=repo_id if repo_id and _REPO.fullmatch(repo_id) else "PATH_OR_REPO",
-            settings=_rows(config.method.settings),
+            settings=_rows({_NAMES.get(key, key): value for key, value in config.method.settings.items()}),
             diagnostics=_rows(config.diagnostics),
             results=_rows(config.results),
             stock_results=_rows(config.stock.results) if config.stock else [],

@@ -8,10 +8,12 @@ from typing import Any, Literal
 from .artifact import Erasure
 from .assembling import rounded
 from .base_model import compare_base, same_component
+from .collateral import Collateral
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .layers import Layer, Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
+from .lists.defaults import task_of, with_lists
 from .lists.names import folded
 from .live.blocks import erasures_disabled
 from .logging import get_logger
@@ -25,7 +27,7 @@ logger = get_logger(__name__)
 
 Source = Erasure | str | os.PathLike[str]
 # Settings in which the parts of a joint solve may differ: what they say of concepts, and how the result is published.
-FREE = ("retain", "retain_excluded", "retain_prompts", "rank", "max_error")
+FREE = ("retain", "retain_default", "retain_excluded", "retain_prompts", "rank", "max_error")
 
 
 def combine(
@@ -131,11 +133,18 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
     # Names for messages alone: `combine` redacts the result.
     shown = [c if c.target is not None else Concept(f"redacted {i}", "") for i, c in enumerate(concepts, start=1)]
     settings.update(rank=rank, max_error=max_error)
-    settings["retain"] = _all_retained(parts, targets) if retain is None else retained(retain, targets)
+    anchors = [concept.anchor or "" for concept in concepts]
+    if retain is None:
+        lists = dict.fromkeys(name for part in parts for name in part.config.method.settings.get("retain_default", ()))
+        settings["retain"] = with_lists(_all_retained(parts, targets), list(lists), [*targets, *anchors])
+    else:
+        settings["retain"] = retained(retain, targets)
     config = make_config(entry, settings)
     with erasures_disabled(pipe), one_fit():
         combined = entry.refit(pipe, shown, config, _joined_rows(parts))
-    assert isinstance(combined, Erasure)
+        assert isinstance(combined, Erasure)
+        if not any(part.config.redacted for part in parts):  # what moved farthest would tell what is erased
+            combined = Collateral(pipe, targets, anchors, task_of(targets, settings), ahead=False).added_to(combined)
     logger.info("Solved jointly for %d concepts by %s.", len(concepts), name)
     return combined
 

@@ -84,6 +84,15 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
         token_ids(tokenizer, _as_fed(pipe, tokenizer, prompts))
 
 
+def short_enough(pipe: Any, prompts: Sequence[str]) -> list[str]:
+    """Those of some prompts that all of a pipeline's text encoders read whole."""
+    long: set[str] = set()
+    for _, tokenizer in _readers(pipe):
+        rows = tokenizer(_as_fed(pipe, tokenizer, prompts)).input_ids if prompts else []
+        long.update(prompt for prompt, row in zip(prompts, rows, strict=True) if len(row) > tokenizer.model_max_length)
+    return [prompt for prompt in prompts if prompt not in long]
+
+
 def part_widths(pipe: Any) -> tuple[int, ...]:
     """How wide each text encoder's part of a row is; of most families one encoder makes all of it.
 

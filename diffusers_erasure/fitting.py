@@ -1,18 +1,21 @@
 """`erase`: the one entry point through which every method makes an erasure."""
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .artifact import Erasure
 from .base_model import family_of
+from .collateral import Collateral
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .lists import expand, retained
+from .lists.defaults import AUTO, NONE, lists_for, task_of, with_lists
 from .lists.names import check_anchor, check_targets
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .methods import check_names, get_method, make_config
+from .methods import MethodEntry, check_names, get_method, make_config
 from .registry import MethodDeclaration, method_names
 from .schema import Concept
 
@@ -31,6 +34,7 @@ def erase(
     *,
     anchors: Texts | None = None,
     retain: "Texts | os.PathLike[str] | None" = None,
+    retain_default: Texts = "auto",
     method: str = "uce",
     training: "TrainingRun | None" = None,
     **settings: Any,
@@ -46,7 +50,11 @@ def erase(
             method's own choice by default.
         retain (`str`, sequence of `str`, or `os.PathLike`, *optional*): what must not change: prompts, paths of lists
             (see [`read_prompts`]), and names of the lists that the library ships (`"list:artists"`, see
-            [`list_names`]). Entries of lists that name a target as whole words are left out.
+            [`list_names`]). Entries of lists that name a target as whole words are left out. `()` is nothing at all.
+        retain_default (`str` or sequence of `str`, *optional*, defaults to `"auto"`): lists that are retained besides:
+            `"auto"` for those of the kind of concept (object, style or person) where fewer than 32 prompts are given, to
+            closed forms and without `published=True`; `"none"`; a kind (`"object"`, `"style"`, `"person"`); or names of
+            shipped lists. Entries that name a target or an anchor are left out.
         method (`str`, *optional*, defaults to `"uce"`): one of `diffusers-erasure methods`.
         training ([`TrainingRun`], *optional*): for methods that train, and for `"acterase"`: checkpoints, resuming, progress
             and (where it trains) sample images.
@@ -70,6 +78,8 @@ def erase(
     ```
     """
     entry = get_method(method)
+    nothing = isinstance(retain, Sequence) and not isinstance(retain, str) and not retain  # on purpose
+    retain, retain_default = (None, "none") if nothing else (retain, retain_default)
     check_names(entry, settings if retain is None else [*settings, "retain"])  # before a list is read
     names = expand(targets, "targets")
     check_targets(names)
@@ -86,8 +96,11 @@ def erase(
     for concept in concepts:
         if concept.target is not None and concept.anchor is not None:
             check_anchor(concept.target, concept.anchor)
-    if retain is not None:
-        settings["retain"] = retained(retain, names)
+    kept, task = None if retain is None else retained(retain, names), task_of(names, settings)
+    replaced = [concept.anchor or "" for concept in concepts]
+    lists = default_lists(entry, retain_default, task, 0 if kept is None else len(kept.prompts), settings)
+    if kept is not None or lists:
+        settings["retain"] = with_lists(kept, lists, [*names, *replaced])
     config = make_config(entry, settings)
     resumable = entry.declared.resumable
     if training is not None and not resumable:
@@ -96,13 +109,32 @@ def erase(
         )
     check_family(entry.declared, pipe)
     with erasures_disabled(pipe), one_fit():
+        collateral = Collateral(pipe, names, replaced, task, ahead=resumable)
         erasure = entry.fit(pipe, concepts, config, *([training] if resumable else []))
-    if not isinstance(erasure, Erasure):
-        raise ErasureInputError(
-            f"The method {method!r} gave {type(erasure).__name__} where it should give an Erasure."
-        )
+        if not isinstance(erasure, Erasure):
+            raise ErasureInputError(
+                f"The method {method!r} gave {type(erasure).__name__} where it should give an Erasure."
+            )
+        erasure = collateral.added_to(erasure)
     logger.info("Made an erasure of %d concepts by %s.", len(concepts), method)
     return erasure
+
+
+def default_lists(
+    entry: MethodEntry, wanted: Texts, task: str, given: int, settings: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Names of the lists that a method retains besides what is given.
+
+    Raises:
+        ErasureInputError: `wanted` is none that [`lists_for`] knows, or the method takes no retained prompts.
+    """
+    takes = any(item.name == "retain" for item in dataclasses.fields(entry.config))
+    if wanted == AUTO and (not takes or entry.declared.trains or settings.get("published")):
+        return ()
+    lists = lists_for(wanted, given, task)
+    if lists and not takes:
+        check_names(entry, ["retain"])  # raises, and says what it has instead
+    return lists
 
 
 def check_family(declared: MethodDeclaration, pipe: Any) -> None:
@@ -146,11 +178,13 @@ def recipe_of(erasure: Erasure) -> dict[str, Any]:
             f"The erasure retained {count} prompts, too many to be recorded; it cannot be repeated."
         )
     retain = settings.pop("retain", None)
+    lists = settings.pop("retain_default", None)
     anchors = [concept.anchor or "" for concept in erasure.concepts]
     return {
         "targets": [str(concept.target) for concept in erasure.concepts],
         "anchors": anchors,
         "retain": retain or None,
+        "retain_default": lists or NONE,
         "method": method.name,
         "settings": settings,
     }

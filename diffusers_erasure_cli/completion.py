@@ -77,6 +77,12 @@ def retained(incomplete: str) -> list[str]:
     return [name for name in named if name.startswith(incomplete)] + paths(incomplete)
 
 
+def retained_by_default(incomplete: str) -> list[str]:
+    """What `--retain-default` takes."""
+    named = ["auto", "none", "object", "style", "person", *(f"list:{name}" for name in lists(""))]
+    return [name for name in named if name.startswith(incomplete)]
+
+
 def paths(incomplete: str) -> list[str]:
     """Files and folders."""
     folder, _ = os.path.split(incomplete)

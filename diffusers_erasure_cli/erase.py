@@ -46,8 +46,17 @@ def erase(
     retain: Annotated[
         list[str] | None,
         typer.Option(
-            help="What must not change: a prompt, a .txt or .csv file, or list:NAME (see `lists`); repeatable.",
+            help="What must not change: a prompt, a .txt or .csv file, or list:NAME (see `lists`); repeatable. `none` for "
+            "nothing on purpose.",
             autocompletion=completion.retained,
+        ),
+    ] = None,
+    retain_default: Annotated[
+        str | None,
+        typer.Option(
+            help="What is retained besides: auto (closed forms: shipped lists, where fewer than 32 prompts are given), none, "
+            "object, style, person, or list:NAME.",
+            autocompletion=completion.retained_by_default,
         ),
     ] = None,
     method: Annotated[
@@ -111,10 +120,17 @@ def erase(
         check_repo_id(base_model)
     if redact:
         check_nothing_tells(output)
-    recipe: dict[str, Any] = {"targets": targets, "anchors": anchor, "retain": retain, "method": method or "uce"}
+    kept: Any = () if retain == ["none"] else retain  # the empty one is nothing on purpose
+    recipe: dict[str, Any] = {
+        **{"targets": targets, "anchors": anchor, "retain": kept or None, "method": method or "uce"},
+        "retain_default": "auto",
+    }
     if config is not None:
         recipe = recipe_of(Source.parse(config).read(token=token))
-        recipe["retain"] = retain or recipe["retain"]
+        recipe["retain"] = kept or recipe["retain"]
+    if kept == () or retain_default is not None:
+        recipe["retain"] = None if kept == () else recipe["retain"]
+        recipe["retain_default"] = "none" if kept == () else retain_default
     own = sorted(settings.keys() & {*recipe, "training"})
     if own:
         raise ErasureInputError(f"`--set {own[0]}=...` is no setting of a method; it has an option of its own.")

@@ -64,5 +64,13 @@ def print_diagnostics(diagnostics: dict[str, Any], input_name: str = "text rows"
     if isinstance(space, dict):
         least, largest, width = (space.get(key) for key in ("least", "largest", "width"))
         out.print(Text(f"free of what is retained: {least} to {largest} of {width} dimensions, by layer"))
+    moved_too = diagnostics.get("collateral")
+    if isinstance(moved_too, dict) and isinstance(moved_too.get("worst"), dict):
+        worst = ", ".join(f"{name} {value:.2f}" for name, value in moved_too["worst"].items())
+        named = ", ".join(map(str, moved_too.get("lists", ())))
+        out.print(
+            Text(f"{moved_too['above']} of {moved_too['words']} words of {named} moved far; farthest moved {worst}"),
+            soft_wrap=True,
+        )
     if isinstance(diagnostics.get("pooled"), dict):
         print_diagnostics(diagnostics["pooled"], "pooled vectors")

@@ -295,3 +295,14 @@ def test_numbers_of_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_wrong_options(parse: Callable[[list[str]], Any], wrong: list[str]) -> None:
     with pytest.raises(SystemExit):
         parse(wrong)
+
+
+@pytest.mark.slow
+def test_collateral(tmp_path: Path) -> None:
+    numbers = run("collateral", tmp_path)
+    assert [(each["target"], each["default"]) for each in numbers["runs"]] == [("cat", False), ("cat", True)]
+    for each in numbers["runs"]:
+        assert len(each["kept"]) == len(each["base"]) == 6 and 0 <= each["left"] <= 5
+        assert all(len(moves) == 6 for moves in each["moves"].values())
+    assert set(numbers["measures"]) == {"row alone, dev", "row behind an article, dev"}
+    assert sum(numbers["runs"][0]["kept"]) <= sum(numbers["runs"][1]["kept"])

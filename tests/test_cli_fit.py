@@ -225,7 +225,7 @@ def test_a_redacted_part_makes_the_whole_redacted(parts: dict[str, str]) -> None
         (("cat", "pizza", "--mode", "add"), "'add'"),
         (("cat", "pizza", "--mode", "sum", "--retain", "dog"), "joint"),
         (("cat", "pizza", "--retain", "Pizza"), "both a target and a prompt to retain"),
-        (("cat", "pizza", "--retain", "list:things"), "no list 'things'"),
+        (("cat", "pizza", "--retain", "list:trees"), "no list 'trees'"),
         (("cat", "pizza", "--base", "./missing"), "no folder"),
         (("cat", "pizza", "--max-error", "2"), "max_error"),
     ],

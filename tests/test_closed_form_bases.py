@@ -29,7 +29,12 @@ METHODS: list[dict[str, Any]] = [
     {"method": "speed", "params": "KV"},
     {"method": "speed", "rows": "last", "adversarial": 1},
 ]
-TARGET: dict[str, Any] = {"targets": "apple", "anchors": "", "retain": ["dog", "house", "tree"]}
+TARGET: dict[str, Any] = {
+    "targets": "apple",
+    "anchors": "",
+    "retain": ["dog", "house", "tree"],
+    "retain_default": "none",
+}
 
 
 def draw(pipe: Any, **kwargs: Any) -> np.ndarray:

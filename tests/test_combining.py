@@ -88,7 +88,7 @@ def test_artefacts_that_record_what_was_left_out_are_joined_and_repeated(pipe: A
 def test_one_more_joins_a_published_hundred_without_its_prompts(pipe: Any, tmp_path: Path) -> None:
     """Read back from disk, redacted, in half precision: the names are gone, the rows are enough."""
     settings: dict[str, Any] = {"method": "speed", "rows": "last", "templates": "none", "retain": "list:objects"}
-    settings.update(retain_rows="last", retain_templates=False)
+    settings.update(retain_rows="last", retain_templates=False, retain_default="none")
     words = [word for word in demo.OBJECTS if word not in ("cat", "rose")][:30]
     published = erase(pipe, words, anchors="", **settings)
     published.save_pretrained(tmp_path / "hundred", dtype=torch.float16, redact_concepts=True)

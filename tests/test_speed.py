@@ -194,7 +194,7 @@ def test_relative_units_are_absolute_ones_scaled(pipe: Any) -> None:
     e = last_rows(pipe, ["cat"])
     squares = float(e.square().sum())
     common: dict[str, Any] = {"method": "speed", "retain": ["dog", "bee", "fox"], "rows": "last", "templates": "none"}
-    common.update(filter=False, augment=0)
+    common.update(filter=False, augment=0, retain_default="none")
     kept = last_rows(pipe, ["bee", "dog", "fox"])
     trace = float(kept.square().sum(1).mean())
     relative = erase(pipe, "cat", units="relative", threshold=1e-2, ridge=2e-3, lamb=1e-4, **common)
@@ -216,6 +216,7 @@ def test_absolute_units_on_other_rows_are_warned_of(pipe: Any, caplog: pytest.Lo
 
 def test_the_null_space_is_reported_and_none_is_refused(pipe: Any) -> None:
     plain: dict[str, Any] = {"method": "speed", "retain_rows": "last", "retain_templates": False, "filter": False}
+    plain["retain_default"] = "none"
     erasure = erase(pipe, "cat", retain=["dog", "bee"], augment=0, threshold=0.0, **plain)
     # two retained rows take two dimensions, and eigenvalues of exactly 0 or above count as retained at threshold 0
     assert erasure.config.diagnostics["null_space"] == {"least": 126, "largest": 126, "width": 128}

@@ -122,7 +122,7 @@ def test_the_published_variants_on_the_embedded_model(pipe: Any, rows: str, laye
     """The whole of `erase`, absolute settings as published, against rows picked here and the dense formula."""
     erasure = erase(
         pipe, ["cat", "ice cream"], anchors=["animal", ""], retain=["dog", "pizza"], rows=rows,
-        templates="none", lamb=0.5, absolute=True, retain_scale=0.3, layer=layer,
+        templates="none", lamb=0.5, absolute=True, retain_scale=0.3, layer=layer, retain_default="none",
         retain_rows="all" if rows == "window" else "last",
     )  # fmt: skip
     (cat, ice, animal, empty, dog, pizza), last = live_rows(pipe, ["cat", "ice cream", "animal", "", "dog", "pizza"])
@@ -190,7 +190,13 @@ def test_a_list_too_long_for_the_configuration_is_counted(pipe: Any) -> None:
 def test_scales_are_relative_by_default(pipe: Any) -> None:
     """A relative lambda times the rows' mean squared norm is the absolute one."""
     norm = float(last_rows(pipe, ["cat"]).square().sum())
-    plain: dict[str, Any] = {"anchors": "animal", "rows": "last", "retain_rows": "last", "templates": "none"}
+    plain: dict[str, Any] = {
+        "anchors": "animal",
+        "rows": "last",
+        "retain_rows": "last",
+        "templates": "none",
+        "retain": (),
+    }
     relative = erase(pipe, "cat", lamb=0.1, **plain)
     absolute = erase(pipe, "cat", lamb=0.1 * norm, absolute=True, **plain)
     # The absolute lambda was multiplied out here, so that it may differ by a last bit; factors and product are float32.
@@ -297,5 +303,5 @@ def test_fused_projections_are_refused() -> None:
 
 def test_defaults_are_documented() -> None:
     assert "uce" in method_names()
-    assert resolve(Config(), Settings).template_list == TEMPLATES["object"]
+    assert resolve(Config(), Settings).template_list == TEMPLATES["object_context"]
     assert all(template.count("{}") == 1 for templates in TEMPLATES.values() for template in templates)

@@ -117,6 +117,8 @@ class Entry:
 
 
 BASELINE = "none"  # what the shares "of the un-erased model's" are taken of
+# The prompts that mostly end in the concept, as presets had it before shipped lists were retained by default.
+BARE = {"templates": "object"}
 AS_PUBLISHED = {"rows": "window", "templates": "none", "absolute": True, "lamb": 0.5, "retain_rows": "all"}
 HEAVIER = "the authors' settings are absolute, for rows 400 times as heavy as this model's"
 
@@ -130,10 +132,10 @@ _ENTRIES = (
         note="the targets as the negative prompt, cut at 24 positions",
     ),
     Entry("anchor prompt", erases=False, says="anchor", note="the anchor in the prompt instead: a perfect edit"),
-    Entry("uce", objects={}, styles={"templates": "style"}),
-    Entry("uce (demo settings)", {"retain_scale": 2.0, "retain_templates": True}, {}, {"templates": "style"}),
+    Entry("uce", objects=BARE, styles={"templates": "style"}),
+    Entry("uce (demo settings)", {"retain_scale": 2.0, "retain_templates": True}, BARE, {"templates": "style"}),
     Entry("uce-published", AS_PUBLISHED, {}, {}, note=HEAVIER),
-    Entry("rece", styles={"preset": "artist"}),
+    Entry("rece", objects={"preset": "object", **BARE}, styles={"preset": "artist"}),
     Entry("rece-published", {"published": True}, styles={"preset": "artist"}, note=HEAVIER),
     Entry("speed", objects={"preset": "instance"}),
     Entry("speed-published", {"published": True}, objects={"preset": "instance"}, note=HEAVIER),

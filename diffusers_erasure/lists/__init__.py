@@ -24,7 +24,7 @@ USUAL_COLUMNS = ("concept", "artist", "prompt", "text")
 
 
 def list_names() -> list[str]:
-    """Names of the lists that the library ships: `"artists"`, `"characters"`, `"objects"`, `"public_figures"`."""
+    """Names of the lists that the library ships: `"artists"`, `"characters"`, `"objects"`, `"public_figures"`, `"styles"`, `"things"`."""
     files = resources.files(__name__).iterdir()
     return sorted(file.name.removesuffix(".txt") for file in files if file.name.endswith(".txt"))
 
@@ -148,11 +148,15 @@ class Retained:
         source: what the user gave, as far as a later run could read it again: shipped lists by name, all else as prompts,
             without those of files that were left out: given in place, they would be kept.
         excluded: the prompts that were left out, because they name a target.
+        default: names of the lists that are retained besides, because little was given; see [`lists.defaults`].
+        held: their entries, without those that name a target or an anchor, each once; none of them is in `prompts`.
     """
 
     prompts: tuple[str, ...]
     source: tuple[str, ...]
     excluded: tuple[str, ...]
+    default: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
 
 
 def retained(value: Any, targets: Sequence[str]) -> Retained:

@@ -38,8 +38,7 @@ from .rows import (
     target_rows,
 )
 from .speed import with_anchors
-from .uce import MapSettings, publish, relative_units
-from .uce import solve as solve_uce
+from .uce import MapSettings, publish, relative_units, solve_holding
 
 
 # What the authors run. `uce_*` are the settings of the edit before the first epoch (the UCE code of 2023).
@@ -67,7 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **values,
         "rows": "last",
-        "templates": "style" if task == "artist" else "object",
+        "templates": "style" if task == "artist" else "object_context",
         "adversarial_rows": "last",
         "units": "relative",
         "reg": 1e-4 if task in ("artist", "hard_object") else 1e-3,
@@ -206,7 +205,8 @@ def solve(
     eye = torch.eye(weights.shape[0], dtype=torch.float64)
     retained = scales.retain * (kept.retain.T @ kept.retain if kept.gram is None else kept.gram)
     retained = retained + x.T @ x if keep_erased else retained
-    a, d = solve_uce(rows, kept, erase_scale=1.0, retain_scale=scales.uce_retain, lamb=scales.uce_lamb)
+    (a, d), held = solve_holding(rows, kept, erase_scale=1.0, retain_scale=scales.uce_retain, lamb=scales.uce_lamb)
+    retained = retained if held is None else retained + held
     reads, writes = [a], [d]
     ts = weights + a.T @ (d @ weights)
     tst = ts + (ts @ d.T) @ a

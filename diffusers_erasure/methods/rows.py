@@ -1,17 +1,18 @@
 """Which text rows the closed-form methods (UCE, RECE, SPEED) map, and which they keep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 
 from ..base_model import family_of
-from ..encoding import all_rows, gram, last_rows, null_rows, part_widths, pooled_rows
+from ..encoding import all_rows, gram, last_rows, null_rows, part_widths, pooled_rows, short_enough
 from ..lists import Retained
 from ..schema import Concept, SolveRows
 from ..settings import Number, Whole, check_settings
 from ..settings.texts import Retain, Templates, recorded_settings, template_list
+from .holding import held_prompts, others_than
 
 
 Which = Literal["last", "window", "all", "whole"]
@@ -132,6 +133,7 @@ class KeptRows:
         gram: `sum x x^T` over all rows of the retained prompts, where the method wants that.
         prompts: how many prompts are retained.
         gram_count: how many rows `gram` sums up.
+        held: rows of last word pieces of the lists that are retained by default [H, C]; see [`holding`].
     """
 
     retain: torch.Tensor
@@ -139,11 +141,19 @@ class KeptRows:
     gram: torch.Tensor | None = None
     prompts: int = 0
     gram_count: int = 0
+    held: torch.Tensor | None = None
+
+    def held_beside(self, rows: TargetRows) -> torch.Tensor:
+        """The held rows that do not say the same as a target or its anchor: [H, C], none where nothing is held."""
+        if self.held is None:
+            return self.null[:0]
+        return others_than(self.held, torch.cat(rows.probes))
 
     def part(self, columns: slice) -> "KeptRows":
         """The same rows on some of the columns alone."""
         gram = None if self.gram is None else self.gram[columns, columns]
-        return KeptRows(self.retain[:, columns], self.null[:, columns], gram, self.prompts, self.gram_count)
+        held = None if self.held is None else self.held[:, columns]
+        return KeptRows(self.retain[:, columns], self.null[:, columns], gram, self.prompts, self.gram_count, held)
 
 
 def parts_of(pipe: Any, settings: TextSettings) -> tuple[slice, ...]:
@@ -257,13 +267,22 @@ def kept_rows(
             total = total + gram(pipe, whole)
             total = total - gram(pipe, sorted(gone)) if gone else total
     prompts = number_kept + int(with_gram)  # the empty prompt is one of those that the sums are over
-    found[ROWS] = KeptRows(rows, null, total, prompts, prompts * len(null))
+    held = _held(pipe, retained, last_rows)
+    found[ROWS] = KeptRows(rows, null, total, prompts, prompts * len(null), held)
     if family_of(pipe).name == "stable-diffusion-xl":
         empty = pooled_rows(pipe, [""])
         rows = pooled_rows(pipe, whole)[kept] if whole else empty[:0]
         both = torch.cat([rows, empty])
-        found[POOLED] = KeptRows(rows, empty, both.T @ both if with_gram else None, prompts, len(both))
+        held = _held(pipe, retained, pooled_rows)
+        found[POOLED] = KeptRows(rows, empty, both.T @ both if with_gram else None, prompts, len(both), held)
     return found
+
+
+def _held(pipe: Any, retained: Retained, encode: Callable[[Any, Sequence[str]], torch.Tensor]) -> torch.Tensor | None:
+    """Rows of the default lists' entries that are held and that the encoders read whole."""
+    wanted = dict(zip(*held_prompts(retained), strict=True))
+    prompts = short_enough(pipe, list(wanted))
+    return encode(pipe, prompts)[torch.tensor([wanted[prompt] for prompt in prompts])] if prompts else None
 
 
 def to_tensors(

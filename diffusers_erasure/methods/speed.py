@@ -144,7 +144,7 @@ class Config(TextConfig):
     params: Literal["V", "K", "KV"] | None = None
     rows: Which | None = None
     templates: Templates = None
-    retain_rows: Literal["last", "all"] | None = None
+    retain_rows: Literal["all", "last"] | None = None
     retain_templates: bool | None = None
     units: Literal["absolute", "relative"] | None = None
     filter: bool | None = None
@@ -174,7 +174,7 @@ class Settings(TextSettings):
     preset: str
     published: bool
     params: Literal["V", "K", "KV"]
-    retain_rows: Literal["last", "all"]
+    retain_rows: Literal["all", "last"]
     units: Literal["absolute", "relative"]
     filter: bool
     augment: int
@@ -239,8 +239,9 @@ class Problem:
 
     @classmethod
     def of(cls, columns: slice, rows: TargetRows, kept: KeptRows, settings: Settings) -> "Problem":
-        """Set up; without a retain set the empty prompt's own rows are retained, as published."""
-        retain = kept.retain if len(kept.retain) else kept.null[1:]
+        """Set up; without a retain set the empty prompt's own rows are retained, as published. What is held joins it."""
+        retain = torch.cat([kept.retain, kept.held_beside(rows)])
+        retain = retain if len(retain) else kept.null[1:]
         order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(settings.seed))
         invariants = torch.cat([kept.null[:1], centres_of(kept.null[1:], settings.centres, settings.seed)])
         units = Units.of(settings, rows)

@@ -22,6 +22,7 @@ from ..base_model import text_readers, weight_times
 from ..low_rank import compress
 from ..schema import Concept
 from ..settings import Number, resolve
+from .holding import HELD, holding, scaled_up
 from .publishing import (
     POOLED_SITE,
     Edit,
@@ -62,8 +63,11 @@ PUBLISHED: dict[str, Any] = {
 }
 # Ours: in prompts around the concept, and relative to the rows' own scale; chosen by hand (docs/methods/uce.md).
 PRESETS: dict[str, dict[str, Any]] = {
-    task: {**PUBLISHED, "templates": task, "retain_rows": "all", "lamb": 1e-3, "absolute": False, "per_encoder": True}
-    for task in ("object", "style", "person")
+    task: {
+        **PUBLISHED,
+        **{"templates": templates, "retain_rows": "all", "lamb": 1e-3, "absolute": False, "per_encoder": True},
+    }
+    for task, templates in (("object", "object_context"), ("style", "style"), ("person", "person"))
 }
 
 
@@ -137,11 +141,26 @@ def solve(
     rows: TargetRows, kept: KeptRows, *, erase_scale: float, retain_scale: float, lamb: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The closed form: `(A, D)`, both float64 [n, C], with T = I + D^T A."""
+    return solve_holding(rows, kept, erase_scale=erase_scale, retain_scale=retain_scale, lamb=lamb)[0]
+
+
+def solve_holding(
+    rows: TargetRows, kept: KeptRows, *, erase_scale: float, retain_scale: float, lamb: float
+) -> tuple[Factors, torch.Tensor | None]:
+    """The same, and the sums [C, C] by which the default lists were held, weighed; `None` where nothing is held."""
     e = rows.targets
     gram = kept.retain.T @ kept.retain if kept.gram is None else kept.gram
     m = lamb * torch.eye(e.shape[1], dtype=e.dtype) + erase_scale * (e.T @ e) + retain_scale * gram
-    a = torch.cholesky_solve(erase_scale * e.T, torch.linalg.cholesky(m)).T
-    return a, rows.way
+
+    def solved(more: torch.Tensor | None = None) -> Factors:
+        factor = torch.linalg.cholesky(m if more is None else m + more)
+        return torch.cholesky_solve(erase_scale * e.T, factor).T, rows.way
+
+    held = kept.held_beside(rows)
+    if not len(held):
+        return solved(), None
+    factors, sums = holding(held, HELD * erase_scale * rows.prompts, solved)
+    return scaled_up(factors, rows.probes), sums
 
 
 def relative_units(rows: TargetRows, kept: KeptRows) -> tuple[float, float]:

@@ -98,6 +98,8 @@ def recorded_settings(settings: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     }
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     values["retain_prompts"] = len(kept.prompts)
+    if kept.default:
+        values["retain_default"] = list(kept.default)
     if sum(map(len, (*kept.source, *kept.excluded))) > MOST_RECORDED:
         return values, ("templates",)  # whoever joins the erasure gives the list again
     values["retain"], values["retain_excluded"] = list(kept.source), list(kept.excluded)

@@ -17,6 +17,7 @@ from .. import compat
 from ..base_model import component
 from ..denoising.prompts import Prompts, nearest
 from ..denoising.sampler import SAMPLE, Predict, Sampler
+from ..encoding import short_enough
 from ..errors import ErasureInputError, ErasureTrainingError
 from ..logging import get_logger
 from ..runs.checkpoint import POOL_FILE, Checkpoints
@@ -35,6 +36,7 @@ from .student import Student
 logger = get_logger(__name__)
 
 CONCEPTS, RETAINED = "concepts", "retained"  # the two sources of noisy latents
+HELD_NEAREST, MOST_HELD = 16, 64  # entries of default lists that are trained on: for each target, and for all
 NEAR_TEMPLATES = 2  # further templates for the retained prompts that are nearest to a target
 
 
@@ -47,13 +49,15 @@ class Trained:
         losses: the mean loss of each step.
         sources: the pools of noisy latents.
         prompts: the encoded prompts.
-        near: the retained prompts that are nearest to a target.
+        kept: the retained prompts, those of default lists among them.
+        near: those of them that are nearest to a target.
     """
 
     tensors: dict[str, torch.Tensor]
     losses: list[float]
     sources: dict[str, Source]
     prompts: Prompts
+    kept: list[str]
     near: list[str]
 
 
@@ -101,7 +105,7 @@ class Trainer:
         self.sampler = Sampler(pipe.scheduler.config, config.num_inference_steps)
         self.examples = objective.examples(concepts, config.template_list)
         targets = [str(concept.target) for concept in concepts]
-        kept = config.retain.prompts if config.retain_weight else ()
+        kept = self.kept = kept_prompts(pipe, config, targets) if earlier is None else earlier.kept
         self.near = nearest(pipe, kept, targets, config.retain_nearest) if earlier is None else earlier.near
         self.retained = retained_examples(kept, self.near, config.template_list)
         if len(kept) > len({example.prompts[RETAIN] for example in self.retained}):
@@ -156,7 +160,7 @@ class Trainer:
             interrupt = stack.enter_context(noted())
             self._fill(state, interrupt)
             self._steps(state, interrupt)
-            return Trained(state.factors(config.save), state.losses, state.sources, prompts, self.near)
+            return Trained(state.factors(config.save), state.losses, state.sources, prompts, self.kept, self.near)
 
     def _steps(self, state: State, interrupt: Interrupt) -> None:
         """The loop itself."""
@@ -384,6 +388,19 @@ def _accelerator(accumulation: int, device: torch.device) -> Accelerator:
             f"accelerate is set up in this process in another way ({str(error).splitlines()[0]}). Train before making an "
             "`Accelerator` of your own, or without mixed precision."
         ) from error
+
+
+def kept_prompts(pipe: Any, config: TrainSettings, targets: Sequence[str]) -> list[str]:
+    """What is retained, and of the default lists the entries nearest to the targets: all would take long to denoise."""
+    if not config.retain_weight:
+        return []
+    templates = config.template_list
+    held = [
+        word
+        for word in config.retain.held
+        if len(short_enough(pipe, texts := [template.format(word) for template in templates])) == len(texts)
+    ]
+    return [*config.retain.prompts, *nearest(pipe, held, targets, HELD_NEAREST)[:MOST_HELD]]
 
 
 def retained_examples(prompts: Sequence[str], near: Sequence[str], templates: Sequence[str]) -> list[Example]:
