@@ -543,10 +543,12 @@ def merge_tokens(pipe: Any) -> None:
 
 
 def compile_blocks(pipe: Any) -> None:
+    torch.compiler.reset()  # torch counts the graphs of a class, whichever pipelines they are of
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
 
 
 def compile_unet(pipe: Any) -> None:
+    torch.compiler.reset()
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="aot_eager")
 
 

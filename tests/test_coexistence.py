@@ -65,6 +65,7 @@ def little_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+    torch.compiler.reset()
 
 
 @cache

@@ -31,10 +31,13 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 class Mark:
-    """Forward pre-hook of a watched module: notes that it was called."""
+    """Forward pre-hook of a watched module: notes that it was called.
 
-    def __init__(self, owner: "Owner", site: str, hooks: tuple[int, ...]) -> None:
-        self.owner, self.site, self.hooks = owner, site, hooks
+    A graph knows it by its place among the owner's sites and not by its name, so that one graph serves all blocks that are alike.
+    """
+
+    def __init__(self, owner: "Owner", site: str, hooks: tuple[int, ...], place: int = -1) -> None:
+        self.owner, self.site, self.hooks, self.place = owner, site, hooks, place
 
     @compat.untraced
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -44,7 +47,7 @@ class Mark:
             if called is not None:
                 called.add(self.site)
         elif owner.traced:
-            owner.seen = (*owner.seen, self.site)
+            owner.seen = (*owner.seen, self.place)
         else:
             owner.apart = True
 
@@ -57,17 +60,18 @@ class Owner:
         wrapped: its `forward` was replaced, as caches do, so that its being called does not say that it computes.
         traced, seen: the same as `calls` in a graph; the values are known while it is traced, and constant in between.
         apart: it is itself what is compiled, so that its hooks run outside the graph and do not see into it.
-        missed: sites that were not called, found in a graph.
+        missed: places among the sites that were not called, found in a graph; `count` is that of the sites.
     """
 
     def __init__(self, check: "FiringCheck", module: nn.Module) -> None:
         self.check: FiringCheck | None = check
         self.module = module
         self.sites: tuple[str, ...] = ()
+        self.count = 0
         self.calls: dict[int, set[str]] = {}
         self.wrapped = self.traced = self.apart = False
-        self.seen: tuple[str, ...] = ()
-        self.missed: tuple[str, ...] = ()
+        self.seen: tuple[int, ...] = ()
+        self.missed: tuple[int, ...] = ()
         self.witnesses: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self.handles = [
             module.register_forward_pre_hook(self.enter, prepend=True),
@@ -86,10 +90,10 @@ class Owner:
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After it."""
         if torch.compiler.is_compiling():
-            missing = tuple(site for site in self.sites if site not in self.seen)
+            left_out = tuple(place for place in range(self.count) if place not in self.seen)
             self.traced, self.seen = False, ()
-            if missing and not self.wrapped:
-                self.missed = missing
+            if left_out and not self.wrapped:
+                self.missed = left_out
             return
         called = self.calls.pop(threading.get_ident(), None)
         if called is None or self.apart or (self.wrapped and COMPUTED not in called):
@@ -124,6 +128,7 @@ _STALE: dict[str, Any] = {
     "check": None,
     "module": None,
     "sites": (),
+    "count": 0,
     "wrapped": False,
     "traced": False,
     "apart": False,
@@ -168,8 +173,8 @@ class FiringCheck:
             if id(around) not in self.owners:
                 self.owners[id(around)] = Owner(self, around)
             owner = self.owners[id(around)]
-            owner.sites = (*owner.sites, each.site)
-            mark = Mark(owner, each.site, each.hooks)
+            mark = Mark(owner, each.site, each.hooks, owner.count)
+            owner.sites, owner.count = (*owner.sites, each.site), owner.count + 1
             self.marks.append(each.module.register_forward_pre_hook(mark))
         self._walk()
 
@@ -199,7 +204,7 @@ class FiringCheck:
         for owner in self.owners.values():
             if owner.missed:
                 missing, owner.missed = owner.missed, ()
-                reason = reason or self.why_inactive(owner, missing)
+                reason = reason or self.why_inactive(owner, [owner.sites[place] for place in missing])
         return reason
 
     def why_inactive(self, owner: Owner, missing: Iterable[str]) -> str | None:
