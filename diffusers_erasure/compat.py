@@ -260,11 +260,14 @@ def exactly(names: Iterable[str]) -> str:
 
 
 def layers_with_adapter(module: nn.Module, name: str) -> dict[str, Any]:
-    """peft's layers in a module that have the LoRA adapter `name`, by their paths."""
+    """peft's layers in a module that have the LoRA adapter `name`, by their paths.
+
+    These do not tell of other tuners (LoHa, OFT) that wrap the layer, below which it is a `base_layer`.
+    """
     from peft.tuners.lora import LoraLayer
 
     return {
-        path: part
+        ".".join(step for step in path.split(".") if step != "base_layer"): part
         for path, part in unwrap_compiled(module).named_modules()
         if isinstance(part, LoraLayer) and name in part.lora_A
     }

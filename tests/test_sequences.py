@@ -324,7 +324,7 @@ class Machine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.model.loras)))
         self.pipe.delete_adapters(name)
         del self.model.loras[name]
-        self.model.active, self.model.disabled = {}, False
+        self.model.active = {}
         if self.model.loras:  # by itself peft may make another one active
             self.make_active(sorted(self.model.loras), 1.0)
 

@@ -99,6 +99,8 @@ class PeftAdapters(LiveLayer):
 
     def inactive_reason(self) -> str | None:
         for name, adapter in self.adapters.items():
+            if not self.strengths[name]:
+                continue
             layers = self.layers(name)
             if not adapter.contents.factors.keys() <= layers.keys():
                 return (
@@ -106,8 +108,6 @@ class PeftAdapters(LiveLayer):
                     f"`unload_lora_weights()` or `delete_adapters`. Call `pipe.unload_erasure({name!r})` and load it again; "
                     'the default backend ("hook") stays on whatever is done with LoRAs.'
                 )
-            if not self.strengths[name]:
-                continue
             # Traced into a larger graph this reads no contents, only what `look_again` found when they were swapped.
             if not torch.compiler.is_compiling() and not adapter.contents.looked_at_lately(layers, name):
                 self.look_at_contents(name)
