@@ -138,9 +138,7 @@ def watch_hooks() -> None:
     By itself it does not, and one graph serves all modules of a class: that of a UNet without hooks would also run in one
     that has them, and that of a transformer block in the others.
     """
-    from torch._dynamo import config
-
-    name = "skip_nnmodule_hook_guards"
+    config, name = import_module("torch._dynamo.config"), "skip_nnmodule_hook_guards"
     if getattr(config, name, False):
         setattr(config, name, False)
         config._config[name].default = False  # in other threads, which do not see what this one has set

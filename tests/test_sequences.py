@@ -10,6 +10,8 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -285,6 +287,15 @@ class Machine(RuleBasedStateMachine):
                 self.compare(erased=False)
 
         self.tried(bool(model.of("merge")) and (model.frozen or self.offloaded), look)
+
+    @precondition(lambda self: any(item.strength for item in self.model.of("hook", "peft")))
+    @rule()
+    def save(self) -> None:
+        """What acts beside the weights would be lost."""
+        with TemporaryDirectory() as folder:
+            with pytest.raises(ErasureInactiveError, match="nothing was written"):
+                self.pipe.unet.save_pretrained(folder)
+            assert not any(Path(folder).iterdir())
 
     # ------------------------------------------------------------------------------------------------- LoRAs
 
