@@ -6,6 +6,7 @@ To add a neighbour, add a `Neighbour` to `NEIGHBOURS`; a form, a `Form` to `FORM
 
 import copy
 import importlib.util
+import io
 import pickle
 import tempfile
 import zlib
@@ -85,9 +86,52 @@ def copy_of(pipe: Any) -> Any:
     return copy.deepcopy(pipe, {id(each): each for each in shared})
 
 
+class Stamp(pickle.Pickler):
+    """Makes copies of one pipeline, as `copy_of` does, in a fifth of its time: most of a matrix is copies."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.written = io.BytesIO()
+        super().__init__(self.written, protocol=5)
+        self.kept = [pipe.tokenizer, pipe.vae, *(form.erasure() for form in FORMS.values())]
+        self.places = {id(each): place for place, each in enumerate(self.kept)}
+        self.dump(pipe)
+
+    def persistent_id(self, value: Any) -> int | None:
+        """Tensors and what is shared stay outside."""
+        if isinstance(value, torch.Tensor) and id(value) not in self.places:
+            self.places[id(value)] = len(self.kept)
+            self.kept.append(value)
+        return self.places.get(id(value))
+
+    def copy(self) -> Any:
+        """A new copy."""
+        return _Print(self).load()
+
+
+class _Print(pickle.Unpickler):
+    def __init__(self, stamp: Stamp) -> None:
+        super().__init__(io.BytesIO(stamp.written.getvalue()))
+        self.kept, self.copies = stamp.kept, dict[int, torch.Tensor]()
+
+    def persistent_load(self, place: int) -> Any:
+        value = self.kept[place]
+        if not isinstance(value, torch.Tensor):
+            return value
+        if place not in self.copies:
+            copied = value.detach().clone()
+            whole = isinstance(value, nn.Parameter)
+            self.copies[place] = nn.Parameter(copied, value.requires_grad) if whole else copied
+        return self.copies[place]
+
+
+@cache
+def _tiny_stamp() -> Stamp:
+    return Stamp(_tiny())
+
+
 def base() -> Any:
     """A pipeline without an erasure."""
-    return copy_of(_tiny())
+    return _tiny_stamp().copy()
 
 
 @cache
@@ -252,14 +296,14 @@ class Form:
 
 
 @cache
-def _edited(make: Callable[[], Erasure]) -> Any:
-    return dense_edit(_tiny(), make())
+def _edited(make: Callable[[], Erasure]) -> Stamp:
+    return Stamp(dense_edit(_tiny(), make()))
 
 
 def dense(make: Callable[[], Erasure], pipe: Any) -> Any:
     """A pipeline with the edited weights, instead of one that is as it was or has others."""
     unchanged = all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), _tiny().unet.parameters(), strict=True))
-    return copy_of(_edited(make)) if unchanged else dense_edit(pipe, make())
+    return _edited(make).copy() if unchanged else dense_edit(pipe, make())
 
 
 FORMS: dict[str, Form] = {
@@ -274,15 +318,15 @@ FORMS: dict[str, Form] = {
 
 
 @cache
-def _loaded(form: str) -> Any:
+def _loaded(form: str) -> Stamp:
     pipe = base()
     FORMS[form].load(pipe)
-    return pipe
+    return Stamp(pipe)
 
 
 def erased(form: str) -> Any:
     """A pipeline with an erasure."""
-    return copy_of(_loaded(form))
+    return _loaded(form).copy()
 
 
 # ----------------------------------------------------------------------------------------------- orders of sums
