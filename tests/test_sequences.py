@@ -127,6 +127,7 @@ class Model:
     fused_dtype: torch.dtype = torch.float32
     spoilt: bool = False  # fused weights were rounded since
     disabled: bool = False  # `disable_lora`, which lasts also when others are loaded
+    mixed: bool = False  # but no more where the guard has switched an erasure's adapter on again
     dtype: torch.dtype = torch.float32
 
     def of(self, *backends: str) -> list[Item]:
@@ -307,7 +308,9 @@ class Machine(RuleBasedStateMachine):
         swap = name in model.loras
         self.pipe.load_lora_weights(loaded_style(seed), adapter_name=name, hotswap=swap)
         model.loras[name] = seed
-        if not swap:
+        if model.mixed and not swap:
+            self.make_active([name], 1.0)
+        elif not swap:
             model.active = {} if model.disabled else {name: 1.0}
         elif name in model.active:
             model.active[name] = 1.0
@@ -321,7 +324,8 @@ class Machine(RuleBasedStateMachine):
     def make_active(self, names: list[str], weight: float) -> None:
         self.pipe.enable_lora()
         self.pipe.set_adapters(names, [weight] * len(names))
-        self.model.active, self.model.disabled = dict.fromkeys(names, weight), False
+        self.model.active = dict.fromkeys(names, weight)
+        self.model.disabled = self.model.mixed = False
 
     @precondition(lambda self: self.model.loras and not self.model.fused)
     @rule()
@@ -345,7 +349,8 @@ class Machine(RuleBasedStateMachine):
         model = self.model
         self.pipe.unload_lora_weights()
         model.lasting += [(model.loras[name], factor) for name, factor in model.fused.items()]
-        model.loras, model.active, model.fused, model.disabled = {}, {}, {}, False
+        model.loras, model.active, model.fused = {}, {}, {}
+        model.disabled = model.mixed = False
         model.gone = bool(model.of("peft"))
 
     @precondition(lambda self: self.model.active and not self.model.fused and not self.offloaded)
@@ -400,6 +405,7 @@ class Machine(RuleBasedStateMachine):
         model = self.model
         listed = {info.name: Item(info.name, info.strength, info.backend) for info in self.pipe.list_erasures()}
         assert listed == model.items
+        model.mixed = model.mixed or (model.disabled and bool(model.of("peft")))
         if model.gone and any(item.strength for item in model.of("peft")):
             with pytest.raises(ErasureInactiveError, match="is gone"):
                 noise(self.pipe)

@@ -106,16 +106,24 @@ class Owner:
     def look(self) -> None:
         """Before a pass: see whether `forward` was replaced; then what is called inside says whether it computes."""
         self.wrapped = "forward" in vars(self.module)
-        for module in _inside(self.module) if self.wrapped else ():
-            if id(module) not in self.witnesses:
-                self.witnesses[id(module)] = module.register_forward_pre_hook(Mark(self, COMPUTED, ()))
+        inside = {id(module): module for module in _inside(self.module)} if self.wrapped else {}
+        for key in [key for key in self.witnesses if key not in inside]:
+            self.witnesses.pop(key).remove()
+        for key, module in inside.items():
+            if key not in self.witnesses:
+                self.witnesses[key] = module.register_forward_pre_hook(Mark(self, COMPUTED, ()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without handles on modules that are gone, as a LoRA's are that was unloaded: torch cannot copy these."""
+        alive = {key: handle for key, handle in self.witnesses.items() if handle.hooks_dict_ref() is not None}
+        return {**vars(self), "witnesses": alive}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
         """A copy of a block alone gets an owner that watches nothing, or all of the component would be copied with it."""
         copied = Owner.__new__(Owner)
         memo[id(self)] = copied
         whole = self.check is not None and id(self.check.component) in memo
-        vars(copied).update(copy.deepcopy(vars(self), memo) if whole else {**_STALE, "calls": {}})
+        vars(copied).update(copy.deepcopy(self.__getstate__(), memo) if whole else {**_STALE, "calls": {}})
         return copied
 
     def close(self) -> None:
