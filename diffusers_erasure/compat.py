@@ -132,8 +132,21 @@ def wrap_prompt_encoders(wrap: Callable[[Callable[..., Any]], Callable[..., Any]
 
 
 def reset_compiled() -> None:
-    """Forget compiled graphs: torch does not look at hooks again once a graph exists (`skip_nnmodule_hook_guards`)."""
+    """Forget compiled graphs: torch does not look at hooks again once a graph exists, unless [`watch_hooks`] was called."""
     torch.compiler.reset()
+
+
+def watch_hooks() -> None:
+    """Let torch look at hooks before it runs a compiled graph, in this process from now on; it costs next to nothing.
+
+    By itself it does not, and one graph serves all modules of a class: that of a UNet without hooks would also run in one
+    that has them, and that of a transformer block in the others.
+    """
+    config, name = import_module("torch._dynamo.config"), "skip_nnmodule_hook_guards"
+    if getattr(config, name, False):
+        setattr(config, name, False)
+        config._config[name].default = False  # in other threads, which do not see what this one has set
+        torch.compiler.reset()
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -249,11 +262,14 @@ def exactly(names: Iterable[str]) -> str:
 
 
 def layers_with_adapter(module: nn.Module, name: str) -> dict[str, Any]:
-    """peft's layers in a module that have the LoRA adapter `name`, by their paths."""
+    """peft's layers in a module that have the LoRA adapter `name`, by their paths.
+
+    These do not tell of other tuners (LoHa, OFT) that wrap the layer, below which it is a `base_layer`.
+    """
     from peft.tuners.lora import LoraLayer
 
     return {
-        path: part
+        ".".join(step for step in path.split(".") if step != "base_layer"): part
         for path, part in unwrap_compiled(module).named_modules()
         if isinstance(part, LoraLayer) and name in part.lora_A
     }
@@ -286,7 +302,8 @@ def switch_adapter_on(layer: Any, name: str, strength: float, wanted: list[str],
     active = list(layer.active_adapters)
     if layer.disable_adapters:
         active = [each for each in active if each in wanted]
-    layer._active_adapter = active if name in active else [*active, name]
+    # In front, where it is when it was loaded first: a DoRA scales what those before it have given.
+    layer._active_adapter = active if name in active else [name, *active]
     layer._disable_adapters = False
     for half in (layer.lora_A[name], layer.lora_B[name]):
         half.requires_grad_(False)

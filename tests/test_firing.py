@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -42,6 +43,7 @@ from tests.helpers import (
     equal,
     far,
     images,
+    load_style,
     noise,
     only_family,
     random_erasure,
@@ -344,6 +346,18 @@ def test_a_copied_pipeline_is_checked_too(erased: Any, through: Callable[[Any], 
     noise(erased)
     copied.unload_erasure()
     noise(copied)
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_copy_after_a_lora_has_gone(erased: Any, through: Callable[[Any], Any]) -> None:
+    """What was watched of a LoRA under offloading is gone with it."""
+    before = noise(erased).numpy()
+    load_style(erased)
+    cpu_offload(erased.unet, "cpu")
+    noise(erased)
+    erased.unload_lora_weights()
+    erased.remove_all_hooks()
+    assert equal(noise(through(erased)).numpy(), before)
 
 
 def test_unloading_takes_all_of_it_off(pipe: Any) -> None:

@@ -17,6 +17,7 @@ from tests.helpers import (
     UNET_SITES,
     assert_like,
     base_images,
+    cast_to_float8,
     dense_edit,
     equal,
     images,
@@ -179,3 +180,14 @@ def test_versions_that_refuse_adapters_are_named(pipe: Any, monkeypatch: pytest.
     pipe.load_erasure(random_erasure(tiny_sd_pipe(), "lora", UNET_SITES, size=0.5), "unet", backend="peft")
     pipe.load_erasure(on_text, "hooks")
     assert [item.backend for item in pipe.list_erasures()] == ["peft", "hook"]
+
+
+def test_what_diffusers_cannot_load(pipe: Any) -> None:
+    """A LoRA on nothing but a text encoder's feed-forward is refused in words, and so is one on weights in float8."""
+    erasure = random_erasure(tiny_sd_pipe(), "lora", (*UNET_SITES, *TEXT_SITES[:1]))
+    with pytest.raises(ErasureCompatibilityError, match="diffusers could not load"):
+        unchanged_by(pipe, lambda: pipe.load_erasure(erasure, backend="peft"))
+    cast_to_float8(pipe)
+    with pytest.raises(ErasureCompatibilityError, match="float8"):
+        pipe.load_erasure(random_erasure(tiny_sd_pipe(), "lora", UNET_SITES), backend="peft", strict_base="ignore")
+    assert pipe.list_erasures() == []

@@ -111,8 +111,8 @@ def as_full(unet: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 @torch.no_grad()
-def stock_residuals(unet: Any, tensors: dict[str, torch.Tensor], time: float = 500.0) -> list[torch.Tensor]:
-    """What a stock `ControlNetModel` with a network's tensors gives: it has no hint, as its hint's last layer is zero."""
+def stock_network(unet: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """A stock `ControlNetModel` with a network's tensors. Its hint has no effect, as its hint's last layer is zero."""
     network = ControlNetModel.from_unet(unet, load_weights_from_unet=False).eval()
     zeros, encoder = split(as_full(unet, tensors))
     for name, parameter in network.named_parameters():
@@ -124,7 +124,14 @@ def stock_residuals(unet: Any, tensors: dict[str, torch.Tensor], time: float = 5
             parameter.copy_(value.reshape(parameter.shape))
         elif top != "controlnet_cond_embedding":
             parameter.copy_(encoder[name])
+    return network
+
+
+@torch.no_grad()
+def stock_residuals(unet: Any, tensors: dict[str, torch.Tensor], time: float = 500.0) -> list[torch.Tensor]:
+    """What a stock ControlNet with a network's tensors gives."""
     hint = torch.zeros(2, 3, 64, 64)
+    network = stock_network(unet, tensors)
     down, mid = network(**inputs(unet, time), controlnet_cond=hint, return_dict=False)
     return [*down, mid]
 

@@ -468,3 +468,32 @@ def test_compiled_blocks(backend: CountingBackend) -> None:
     assert_like(noise(pipe).numpy(), noise(dense_edit(plain, erasure, second)).numpy(), base)
     pipe.unload_erasure()
     assert equal(noise(pipe).numpy(), base)
+
+
+def test_compiled_after_another_pipeline(backend: CountingBackend) -> None:
+    """The graph of a module without hooks does not serve one of its class that has them, loaded before it was compiled."""
+    pipe, erasure = small("lora")
+    erased = copy.deepcopy(pipe)
+    erased.load_erasure(erasure)
+    base, wanted = noise(pipe).numpy(), noise(erased).numpy()
+    for each in (pipe, erased):
+        each.unet.up_blocks[0].attentions[0].transformer_blocks[0].compile(backend=backend, fullgraph=True)
+    assert equal(noise(pipe).numpy(), base)
+    assert_like(noise(erased).numpy(), wanted, base)
+    assert backend.graphs == 2
+    assert equal(noise(pipe).numpy(), base)
+
+
+def test_alike_blocks_share_a_graph(backend: CountingBackend) -> None:
+    """Regional compilation: one graph for all blocks with the same sites, and another for one without."""
+    pipe = tiny_sd_pipe()
+    ends = ("attn2.to_k", "attn2.to_v")
+    sites = tuple(f"unet.{name}" for name, _ in pipe.unet.named_modules() if name.endswith(ends))
+    for chosen, graphs in ((sites, 1), (sites[2:], 2)):
+        torch.compiler.reset()
+        backend.graphs, erased = 0, copy.deepcopy(pipe)
+        erased.load_erasure(random_erasure(tiny_sd_pipe(), "lora", chosen, size=0.5))
+        wanted = noise(erased).numpy()
+        erased.unet.compile_repeated_blocks(backend=backend, fullgraph=True)
+        assert_like(noise(erased).numpy(), wanted, noise(pipe).numpy())
+        assert backend.graphs == graphs

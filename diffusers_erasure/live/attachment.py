@@ -60,6 +60,10 @@ class ErasureModules(nn.Module):
         self.marks = Marks()
         self.copies: list[ErasureModules] = []  # of denoisers built within the present blocks, which end for them too
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        compat.watch_hooks()  # of a pickle, in a process that has loaded no erasure
+
     def live(self) -> Iterator[LiveLayer]:
         """By what erasures act here."""
         for layer in self.layers.values():
@@ -243,6 +247,7 @@ def ensure_state(component: nn.Module, beside: ErasureModules | None = None) -> 
     state = state_of(component)
     if state is None:
         component = compat.unwrap_compiled(component)
+        compat.watch_hooks()
         state = ErasureModules()
         if beside is not None:
             state.disabled, state.training_allowed = beside.disabled, beside.training_allowed

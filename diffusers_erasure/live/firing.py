@@ -31,10 +31,13 @@ Step = tuple[nn.Module, str, nn.Module]  # a parent, a name, and its child of th
 
 
 class Mark:
-    """Forward pre-hook of a watched module: notes that it was called."""
+    """Forward pre-hook of a watched module: notes that it was called.
 
-    def __init__(self, owner: "Owner", site: str, hooks: tuple[int, ...]) -> None:
-        self.owner, self.site, self.hooks = owner, site, hooks
+    A graph knows it by its place among the owner's sites and not by its name, so that one graph serves all blocks that are alike.
+    """
+
+    def __init__(self, owner: "Owner", site: str, hooks: tuple[int, ...] = (), place: int = -1) -> None:
+        self.owner, self.site, self.hooks, self.place = owner, site, hooks, place
         self.apart = False  # called in a graph of which the owner's own hooks see nothing
 
     @compat.untraced
@@ -45,7 +48,7 @@ class Mark:
             if called is not None:
                 called.add(self.site)
         elif owner.traced:
-            owner.seen = (*owner.seen, self.site)
+            owner.seen = (*owner.seen, self.place)
         else:
             self.apart = True
 
@@ -57,18 +60,18 @@ class Owner:
         calls: what was called so far in the call that is under way, by thread.
         wrapped: its `forward` was replaced, as caches do, so that its being called does not say that it computes.
         traced, seen: the same as `calls` in a graph; the values are known while it is traced, and constant in between.
-        missed: sites that were not called, found in a graph.
+        missed: places among the `count` sites that were not called, found in a graph.
     """
 
     def __init__(self, check: "FiringCheck", module: nn.Module) -> None:
         self.check: FiringCheck | None = check
         self.module: nn.Module | None = module
         self.marks: list[Mark] = []
-        self.sites: tuple[str, ...] = ()
+        self.count = 0
         self.calls: dict[int, set[str]] = {}
         self.wrapped = self.traced = False
-        self.seen: tuple[str, ...] = ()
-        self.missed: tuple[str, ...] = ()
+        self.seen: tuple[int, ...] = ()
+        self.missed: tuple[int, ...] = ()
         self.witnesses: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self.handles = [
             module.register_forward_pre_hook(self.enter, prepend=True),
@@ -77,14 +80,14 @@ class Owner:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches nothing: of a block alone it must not bring the whole component, and a component is watched anew."""
-        empty: dict[str, Any] = {"check": None, "module": None, "marks": [], "sites": (), "calls": {}, "witnesses": {}}
+        empty: dict[str, Any] = {"check": None, "module": None, "marks": [], "count": 0, "calls": {}, "witnesses": {}}
         return {**empty, "wrapped": False, "traced": False, "seen": (), "missed": (), "handles": []}
 
     def watch(self, module: nn.Module, site: str, hooks: tuple[int, ...]) -> None:
         """Expect a module to be called."""
-        mark = Mark(self, site, hooks)
+        mark = Mark(self, site, hooks, self.count)
         self.marks.append(mark)
-        self.sites = (*self.sites, site)
+        self.count += 1
         self.handles.append(module.register_forward_pre_hook(mark))
 
     @compat.untraced
@@ -99,10 +102,10 @@ class Owner:
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After it."""
         if torch.compiler.is_compiling():
-            missing = tuple(site for site in self.sites if site not in self.seen)
+            left_out = tuple(place for place in range(self.count) if place not in self.seen)
             self.traced, self.seen = False, ()
-            if missing and not self.wrapped:
-                self.missed = missing
+            if left_out and not self.wrapped:
+                self.missed = left_out
             return
         called = self.calls.pop(threading.get_ident(), None)
         if called is None or output is None or (self.wrapped and COMPUTED not in called):  # `None`: it broke off
@@ -116,9 +119,12 @@ class Owner:
         """Before a pass: see whether `forward` was replaced; then what is called inside says whether it computes."""
         assert self.module is not None
         self.wrapped = "forward" in vars(self.module)
-        for module in _inside(self.module) if self.wrapped else ():
-            if id(module) not in self.witnesses:
-                self.witnesses[id(module)] = module.register_forward_pre_hook(Mark(self, COMPUTED, ()))
+        inside = {id(module): module for module in _inside(self.module)} if self.wrapped else {}
+        for key in [key for key in self.witnesses if key not in inside]:
+            self.witnesses.pop(key).remove()
+        for key, module in inside.items():
+            if key not in self.witnesses:
+                self.witnesses[key] = module.register_forward_pre_hook(Mark(self, COMPUTED))
         if not self.calls.keys() - {threading.get_ident()}:  # no other thread is in between
             for mark in self.marks:
                 mark.apart = False
@@ -200,7 +206,7 @@ class FiringCheck:
         for owner in self.owners.values():
             if owner.missed:
                 missing, owner.missed = owner.missed, ()
-                reason = reason or self.why_inactive(owner, missing)
+                reason = reason or self.why_inactive(owner, [owner.marks[place].site for place in missing])
         return reason
 
     def why_inactive(self, owner: Owner, missing: Iterable[str]) -> str | None:

@@ -15,6 +15,7 @@ from .. import compat
 from ..artifact import Erasure
 from ..errors import ErasureCompatibilityError, ErasureInputError
 from ..layers import LiveLayer, Watched, layer_kind
+from ..layers.sites import find_module
 from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, pad_rank
 from ..schema import LayerSpec
@@ -98,6 +99,8 @@ class PeftAdapters(LiveLayer):
 
     def inactive_reason(self) -> str | None:
         for name, adapter in self.adapters.items():
+            if not self.strengths[name]:
+                continue
             layers = self.layers(name)
             if not adapter.contents.factors.keys() <= layers.keys():
                 return (
@@ -105,8 +108,6 @@ class PeftAdapters(LiveLayer):
                     f"`unload_lora_weights()` or `delete_adapters`. Call `pipe.unload_erasure({name!r})` and load it again; "
                     'the default backend ("hook") stays on whatever is done with LoRAs.'
                 )
-            if not self.strengths[name]:
-                continue
             # Traced into a larger graph this reads no contents, only what `look_again` found when they were swapped.
             if not torch.compiler.is_compiling() and not adapter.contents.looked_at_lately(layers, name):
                 self.look_at_contents(name)
@@ -265,7 +266,19 @@ def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Mo
         if compat.is_compiled(component):
             raise ErasureCompatibilityError('`backend="peft"` cannot be loaded into a compiled model; load it before.')
     for layer in erasure.config.layers:
-        layer_kind(layer.kind).check(components[layer.component], layer, erasure.layer_tensors(layer))
+        component = components[layer.component]
+        layer_kind(layer.kind).check(component, layer, erasure.layer_tensors(layer))
+        small = [site for site in layer.sites if _is_float8(find_module(component, site))]
+        if small:
+            raise ErasureCompatibilityError(
+                f"The weights of {small[:3]} are stored as float8, and so would the adapter's be, in which peft does not compute. "
+                'Load the erasure before `enable_layerwise_casting`, or use the default `backend="hook"`.'
+            )
+
+
+def _is_float8(module: nn.Module) -> bool:
+    weight = compat.own_parameter(module, "weight")
+    return weight is not None and weight.dtype.is_floating_point and weight.dtype.itemsize == 1
 
 
 def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: str, policy: PeftGuard) -> None:
@@ -281,7 +294,13 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
     names = {layer.component for layer in item.erasure.config.layers}
     before = {name: compat.adapter_states(component) for name, component in components.items()}
     try:
-        pipe.load_lora_weights(_state_dict(item.erasure), adapter_name=item.name)
+        try:
+            pipe.load_lora_weights(_state_dict(item.erasure), adapter_name=item.name)
+        except Exception as error:
+            raise ErasureCompatibilityError(
+                f"diffusers could not load the erasure as a LoRA adapter; nothing was kept. It said: {error} "
+                'Use the default `backend="hook"`.'
+            ) from error
         for name in components:
             compat.restore_adapter_states(before[name])
         for name in names:
