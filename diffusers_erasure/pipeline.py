@@ -265,6 +265,7 @@ def load_erasure(
     item = Loaded(name, erasure, strength, match, content, "peft" if backend == "peft" else "hook")
     item.prompts = prompt_guard.PromptRecord() if on_text else None
     item.one_prompt = prompt_guard.OnePrompt() if second_prompt.needs_guard(pipe, erasure) else None
+    told = twins.shared_targets(pipe, item)
     if backend == "peft":
         peft_backend.check(pipe, erasure, name, components)
         peft_backend.load(pipe, item, components, denoiser_name(pipe), peft_guard)
@@ -272,7 +273,8 @@ def load_erasure(
         attachment.attach(components, [denoiser_name(pipe)], item)
     if backend == "merge":
         fusing.attach_fused(pipe, name)
-    twins.warn_of_shared_targets(pipe, name)
+    for level, message in told:
+        logger.log(level, "%s", message)
     logger.info("Loaded the erasure %r (%s) at strength %g.", name, erasure.config.method.name, strength)
     return _info(pipe, item)
 

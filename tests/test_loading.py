@@ -33,6 +33,7 @@ from diffusers_erasure import (
 from diffusers_erasure.layers.lora import LoraLayer
 from diffusers_erasure.layers.text_map import TextMap
 from diffusers_erasure.live import attachment
+from diffusers_erasure.schema import Concept
 from tests.helpers import (
     CONV_SITES,
     TEXT_SITES,
@@ -166,7 +167,8 @@ def test_a_failure_in_the_middle_of_attaching(
     if first_loaded:
         pipe.load_erasure(random_erasure(tiny_sd_pipe(), sites=BOTH, seed=5), "first")
         pipe.load_erasure(random_erasure(tiny_sd_pipe(), "text_map", seed=6), "map")
-    erasure = random_erasure(pipe, "text_map" if place == "text map" else "lora", (*UNET_SITES, *BOTH[2:]))
+    kind = "text_map" if place == "text map" else "lora"
+    erasure = random_erasure(pipe, kind, (*UNET_SITES, *BOTH[2:]), concepts=(Concept("lynx"),))  # of no loaded one
     calls = [0]
 
     def fail_at(number: int, original: Any, *, once: bool = True) -> Any:

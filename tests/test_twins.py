@@ -7,18 +7,32 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from benchmarks.builders import UNetOnly
-from diffusers_erasure import Erasure, ErasureInputError, demo, erase, with_gate, with_schedule
+from diffusers_erasure import (
+    Erasure,
+    ErasureInputError,
+    compat,
+    demo,
+    erase,
+    erasures_disabled,
+    with_gate,
+    with_schedule,
+)
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import last_rows
 from diffusers_erasure.layers.layer import Layer
+from diffusers_erasure.layers.lora import LoraLayer
+from diffusers_erasure.live import twins
+from diffusers_erasure.live.loaded import states
 from diffusers_erasure.live.twins import overshoot, same_edit, same_recipe
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.schema import LORA_FILE, Concept
-from tests.helpers import UNET_SITES, normal, random_erasure, tiny_sd_pipe
+from tests.helpers import TEXT_SITES, UNET_SITES, normal, random_erasure, tiny_sd_pipe
 from tests.test_activation import as_erasure as activations
 from tests.test_activation import make_plan
+from tests.test_closed_form_bases import quantise
 
 
 COMMON: dict[str, Any] = {"anchors": "animal", "retain": ["dog", "rabbit"]}
@@ -172,6 +186,74 @@ def test_what_is_not_told_is_no_recipe(pipe: Any, made: dict[str, Erasure]) -> N
     assert not same_recipe(made_up, made_up)
 
 
+def test_where_weights_are_offloaded_or_packed(made: dict[str, Erasure]) -> None:
+    for away in (lambda unet: cpu_offload(unet, "cpu"), quantise):
+        pipe = demo.load_pipeline()
+        away(pipe.unet)
+        pipe.load_erasure(made["lora"], "first", strict_base="ignore")
+        assert not same_edit(pipe, made["rece"], made["lora"])
+        if away is not quantise:  # eight bits are another base
+            assert same_edit(pipe, unnamed(made["map"]), made["lora"])
+        pipe.load_erasure(made["rece"], "second", strict_base="ignore")
+        with pytest.raises(ErasureInputError, match="loaded already"):
+            pipe.load_erasure(made["map"], "third", strict_base="ignore")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ImportError])
+def test_where_weights_cannot_be_read_recipes_and_tensors_tell(
+    made: dict[str, Erasure], error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = demo.load_pipeline()
+    quantise(pipe.unet)
+
+    def unreadable(module: Any) -> None:
+        raise error("no kernel here")
+
+    monkeypatch.setattr(compat, "dequantized_weight", unreadable)
+    pipe.load_erasure(made["lora"], "first", strict_base="ignore")
+    pipe.load_erasure(made["rece"], "second", strict_base="ignore")
+    assert "cannot be told" in caplog.text
+    for twin in (made["map"], unnamed(made["lora"].cast("float16"))):
+        with pytest.raises(ErasureInputError, match="loaded already, as 'first'"):
+            pipe.load_erasure(twin, "third", strict_base="ignore")
+    pipe.load_erasure(unnamed(made["map"]), "third", strict_base="ignore")  # which says nothing of itself
+
+
+@pytest.mark.parametrize("layer", ["lora", "text_map"])
+def test_another_inversion_of_one_token_is_another_erasure(layer: str) -> None:
+    pipe = demo.load_pipeline()
+    erasures = []
+    embeddings = pipe.text_encoder.get_input_embeddings().weight
+    for word in ("cat", "house"):
+        vector = embeddings[pipe.tokenizer(word).input_ids[1]].detach().clone()
+        if word == "house":
+            pipe.unload_textual_inversion()
+        pipe.load_textual_inversion({"<x>": vector})
+        erasures.append(erase(pipe, "<x>", **COMMON, layer=layer))
+    assert same_recipe(*erasures)
+    pipe.load_erasure(with_schedule(erasures[0], [1.0, 0.5]), "late")
+    pipe.load_erasure(with_schedule(erasures[1], [1.0, 0.5]), "other, late")
+    pipe.unload_erasure()
+    pipe.load_erasure(erasures[0], "first")
+    pipe.load_erasure(erasures[1], "second")
+    with pytest.raises(ErasureInputError, match="loaded already, as 'second'"):
+        pipe.load_erasure(erase(pipe, "<x>", **COMMON, layer=layer, rank=2), "third")
+
+
+def test_the_refusal_says_how_to_exchange_them(pipe: Any, made: dict[str, Erasure]) -> None:
+    pipe.load_erasure(made["lora"], "first")
+    for twin in (made["lora"], made["map"]):
+        with pytest.raises(ErasureInputError, match=r"twice the strength.*unload_erasure\('first'\)` first"):
+            pipe.load_erasure(twin, "second")
+    pipe.set_erasures("first", 0.0)
+    for twin in (made["lora"], made["map"]):
+        with pytest.raises(
+            ErasureInputError, match=r"it is at strength 0.*unload_erasure\('first'\)` first"
+        ) as refused:
+            pipe.load_erasure(twin, "second")
+        assert "twice the" not in str(refused.value)
+
+
 # --------------------------------------------------------------------------------------------- one target, removed twice
 
 
@@ -206,6 +288,61 @@ def test_two_erasures_of_one_target_are_told(
     assert three is not None and 2.8 < three < 3.2
     maps = overshoot(pipe, "cat", [(made["map"], 1.0), (made["rece"], 1.0)])
     assert maps is not None and 1.8 < maps < 2.2
+
+
+def test_what_set_adapters_gives_counts(pipe: Any, made: dict[str, Erasure], caplog: pytest.LogCaptureFixture) -> None:
+    pipe.load_erasure(made["lora"], "first", backend="peft")
+    pipe.set_adapters("first", 0.25)
+    pipe.load_erasure(made["rece"], "second")
+    times = overshoot(pipe, "cat", [(made["lora"], 0.25), (made["rece"], 1.0)])
+    assert times is not None and times < 1.4 and f"{times:.2f} times" in caplog.text
+
+
+@pytest.mark.parametrize("on_text", [False, True])
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [("last_rows", RuntimeError("out of memory")), ("overshoot", ErasureInputError("not finite"))],
+    ids=["encoder", "weights"],
+)
+def test_what_fails_while_it_is_told_is_no_failure(
+    place: str, error: Exception, on_text: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = tiny_sd_pipe(levels=1)
+    sites = TEXT_SITES if on_text else tuple(f"unet.{site}" for site in text_readers(pipe))
+    one, two = (random_erasure(pipe, sites=sites, seed=seed, concepts=(Concept("zebra"),)) for seed in (0, 1))
+    pipe.load_erasure(one, "one")
+    seen = []
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        seen.append(list(states(pipe)["unet"].loaded))
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(twins, place, fail)
+        assert pipe.load_erasure(two, "two").name == "two"
+    assert seen == [["one"]]  # nothing of the other is there yet
+    assert "cannot be told" in caplog.text
+    assert [item.name for item in pipe.list_erasures()] == ["one", "two"]
+    assert all(not state.disabled for state in states(pipe).values())
+
+
+def test_a_block_that_fails_at_its_start_leaves_erasures_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_sd_pipe(levels=1)
+    sites = (*TEXT_SITES, *(f"unet.{site}" for site in text_readers(pipe)))
+    pipe.load_erasure(random_erasure(pipe, sites=sites))
+    for number in (1, 2):
+        calls = []
+
+        def fold(self: Any, strengths: Any, number: int = number, calls: list[int] = calls) -> None:
+            calls.append(1)
+            if len(calls) == number:
+                raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LoraLayer, "fold", fold)
+            with pytest.raises(RuntimeError), erasures_disabled(pipe):
+                pass
+        assert [state.disabled for state in states(pipe).values()] == [0, 0]
 
 
 def test_what_moves_a_target_elsewhere_is_no_alarm(caplog: pytest.LogCaptureFixture) -> None:

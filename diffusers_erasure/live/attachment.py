@@ -273,14 +273,17 @@ def counted(states: Callable[[], Iterable[ErasureModules]], attribute: str) -> I
     At its end the states are asked for again: some may have come within the block, with the counter of the others.
     """
     held = list(states())
-    for state in _with_copies(held):
-        setattr(state, attribute, getattr(state, attribute) + 1)
-        state.fold()
+    ahead = _with_copies(held)
     try:
+        while ahead:  # one by one, so that a failure here ends all of them, and only those that it has reached
+            setattr(ahead[0], attribute, getattr(ahead[0], attribute) + 1)
+            ahead.pop(0).fold()
         yield
     finally:
-        for state in _with_copies([*held, *states()]):
+        over = [state for state in _with_copies([*held, *states()]) if state not in ahead]
+        for state in over:
             setattr(state, attribute, max(0, getattr(state, attribute) - 1))
+        for state in over:
             if not state.disabled and not state.training_allowed:
                 state.copies.clear()
             state.fold()

@@ -5,6 +5,7 @@ factors: an inner product of two `B A` is a sum over Gram matrices, so no produc
 it. Text rows are encoded only where a target is removed twice.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..artifact import Erasure
-from ..base_model import component, denoiser_name, readers_of_text, same_component, weight_times
+from ..base_model import component, denoiser_name, readable_weight, readers_of_text, same_component, weight_times
 from ..encoding import last_rows
 from ..errors import ErasureError, ErasureInputError
 from ..layers import layer_kind
@@ -27,6 +28,7 @@ from ..schema import LayerSpec
 from .attachment import Loaded
 from .blocks import erasures_disabled
 from .loaded import loaded, states
+from .peft_backend import present_strength
 
 
 logger = get_logger(__name__)
@@ -53,9 +55,9 @@ def refuse_copy(pipe: Any, content: str) -> None:
     Raises:
         ErasureInputError: they are.
     """
-    twin = next((item.name for item in loaded(pipe).values() if item.content_hash == content), None)
+    twin = next((item for item in loaded(pipe).values() if item.content_hash == content), None)
     if twin is not None:
-        raise ErasureInputError(_LOADED.format(name=twin, how=""))
+        raise _refused(pipe, twin, "")
 
 
 def refuse_same_edit(pipe: Any, erasure: Erasure) -> None:
@@ -63,29 +65,39 @@ def refuse_same_edit(pipe: Any, erasure: Erasure) -> None:
 
     The same edit is: layers that change weights by the same `B A` at every site, times one positive number, within what the
     rounding of the coarser dtype makes of the factors; other layers with the same tensors within that rounding; or the same
-    recipe on the same base. Layers with another schedule or gate are another edit.
+    recipe on the same base, but where changes of weights say otherwise ([`point_elsewhere`]). Layers with another schedule or
+    gate are another edit. What cannot be read, such as weights that are packed in an unknown way, is not compared.
 
     Raises:
         ErasureInputError: it is.
     """
     own = Edit.of(erasure)
     for item in loaded(pipe).values():
-        if same_edit(pipe, erasure, item.erasure, own) or same_recipe(erasure, item.erasure):
-            raise ErasureInputError(_LOADED.format(name=item.name, how=" in another dtype, form or scale"))
+        if same_edit(pipe, erasure, item.erasure, own) or (
+            same_recipe(erasure, item.erasure) and not point_elsewhere(pipe, erasure, item.erasure)
+        ):
+            raise _refused(pipe, item, " in another dtype, form or scale")
 
 
-def warn_of_shared_targets(pipe: Any, name: str) -> None:
-    """Warn where other loaded erasures remove a target of one that has just been loaded, with how far they move it together."""
-    items = loaded(pipe)
-    new = items.pop(name)
-    for target, others in _shared_targets(new.erasure, items.values()).items():
-        _tell(pipe, target, others, new)
+def shared_targets(pipe: Any, new: Loaded) -> list[tuple[int, str]]:
+    """What is to be told of targets that loaded erasures and one that is about to be loaded all remove.
+
+    It only informs: whatever fails in it, how far they go together is said to be unknown.
+
+    Returns:
+        `list` of (`int`, `str`): a logging level and a message for each such target.
+    """
+    shared = _shared_targets(new.erasure, loaded(pipe).values())
+    return [_told(pipe, target, others, new) for target, others in shared.items()]
 
 
-_LOADED = (
-    "This erasure is loaded already, as {name!r}{how}; twice it would act at twice the strength. "
-    "Use `pipe.set_erasures({name!r}, strength)`."
-)
+def _refused(pipe: Any, twin: Loaded, how: str) -> ErasureInputError:
+    name = twin.name
+    now = "twice it would act at twice the strength" if present_strength(pipe, twin) else "it is at strength 0"
+    return ErasureInputError(
+        f"This erasure is loaded already, as {name!r}{how}; {now}. Use `pipe.set_erasures({name!r}, strength)`; to exchange one "
+        f"for the other, call `pipe.unload_erasure({name!r})` first."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the edits
@@ -113,19 +125,20 @@ class Part:
     def noise(self) -> float:
         """Root mean square of what rounding the factors to their dtype makes of the product."""
         a, b = self.factors()
-        dtypes = [_dtype(self.a), _dtype(self.b)] + ([] if self.linear is None else [self.linear.weight.dtype])
+        weight = None if self.linear is None else readable_weight(self.linear, self.site)
+        dtypes = [_dtype(self.a), _dtype(self.b)] + ([] if weight is None else [weight.dtype])
         info = torch.finfo(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
         # Per rank, so that heavy rows which cancel count; below the normal range roundings are absolute.
         rows = a.square().sum(1) + self.a.shape[1] * info.tiny**2
         columns = b.square().sum(0) + len(b) * info.tiny**2
-        if self.linear is not None:
-            columns = columns + self.b.double().square().sum(0) * _mean_gain(self.linear)
+        if weight is not None:
+            columns = columns + self.b.to("cpu", torch.float64).square().sum(0) * _mean_gain(weight)
         return ROUNDED * info.eps * float((rows * columns).sum().sqrt())
 
 
-def _mean_gain(linear: nn.Linear) -> float:
+def _mean_gain(weight: torch.Tensor) -> float:
     """|W|^2 / in: what W makes of the square of a rounding error."""
-    return float(linear.weight.detach().float().square().sum()) / linear.in_features
+    return float(weight.float().square().sum()) / weight.shape[1]
 
 
 def _dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -146,17 +159,18 @@ class Edit:
     others: list[Other] = field(default_factory=list)
 
     @classmethod
-    def of(cls, erasure: Erasure) -> "Edit":
-        """What an erasure changes. Nothing is computed."""
+    def of(cls, erasure: Erasure, *, modified: bool = False) -> "Edit":
+        """What an erasure changes; with `modified` what it changes where schedules and gates are open. Nothing is computed."""
         edit = cls()
         for layer in erasure.config.layers:
             tensors, kind = erasure.layer_tensors(layer), layer_kind(layer.kind)
-            factors = None if layer.is_modified else kind.lora(layer, tensors)
+            plain = modified or not layer.is_modified
+            factors = kind.lora(layer, tensors) if plain else None
             if factors is not None:
                 for site, (a, b) in factors.items():
                     place = layer.component, site.removeprefix("text_model.")
                     edit.modules.setdefault(place, []).append(Part(a.flatten(1), b.flatten(1)))
-            elif layer.kind == "text_map" and not layer.is_modified:
+            elif layer.kind == "text_map" and plain:
                 place = layer.component, layer.sites[0]
                 edit.inputs.setdefault(place, []).append(Part(tensors["A"], tensors["D"].T))
             else:
@@ -210,8 +224,31 @@ def same_edit(pipe: Any, one: Erasure, other: Erasure, edit: Edit | None = None)
         return _same_parts({**first.inputs, **first.modules}, {**second.inputs, **second.modules})
     try:
         return _same_parts(first.at_modules(pipe), second.at_modules(pipe))
-    except ErasureError:
+    except _UNREAD:
         return False
+
+
+def point_elsewhere(pipe: Any, one: Erasure, other: Erasure) -> bool:
+    """Whether the changes of weights that two erasures make where both make some are known to have another direction.
+
+    A textual inversion of one token may be exchanged, which no recipe tells.
+    """
+    first, second = Edit.of(one, modified=True), Edit.of(other, modified=True)
+    try:
+        if first.inputs.keys() == second.inputs.keys():
+            parts = {**first.inputs, **first.modules}, {**second.inputs, **second.modules}
+        else:
+            parts = first.at_modules(pipe), second.at_modules(pipe)
+        pairs = [(_joined(parts[0][place]), _joined(parts[1][place])) for place in parts[0].keys() & parts[1].keys()]
+        pairs = [(x, y) for x, y in pairs if x[0].shape[1] == y[0].shape[1] and len(x[1]) == len(y[1])]
+        aa, bb, ab = (sum(_inner(*pair[i], *pair[j]) for pair in pairs) for i, j in ((0, 0), (1, 1), (0, 1)))
+    except _UNREAD:
+        return False
+    return aa > 0 and bb > 0 and ab <= UNLIKE * (aa * bb) ** 0.5
+
+
+# What reading a weight raises: an error of this library, or one of whatever unpacks it or brings it from elsewhere.
+_UNREAD = (ErasureError, RuntimeError, ImportError, TypeError, ValueError)
 
 
 def _same_parts(one: Mapping[Place, Sequence[Part]], other: Mapping[Place, Sequence[Part]]) -> bool:
@@ -361,23 +398,27 @@ def _shared_targets(erasure: Erasure, items: Iterable[Loaded]) -> dict[str, list
     return found
 
 
-def _tell(pipe: Any, target: str, others: Sequence[Loaded], new: Loaded) -> None:
+def _told(pipe: Any, target: str, others: Sequence[Loaded], new: Loaded) -> tuple[int, str]:
     names = ", ".join(repr(item.name) for item in others)
-    acting = [(item.erasure, item.strength) for item in (*others, new)]
+    acting = [(item.erasure, present_strength(pipe, item)) for item in others] + [(new.erasure, new.strength)]
     if any(strength == 0 for _, strength in acting):
-        logger.info("%r is removed by %s too; one of them is at strength 0.", target, names)
-        return
-    times = overshoot(pipe, target, acting)
+        return logging.INFO, f"{target!r} is removed by {names} too; one of them is at strength 0."
+    try:
+        times = overshoot(pipe, target, acting)
+    except Exception as error:  # of a text encoder, a tokenizer, or for want of memory
+        logger.debug("How far %r is moved cannot be told: %s", target, error)
+        times = None
     if times is not None and times <= ALARM:
-        logger.info("%r is removed by %s too; together they move it %.2f times as far as one.", target, names, times)
-        return
+        return (
+            logging.INFO,
+            f"{target!r} is removed by {names} too; together they move it {times:.2f} times as far as one.",
+        )
     far = "how far they move it together cannot be told" if times is None else _FAR.format(times=times)
-    logger.warning(
-        "%r is removed already, by %s: at these strengths %s. Unload one of them, or lower their strengths (`pipe.set_erasures`). "
-        "For several targets make one erasure: in one call to `erase`, or with `combine` of erasures that share no target.",
-        target,
-        names,
-        far,
+    return (
+        logging.WARNING,
+        f"{target!r} is removed already, by {names}: at these strengths {far}. Unload one of them, or lower their strengths "
+        "(`pipe.set_erasures`). For several targets make one erasure: in one call to `erase`, or with `combine` of erasures that "
+        "share no target.",
     )
 
 
