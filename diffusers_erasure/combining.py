@@ -50,7 +50,8 @@ def combine(
             any LoRA and text-map erasures of one base model, exactly: what loading all of them does.
         retain (*optional*): joint: what must not change, as in [`erase`]; by default what the parts retained, all together,
             without what names one of the targets.
-        rank (`int`, *optional*), max_error (`float`, *optional*): truncate; the error is recorded.
+        rank (`int`, *optional*), max_error (`float`, *optional*): truncate; the error is recorded. For SDXL edits that map each
+            text encoder's half of a row by itself both hold for each half.
 
     Returns:
         [`Erasure`]: redacted, where one of the parts is.

@@ -7,6 +7,7 @@ import torch
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # what the names of a LoRA's factors end in
 ROUNDING = 1e-13  # singular values below this share of the largest are rounding, not edit
+HALVES = 2  # text encoders whose rows lie side by side; more groups than that are a sparse matrix's own
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -55,10 +56,14 @@ def svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     for rows, columns in groups:
         own = left[:, rows]
         used = (own != 0).any(1)  # zeros of `left` stay exact too
+        if not bool(used.any()):
+            continue
         u, s, vh = product(own[used], right[rows][:, columns])
         whole_u, whole_vh = left.new_zeros(len(left), len(s)), right.new_zeros(len(s), right.shape[1])
         whole_u[used], whole_vh[:, columns] = u, vh
         parts.append((whole_u, s, whole_vh))
+    if not parts:
+        return left.new_zeros(len(left), 1), left.new_zeros(1), right.new_zeros(1, right.shape[1])
     s = torch.cat([part[1] for part in parts])
     order = torch.argsort(s, descending=True, stable=True)
     return torch.cat([part[0] for part in parts], 1)[:, order], s[order], torch.cat([part[2] for part in parts])[order]
@@ -73,12 +78,33 @@ def rank_for(s: torch.Tensor, rank: int | None, max_error: float | None) -> int:
     return kept if rank is None else min(kept, rank)
 
 
+def heaviest(s: torch.Tensor, vh: torch.Tensor, rank: int | None, max_error: float | None) -> list[int]:
+    """The rows of `vh` that [`rank_for`] keeps: where they are in two groups ([`blocks`]), so many of each.
+
+    Each half of an SDXL row is mapped by itself, so `rank` is that of each map and `max_error` a share of each, and a half that
+    is lighter than the other keeps acting.
+    """
+    groups = blocks(vh)
+    if len(groups) != HALVES:
+        return list(range(rank_for(s, rank, max_error)))
+    return sorted(i for rows, _ in groups for i in rows[: rank_for(s[rows], rank, max_error)].tolist())
+
+
+def norm_without(values: torch.Tensor, kept: list[int]) -> float:
+    """The norm of what is left out where some of the singular values are kept."""
+    if kept == list(range(len(kept))):
+        return float(values[len(kept) :].norm())
+    out = torch.ones(len(values), dtype=torch.bool)
+    out[kept] = False
+    return float(values[out].norm())
+
+
 def compress(a: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Write D^T A with as few rows as it has rank, the heaviest first, balanced between the two factors."""
     u, s, vh = svd(d.T, a)
-    kept = rank_for(s, None, None)
-    root = s[:kept].sqrt()
-    return vh[:kept] * root[:, None], (u[:, :kept] * root).T
+    kept = heaviest(s, vh, None, None)
+    root = s[kept].sqrt()
+    return vh[kept] * root[:, None], (u[:, kept] * root).T
 
 
 def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,9 +122,9 @@ def truncated(
     """`D^T A` with as few rows as wanted, and the relative error (Frobenius norm) of leaving the others out."""
     a, d = compress(a, d)
     values = a.norm(dim=1) * d.norm(dim=1)  # the singular values
-    kept = rank_for(values, rank, max_error)
+    kept = heaviest(values, a, rank, max_error)
     whole = float(values.norm())
-    return a[:kept], d[:kept], float(values[kept:].norm()) / whole if whole else 0.0
+    return a[kept], d[kept], norm_without(values, kept) / whole if whole else 0.0
 
 
 def pad_rank(factor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
@@ -140,10 +166,10 @@ def written(a: torch.Tensor, b: torch.Tensor, rank: int | None, max_error: float
     # More rows than the matrix has rank (many rows of a window) are written as fewer, exactly.
     if rank is not None or max_error is not None or len(a) > min(a.shape[1], b.shape[0]):
         u, s, vh = svd(b, a)
-        kept = rank_for(s, rank, max_error)
-        lost, whole = float(s[kept:].norm()), float(s.norm())
+        kept = heaviest(s, vh, rank, max_error)
+        lost, whole = norm_without(s, kept), float(s.norm())
         error = lost / whole if whole else 0.0
-        a, b = vh[:kept], u[:, :kept] * s[:kept]
+        a, b = vh[kept], u[:, kept] * s[kept]
     a, b = balanced(a, b)
     rounded = a.float().contiguous(), b.float().contiguous()
     return rounded, error + cast_error((a, b), rounded)

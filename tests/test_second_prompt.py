@@ -20,7 +20,7 @@ from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.encoding import all_rows, last_rows
 from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.live.second_prompt import maps_together
-from diffusers_erasure.low_rank import DOWN, UP, svd
+from diffusers_erasure.low_rank import DOWN, UP, compress, svd, truncated, written
 from diffusers_erasure.schema import LORA_FILE
 from tests.helpers import ROUNDINGS, images, normal, roundings, tiny_sd_pipe, tiny_sdxl_pipe
 
@@ -113,6 +113,49 @@ def test_halves_stay_apart_however_the_erasure_is_written(pipe: Any, settings: d
     assert maps_together(pipe, erase(pipe, "cat", **COMMON, **settings, per_encoder=False))
     other = erase(pipe, "house", anchors="", **settings)
     assert not maps_together(pipe, combine([erasure, other], mode="sum", rank=6))
+
+
+@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+@pytest.mark.parametrize("truncate", [{"rank": 1}, {"max_error": 0.9}], ids=["rank", "error"])
+def test_no_half_is_dropped_however_much_is_truncated(pipe: Any, method: str, truncate: dict[str, Any]) -> None:
+    """Beside each of the forms a sum, in which the halves are of unlike weight."""
+    form: dict[str, Any] = {} if method == "speed" else {"layer": "lora"}
+    one, other = (erase(pipe, name, **COMMON, method=method, **form) for name in ("cat", "house"))
+    cut = erase(pipe, "cat", **COMMON, method=method, **form, **truncate)
+    light = unlike(one), unlike(other)
+    found = [cut, combine([one, other], mode="sum", **truncate), combine(light, mode="sum", **truncate)]
+    if method != "speed":
+        maps = [erase(pipe, name, **COMMON, method=method, layer="text_map") for name in ("cat", "house")]
+        found.append(erase(pipe, "cat", **COMMON, method=method, layer="text_map", **truncate))
+        found.append(combine([unlike(each) for each in maps], mode="sum", **truncate))
+    row = fed(pipe, "cat")
+    for erasure in found:
+        assert not maps_together(pipe, erasure)
+        for layer in erasure.config.layers:
+            tensors = erasure.layer_tensors(layer)
+            pairs = [(site, (tensors["A"], tensors["D"].T)) for site in layer.sites if "A" in tensors]
+            pairs = pairs or [(site, (tensors[site + DOWN], tensors[site + UP])) for site in layer.sites]
+            for site, (a, b) in pairs:
+                if site not in ("encoder_hidden_states", *text_readers(pipe)):
+                    continue
+                a, b = a.double(), b.double()
+                for half in HALVES:
+                    if "rank" in truncate:
+                        assert int((a[:, half] != 0).any(1).sum()) == 1
+                    moved = b @ (a[:, half] @ row[half])
+                    assert moved.norm() > 1e-6 * b.norm() * a[:, half].norm() * row[half].norm()
+
+
+def unlike(erasure: Erasure) -> Erasure:
+    """The same with a first half that is a hundredth of it."""
+    (layer, *others) = erasure.config.layers
+    tensors = {name: value.clone() for name, value in erasure.layer_tensors(layer).items()}
+    for name, value in tensors.items():
+        if name == "A" or name.endswith(DOWN) and value.shape[1] == HALVES[1].stop:
+            value[:, HALVES[0]] *= 0.01
+    made = Layer(layer.kind, layer.sites, tensors, layer.component, layer.derived_from)
+    rest = [Layer(each.kind, each.sites, erasure.layer_tensors(each), each.component) for each in others]
+    return Erasure.from_layers([made, *rest], base=erasure.config.base_model, concepts=erasure.concepts)
 
 
 def test_speed_leaves_alone_what_each_half_retains(pipe: Any) -> None:
@@ -231,3 +274,31 @@ def test_groups_of_columns_are_factored_by_themselves() -> None:
     assert float(lost) == pytest.approx(float(s[4:].norm()), rel=1e-12)  # what is left out adds up
     whole = svd(left, normal(7, 11, seed=3))
     assert len(whole[1]) == 7
+
+
+def test_truncation_holds_for_each_group_of_columns() -> None:
+    first, second = normal(3, 5, seed=1), 1e-3 * normal(4, 6, seed=2)
+    a, d = torch.block_diag(first, second), torch.block_diag(normal(3, 5, seed=3), normal(4, 6, seed=4))
+    exact = d.T @ a
+    for rank, error in ((1, None), (2, None), (None, 0.3), (2, 0.3)):
+        cut_a, cut_d, lost = truncated(a, d, rank, error)
+        (down, up), lost_too = written(a, d.T, rank, error)
+        for found, stated in ((cut_d.T @ cut_a, lost), (up.double() @ down.double(), lost_too)):
+            assert float((found - exact).norm() / exact.norm()) == pytest.approx(stated, rel=1e-4)
+            for part in (slice(0, 5), slice(5, 11)):
+                u, s, vh = torch.linalg.svd(exact[part, part])
+                least = (error or 1e-12) * s.norm()
+                count = min(rank or 9, next(k for k in range(1, len(s) + 1) if s[k:].norm() <= least))
+                best = u[:, :count] * s[:count] @ vh[:count]
+                assert roundings(found[part, part], best) <= ROUNDINGS
+
+
+def test_edits_of_zeros() -> None:
+    a = torch.block_diag(normal(1, 5, seed=1), normal(1, 6, seed=2))
+    for d in (torch.zeros(2, 11, dtype=torch.float64), torch.block_diag(normal(1, 5, seed=1), torch.zeros(1, 6))):
+        small = compress(a, d)
+        cut = truncated(a, d, 1, None)
+        (down, up), _ = written(a, d.T, 1, 0.1)
+        for x, y in (small, cut[:2], (down.double(), up.double().T)):
+            assert len(x) == 1 and roundings(y.T @ x, d.T @ a) <= ROUNDINGS
+            assert not bool((x[:, :5] != 0).any() and (x[:, 5:] != 0).any())

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import compat, low_rank
 from ..errors import ErasureCompatibilityError, ErasureFileError
-from ..low_rank import DOWN, UP, balanced, pad_rank, rank_for, svd
+from ..low_rank import DOWN, UP, balanced, heaviest, norm_without, pad_rank, svd
 from ..schema import LORA_FILE, LayerSpec
 from .base import HookLayer
 from .buffers import PartKey, Tensors, live_buffer, set_buffer
@@ -244,10 +244,10 @@ class LoraKind(LayerKind):
             lost = sum(stated * low_rank.norm(down.double(), up.double()) for down, up, stated in factors)
             if rank is not None or max_error is not None:
                 u, s, vh = svd(b.flatten(1), a.flatten(1))
-                kept = rank_for(s, rank, max_error)
-                lost += float(s[kept:].norm())
-                small = balanced(vh[:kept], u[:, :kept] * s[:kept])
-                a, b = small[0].reshape(kept, *a.shape[1:]), small[1].reshape(b.shape[0], kept, *b.shape[2:])
+                kept = heaviest(s, vh, rank, max_error)
+                lost += norm_without(s, kept)
+                small = balanced(vh[kept], u[:, kept] * s[kept])
+                a, b = small[0].reshape(-1, *a.shape[1:]), small[1].reshape(b.shape[0], -1, *b.shape[2:])
             worst = max(worst, lost / norm if norm else 0.0)
             found[site] = a.float(), b.float()
         full = max(len(a) for a, _ in found.values())

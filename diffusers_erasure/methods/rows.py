@@ -38,7 +38,9 @@ class TextConfig:
         per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
             `prompt_2` is. Off, both halves are mapped together, as published, and a call with another `prompt_2` is refused.
         rank (`int`, *optional*): truncate the published LoRA or map to this rank; the error is recorded. 0 for the exact one.
-        max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger; 0 for no truncation.
+            Where each text encoder's half is mapped by itself, it is the rank of each.
+        max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger (that of each half, where
+            these are mapped by themselves); 0 for no truncation.
     """
 
     rows: Which | None = None
