@@ -78,7 +78,7 @@ def rank_for(s: torch.Tensor, rank: int | None, max_error: float | None) -> int:
     return kept if rank is None else min(kept, rank)
 
 
-def heaviest(s: torch.Tensor, vh: torch.Tensor, rank: int | None, max_error: float | None) -> list[int]:
+def heaviest(s: torch.Tensor, vh: torch.Tensor, rank: int | None, max_error: float | None) -> slice | list[int]:
     """The rows of `vh` that [`rank_for`] keeps: where they are in two groups ([`blocks`]), so many of each.
 
     Each half of an SDXL row is mapped by itself, so `rank` is that of each map and `max_error` a share of each, and a half that
@@ -86,14 +86,14 @@ def heaviest(s: torch.Tensor, vh: torch.Tensor, rank: int | None, max_error: flo
     """
     groups = blocks(vh)
     if len(groups) != HALVES:
-        return list(range(rank_for(s, rank, max_error)))
+        return slice(0, rank_for(s, rank, max_error))
     return sorted(i for rows, _ in groups for i in rows[: rank_for(s[rows], rank, max_error)].tolist())
 
 
-def norm_without(values: torch.Tensor, kept: list[int]) -> float:
+def norm_without(values: torch.Tensor, kept: slice | list[int]) -> float:
     """The norm of what is left out where some of the singular values are kept."""
-    if kept == list(range(len(kept))):
-        return float(values[len(kept) :].norm())
+    if isinstance(kept, slice):
+        return float(values[kept.stop :].norm())
     out = torch.ones(len(values), dtype=torch.bool)
     out[kept] = False
     return float(values[out].norm())
