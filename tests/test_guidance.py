@@ -110,9 +110,47 @@ def through_many_steps(pipe: Any) -> None:
     predict(pipe, sample)
 
 
+def pooled_rows(pipe: Any) -> None:
+    """SDXL's pooled vector, within a dictionary."""
+    rows = {"text_embeds": nn.Parameter(torch.zeros(1, 8)) * 1, "time_ids": torch.zeros(1, 6)}
+    arguments = (latents().requires_grad_(), torch.tensor(10), torch.zeros(1, 24, 32))
+    pipe.unet(*arguments, added_cond_kwargs=rows)
+
+
+def residuals(pipe: Any, weight: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """A pass beside a ControlNet of one weight."""
+    shapes: list[torch.Size] = []
+    hooks = [
+        each.register_forward_hook(lambda *args: shapes.append(args[-1].shape))
+        for block in pipe.unet.down_blocks
+        for each in (*block.resnets, *(block.downsamplers or []))
+    ]
+    hooks.append(pipe.unet.mid_block.register_forward_hook(lambda *args: shapes.append(args[-1].shape)))
+    with torch.no_grad():
+        first = pipe.unet.conv_in(latents()).shape
+        predict(pipe, latents())
+    for hook in hooks:
+        hook.remove()
+    made = [(weight * sample.mean()).expand(shape) for shape in (first, *shapes)]
+    return pipe.unet(
+        sample,
+        torch.tensor(10),
+        torch.zeros(1, 24, 32),
+        down_block_additional_residuals=tuple(made[:-1]),
+        mid_block_additional_residual=made[-1],
+    ).sample
+
+
+def trained_control(pipe: Any) -> None:
+    """A ControlNet's training, with the UNet frozen or not, and guided latents or none."""
+    residuals(pipe, nn.Parameter(torch.ones(1)), latents().requires_grad_())
+
+
 TRAINING: list[Callable[[Any], None]] = [
     lambda pipe: predict(pipe, latents()).sum().backward(),
     trained_text,
+    pooled_rows,
+    trained_control,
     in_training_mode,
     through_sampling,
     through_checkpoints,
@@ -134,5 +172,23 @@ def test_frozen_weights_are_not_trained(erased: Any) -> None:
     erased.unet.requires_grad_(False)
     from_a_parameter(erased)
     in_training_mode(erased)
+    for train in (trained_text, pooled_rows, trained_control):
+        with pytest.raises(ErasureTrainingError):
+            train(erased)
     with pytest.raises(ErasureTrainingError):
-        trained_text(erased)
+        residuals(erased, nn.Parameter(torch.ones(1)), latents())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_guidance_through_a_frozen_controlnet(erased: Any, frozen: bool) -> None:
+    erased.unet.requires_grad_(not frozen)
+    leaf = latents().requires_grad_()
+    residuals(erased, torch.ones(1), leaf).sum().backward()
+    assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+
+
+def test_training_that_looks_like_guidance_is_not_noticed(erased: Any) -> None:
+    """As the threat model says: weights in eval mode, with a sample that requires gradients."""
+    weight = erased.unet.conv_in.weight
+    predict(erased, latents().requires_grad_()).sum().backward()
+    assert weight.requires_grad and weight.grad is not None and bool(weight.grad.any())

@@ -5,7 +5,7 @@ guidance by gradients of the latents (Attend-and-Excite) wants them for the nois
 from training by what lies behind the sample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,15 @@ from torch import nn
 
 MOST_STEPS = 1000  # of a graph behind a sample: guidance has a few, sampling with gradients thousands
 _SAMPLES = ("sample", "hidden_states")  # what denoisers call their first argument
+# What a ControlNet or an adapter makes of the sample, beside it.
+_RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+)
 
 
 def trains(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -22,19 +31,33 @@ def trains(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     Args:
         module (`nn.Module`): the component whose pass it is.
         args (`tuple`): the positional arguments; the noisy sample is the first, or is among `kwargs`.
-        kwargs (`dict`): the other arguments.
+        kwargs (`dict`): the other arguments, with tensors within lists, tuples and dictionaries.
     """
-    others = [*args[1:], *(value for name, value in kwargs.items() if name not in _SAMPLES)]
-    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in others):
-        return True  # textual inversion, a text encoder's or a ControlNet's training
+    others = [*args[1:], *(value for name, value in kwargs.items() if name not in (*_SAMPLES, *_RESIDUALS))]
+    if any(tensor.requires_grad for tensor in _tensors(others)):
+        return True  # textual inversion, a text encoder's training
+    residuals = _tensors([kwargs.get(name) for name in _RESIDUALS])
+    if any(tensor.requires_grad and not _guides(module, tensor) for tensor in residuals):
+        return True  # a ControlNet's
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return False
     sample = args[0] if args else next((kwargs[name] for name in _SAMPLES if name in kwargs), None)
     return module.training or not (isinstance(sample, torch.Tensor) and _guides(module, sample))
 
 
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of an argument, within lists, tuples and dictionaries too."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
 def _guides(module: nn.Module, sample: torch.Tensor) -> bool:
-    """Whether gradients are wanted for a sample which no parameter has made.
+    """Whether gradients are wanted for a sample (or what was made of one) which no parameter has made.
 
     What cannot be told counts as training: a long graph, a function of somebody's own (reentrant checkpointing hides
     the parameters within), a pass that is being compiled.
