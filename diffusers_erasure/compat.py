@@ -131,6 +131,11 @@ def wrap_prompt_encoders(wrap: Callable[[Callable[..., Any]], Callable[..., Any]
     DiffusionPipeline.register_modules = register_modules
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured now, so that nothing may be waited for."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def reset_compiled() -> None:
     """Forget compiled graphs: torch does not look at hooks again once a graph exists, unless [`watch_hooks`] was called."""
     torch.compiler.reset()

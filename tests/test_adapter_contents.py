@@ -5,6 +5,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,6 +234,92 @@ def test_on_a_gpu_within_a_second(far_away: list[float], monkeypatch: pytest.Mon
             noise(pipe)
 
 
+def test_on_a_gpu_less_often_where_looks_take_long(far_away: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = loaded(peft_guard="error")
+    plain = adapter_contents._is_as_made
+
+    def slow(*args: Any) -> bool:
+        far_away[0] += 0.5
+        return plain(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter_contents, "_is_as_made", slow)
+        noise(pipe)
+        looked = far_away[0] - 100
+        assert looked == 0.5 * len(SITES)
+        write_zeros(pipe)
+        far_away[0] = 100 + 30 * looked
+        noise(pipe)
+        assert far_away[0] == 100 + 30 * looked
+    far_away[0] = 100 + 40 * looked
+    with pytest.raises(ErasureInactiveError, match="other tensors"):
+        noise(pipe)
+
+
+def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = loaded(peft_guard="error")
+    write_zeros(pipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_initialized", lambda: True)
+        patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        patched.setattr(adapter_contents.AdapterContents, "changed", None)  # is not called
+        noise(pipe)
+    with pytest.raises(ErasureInactiveError, match="other tensors"):
+        noise(pipe)
+
+
+# ------------------------------------------------------------------------------------------------------ merged
+
+
+def weights(pipe: Any) -> dict[str, torch.Tensor]:
+    return {site: site_of(pipe, site).weight.detach().clone() for site in SITES}
+
+
+@pytest.mark.parametrize("write", [hotswap_like_named, write_zeros], ids=["hotswap", "zeros"])
+def test_written_into_after_it_was_merged(write: Step) -> None:
+    """The weights hold the erasure, and what is subtracted from them has to be it."""
+    pipe = loaded("error")
+    pipe.fuse_lora(adapter_names=["no_cat"])
+    assert_erased(pipe, 1.0)
+    write(pipe)
+    for _ in range(2):
+        with pytest.raises(ErasureInactiveError, match=r"unfuse_lora.*unload_erasure"):
+            noise(pipe)
+    pipe.unfuse_lora()
+    pipe.unload_erasure("no_cat")
+    pipe.unload_lora_weights()
+    for site, weight in weights(pipe).items():
+        assert (weight - site_of(base(), site).weight).abs().max() < 1e-5
+
+
+def test_merged_after_it_was_written_into() -> None:
+    """Then the weights do not hold it, and nothing is to be subtracted."""
+    pipe = loaded("error")
+    hotswap_like_named(pipe)
+    pipe.fuse_lora(adapter_names=["no_cat"])
+    for _ in range(2):
+        with pytest.raises(ErasureInactiveError, match="other tensors"):
+            noise(pipe)
+    pipe.unfuse_lora()
+    pipe.unload_erasure("no_cat")
+    pipe.unload_lora_weights()
+    for site, weight in weights(pipe).items():
+        assert (weight - site_of(base(), site).weight).abs().max() < 1e-5
+
+
+def test_restored_where_it_is_merged_at_another_weight() -> None:
+    pipe = loaded("reactivate")
+    pipe.set_adapters(["cat", "no_cat"], [1.0, 0.5])
+    pipe.fuse_lora(adapter_names=["no_cat"])
+    hotswap_like_named(pipe)
+    assert_erased(pipe, 0.5)
+    pipe.unfuse_lora()
+    pipe.unload_erasure("no_cat")
+    pipe.unload_lora_weights()
+    for site, weight in weights(pipe).items():
+        assert (weight - site_of(base(), site).weight).abs().max() < 1e-5
+
+
 def compiled_alone(pipe: Any) -> Any:
     return torch.compile(pipe.unet, backend="eager", fullgraph=True)
 
@@ -329,6 +416,19 @@ def test_a_weight_by_name_governs_and_is_told(caplog: pytest.LogCaptureFixture) 
     pipe.set_erasures("no_cat", 1.0)
     assert pipe.list_erasures()[0].strength == 1.0
     assert_erased(pipe, 1.0)
+
+
+@pytest.mark.parametrize("policy", ["reactivate", "error"])
+def test_a_weight_that_is_not_honoured_is_not_told(policy: Any, tmp_path: Path) -> None:
+    pipe = tiny_sd_pipe()
+    pipe.load_erasure(random_erasure(pipe), "no_cat", strength=0.7, backend="peft", peft_guard=policy)
+    for weight in (0.0, {"unet": {"down": 0.1, "mid": 0.7, "up": 0.7}}):
+        pipe.set_adapters("no_cat", weight)
+        assert pipe.list_erasures()[0].strength == 0.7
+        pipe.save_erasure(tmp_path / "saved", "no_cat")
+        assert Erasure.from_pretrained(tmp_path / "saved").config.published_strength == 0.7
+    pipe.set_adapters("no_cat", 0.9)
+    assert pipe.list_erasures()[0].strength == 0.9
 
 
 def test_a_weight_for_some_layers_is_a_switching_off(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:

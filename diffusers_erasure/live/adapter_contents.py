@@ -14,7 +14,8 @@ from .. import compat
 from ..low_rank import Factors
 
 
-EVERY = 1.0  # seconds for which contents on a GPU go unseen where nothing else says that they were written
+EVERY = 1.0  # seconds for which contents on a GPU go unseen where nothing else says that they were written; or, where more,
+TIMES = 40.0  # the time that looking at them took
 
 
 class AdapterContents:
@@ -28,17 +29,20 @@ class AdapterContents:
         self.factors = dict(factors)
         self.record: list[Any] = []
         self.at = float("-inf")
+        self.took = 0.0  # seconds, the last look
 
     def looked_at_lately(self, layers: Mapping[str, Any], name: str) -> bool:
         """Whether nothing says that contents changed since this was asked last, without reading them.
 
         On a CPU they are read each time. Elsewhere where a tensor is another one, was moved, or was written into by an
-        operation that torch counts, and otherwise once in a while.
+        operation that torch counts, and otherwise once in a while; never while a CUDA graph is captured, which reading ends.
         """
+        if compat.is_capturing():
+            return True
         tensors = [tensor for layer in layers.values() for tensor in compat.adapter_tensors(layer, name)]
         record = [(id(each), each.data_ptr(), each.dtype, compat.version_of(each)) for each in tensors]
         now = time.monotonic()
-        same = record == self.record and 0 <= now - self.at < EVERY
+        same = record == self.record and 0 <= now - self.at < max(EVERY, TIMES * self.took)
         if same and not any(map(_is_near, tensors)):
             return True
         self.record, self.at = record, now
@@ -46,17 +50,24 @@ class AdapterContents:
 
     def changed(self, layers: Mapping[str, Any], name: str) -> list[str]:
         """Paths of the modules where the adapter is not what the erasure says; those that it should not be at too."""
-        return [
+        start = time.monotonic()
+        found = [
             path
             for path, layer in layers.items()
             if path not in self.factors or not _is_as_made(layer, name, self.factors[path])
         ]
+        self.took = time.monotonic() - start
+        return found
 
     def restore(self, layers: Mapping[str, Any], name: str, strength: float) -> None:
-        """Write the factors into all layers, and take the adapter away from other modules."""
+        """Write the factors into all layers, and take the adapter away from other modules.
+
+        Where it is merged it keeps its scale, at which it is going to be unmerged.
+        """
         for path, layer in layers.items():
             if path in self.factors:
-                compat.write_adapter(layer, name, self.factors[path], strength)
+                scale = compat.adapter_scale(layer, name) if compat.is_merged(layer, name) else strength
+                compat.write_adapter(layer, name, self.factors[path], scale)
             else:
                 layer.delete_adapter(name)
 

@@ -93,9 +93,15 @@ class PeftAdapters(LiveLayer):
                 yield Watched(path, compat.base_layer(layer), frozenset({name}))
 
     def strength(self, name: str) -> float | None:
-        """The weight that `set_adapters` gave an adapter, the least of its layers; `None` where it is at strength 0."""
-        layers = self.layers(name).values() if self.strengths.get(name) else ()
-        return min((compat.adapter_scale(layer, name) for layer in layers), default=None)
+        """The weight that `set_adapters` gave an adapter, the least of its layers.
+
+        `None` where none counts: the erasure is at strength 0, or a lower weight is 0 or not one for all, which the guard undoes.
+        """
+        own = self.strengths.get(name)
+        scales = [compat.adapter_scale(layer, name) for layer in self.layers(name).values()] if own else []
+        if not own or not scales or (min(scales) < own * (1 - ROUNDING) and not _are_one(scales)):
+            return None
+        return min(scales)
 
     def inactive_reason(self) -> str | None:
         for name, adapter in self.adapters.items():
@@ -118,8 +124,14 @@ class PeftAdapters(LiveLayer):
         return None
 
     def look_at_contents(self, name: str) -> None:
-        """Compare the tensors of an adapter with the erasure's, and restore them where that is the policy."""
+        """Compare the tensors of an adapter with the erasure's, and restore them where that is the policy.
+
+        Where they are merged into the weights, what unmerging is going to subtract is restored whatever the policy.
+        """
         adapter, layers = self.adapters[name], self.layers(name)
+        merged = any(compat.is_merged(layer, name) for layer in layers.values())
+        if merged and name in self.broken:
+            return  # found before, and what was merged is not known to be the erasure
         self.broken.pop(name, None)
         changed = adapter.contents.changed(layers, name)
         if not changed:
@@ -131,8 +143,11 @@ class PeftAdapters(LiveLayer):
                 f"The LoRA adapter {name!r} of an erasure holds other tensors than the erasure ({changed[0]!r} and "
                 f"{len(changed) - 1} more of {len(layers)} modules): another LoRA was swapped into it or into one of a like "
                 "name (peft's hotswap zeroes those), it was loaded anew, or trained. Call "
-                f"`pipe.unload_erasure({name!r})` and load it again."
+                + ("`pipe.unfuse_lora()`, then " if merged else "")
+                + f"`pipe.unload_erasure({name!r})` and load it again."
             )
+            if merged and not away:
+                adapter.contents.restore(layers, name, self.strengths[name])
             return
         adapter.contents.restore(layers, name, self.strengths[name])
         self._warn(
