@@ -201,6 +201,24 @@ def test_classes_that_come_later(pipe: Any) -> None:
         later.encode_prompt(PROMPT, "cpu", 1, False, prompt_embeds=rows)
 
 
+@pytest.mark.parametrize("name", ["editing_prompt_embeddings", "editing_prompt_embeds", "prompt_embeddings_2"])
+def test_rows_of_other_names(pipe: Any, name: str) -> None:
+    """LEdits++ takes rows of what is edited."""
+
+    class Edits(StableDiffusionPipeline):
+        def encode_prompt(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            rows = kwargs.pop(name, None)
+            return super().encode_prompt(prompt, *args, **kwargs) if rows is None else rows
+
+    own = Edits(**pipe.components, requires_safety_checker=False)
+    rows = rows_of(pipe)
+    pipe.load_erasure(made())
+    with torch.no_grad():
+        own.encode_prompt(PROMPT, "cpu", 1, False, **{name: None})
+    with pytest.raises(ErasureInactiveError, match=UNTRUSTED):
+        own.encode_prompt(PROMPT, "cpu", 1, False, **{name: rows})
+
+
 def test_the_former_name(pipe: Any) -> None:
     """InstructPix2Pix has nothing but `_encode_prompt`; elsewhere it calls the other, and the check is made once."""
     rows = rows_of(pipe)

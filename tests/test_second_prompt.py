@@ -196,6 +196,7 @@ PASSED: list[dict[str, Any]] = [
     {"prompt": ["a cat", "a dog"], "prompt_2": ["a cat", "a dog"]},
     {"prompt": "a cat", "prompt_2": "", "negative_prompt": "dog"},
     {"prompt": "a cat", "negative_prompt": "dog", "negative_prompt_2": "dog"},
+    {"prompt": "a cat", "negative_prompt": "dog", "negative_prompt_2": "tree", "guidance_scale": 1.0},
     {"prompt": "a cat", "negative_prompt_2": "dog"},  # without `negative_prompt` SDXL feeds zeros
 ]
 
@@ -302,3 +303,17 @@ def test_edits_of_zeros() -> None:
         for x, y in (small, cut[:2], (down.double(), up.double().T)):
             assert len(x) == 1 and roundings(y.T @ x, d.T @ a) <= ROUNDINGS
             assert not bool((x[:, :5] != 0).any() and (x[:, 5:] != 0).any())
+
+
+def test_rows_made_of_two_prompts_are_the_users_own(pipe: Any) -> None:
+    """As the documentation says: the rows do not tell."""
+    rows, negative, pooled, negative_pooled = pipe.encode_prompt("a cat", prompt_2="a dog", device="cpu")
+    pipe.load_erasure(erase(pipe, "cat", **COMMON, per_encoder=False), "it")
+    draw(
+        pipe,
+        prompt=None,
+        prompt_embeds=rows,
+        negative_prompt_embeds=negative,
+        pooled_prompt_embeds=pooled,
+        negative_pooled_prompt_embeds=negative_pooled,
+    )

@@ -93,6 +93,11 @@ def _encoders(item: Loaded) -> list[str]:
     return sorted({name for name in names if name.startswith("text_encoder")})
 
 
+def _holds_rows(name: str) -> bool:
+    """Whether an argument is rows, by its name: `negative_prompt_embeds`, `editing_prompt_embeddings`."""
+    return name.endswith("prompt_embeds") or "prompt_embeddings" in name
+
+
 def _guarded(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
     """A pipeline class's `encode_prompt` with the check before it. A closure, for classes are not pickled."""
 
@@ -105,8 +110,7 @@ def _guarded(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
         if not acting and not off and not needing:
             return encode_prompt(self, *args, **kwargs)
         arguments = {**inspect.signature(encode_prompt).bind(self, *args, **kwargs).arguments, **kwargs}
-        given = {name: value for name, value in arguments.items() if name.endswith("prompt_embeds")}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in arguments.items() if value is not None and _holds_rows(name)}
         second_prompt.refuse(self, needing, arguments)
         for item in acting:
             _check(self, item, given)

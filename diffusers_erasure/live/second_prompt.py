@@ -92,7 +92,9 @@ def refuse(pipe: Any, names: Sequence[str], arguments: Mapping[str, Any]) -> Non
     Raises:
         ErasureInactiveError: it does.
     """
-    other = [name for name in ("prompt", "negative_prompt") if names and _differs(pipe, arguments, name)]
+    # Without classifier-free guidance no negative prompt is encoded.
+    looked = ("prompt", "negative_prompt") if arguments.get("do_classifier_free_guidance", True) else ("prompt",)
+    other = [name for name in looked if names and _differs(pipe, arguments, name)]
     if other:
         raise ErasureInactiveError(
             f"`{other[0]}_2` is another text than `{other[0]}`, so the halves of each text row are of two prompts. The erasures "
