@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -421,7 +421,7 @@ class Machine(RuleBasedStateMachine):
         assert off <= ROUNDINGS, f"{off} roundings off"
 
 
-def run(examples: int, steps: int, phases=tuple(Phase)) -> None:
+def run(examples: int, steps: int) -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
@@ -429,7 +429,6 @@ def run(examples: int, steps: int, phases=tuple(Phase)) -> None:
             stateful_step_count=steps,
             derandomize=True,
             deadline=None,
-            phases=phases,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),
@@ -437,10 +436,10 @@ def run(examples: int, steps: int, phases=tuple(Phase)) -> None:
 
 
 def test_two_hundred_steps() -> None:
-    run(8, 25)
+    run(10, 25)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_thousand_steps() -> None:
-    run(250, 40)
+    run(330, 40)
