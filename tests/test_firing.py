@@ -269,7 +269,6 @@ def test_after_an_error_within_a_pass(erased: Any) -> None:
     with pytest.raises(ZeroDivisionError):
         noise(erased)
     handle.remove()
-    assert all(not owner.calls for owner in state_of(erased.unet).firing.owners.values())
     attention.set_processor(OwnKey())
     with pytest.raises(ErasureInactiveError, match="OwnKey"):
         noise(erased)
@@ -384,7 +383,6 @@ def test_threads_do_not_mix(erased: Any) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
-    assert all(not owner.calls for owner in state_of(erased.unet).firing.owners.values())
 
 
 # -------------------------------------------------------------------------- what a cache skipped does not count

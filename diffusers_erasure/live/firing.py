@@ -75,7 +75,8 @@ class Owner:
         self.witnesses: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self.handles = [
             module.register_forward_pre_hook(self.enter, prepend=True),
-            module.register_forward_hook(self.leave, always_call=True),
+            # Not `always_call`, whose hooks torch knows by number: each block would get a graph of its own.
+            module.register_forward_hook(self.leave),
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class Owner:
                 self.missed = left_out
             return
         called = self.calls.pop(threading.get_ident(), None)
-        if called is None or output is None or (self.wrapped and COMPUTED not in called):  # `None`: it broke off
+        if called is None or (self.wrapped and COMPUTED not in called):
             return
         missing = tuple(mark.site for mark in self.marks if mark.site not in called and not mark.apart)
         reason = self.check.why_inactive(self, missing) if missing and self.check is not None else None
@@ -125,7 +126,12 @@ class Owner:
         for key, module in inside.items():
             if key not in self.witnesses:
                 self.witnesses[key] = module.register_forward_pre_hook(Mark(self, COMPUTED))
-        if not self.calls.keys() - {threading.get_ident()}:  # no other thread is in between
+        others = set(self.calls) - {threading.get_ident()}
+        if others:  # of a thread that has ended, a pass that broke off
+            for ended in others - {thread.ident for thread in threading.enumerate()}:
+                self.calls.pop(ended, None)
+                others.discard(ended)
+        if not others:  # no other thread is in between
             for mark in self.marks:
                 mark.apart = False
 
