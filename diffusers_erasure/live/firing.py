@@ -197,7 +197,9 @@ class FiringCheck:
         self.watched, self.owners, self.steps, self.tuners, self.copied = {}, {}, [], [], False
 
     def before(self) -> str | None:
-        """Why what is watched would not act in the coming pass, or `None`."""
+        """Why what is watched would not act in the coming pass, or `None`; within a larger graph nothing is looked at."""
+        if torch.compiler.is_compiling():
+            return None
         if self.copied or any(compat.child(parent, name) is not child for parent, name, child in self.steps):
             reason = self._moved()
             if reason is not None:
