@@ -69,7 +69,7 @@ def lists_for(wanted: str | Sequence[str], given: int, task: str) -> tuple[str, 
         return ()
     if isinstance(wanted, str) and wanted in LISTS:
         return LISTS[wanted]
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    names = list(wanted) if isinstance(wanted, Sequence) and not isinstance(wanted, str) else [wanted]
     for name in names:
         if not isinstance(name, str) or not name.startswith(SHIPPED):
             raise ErasureInputError(
