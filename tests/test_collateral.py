@@ -154,7 +154,12 @@ def test_lists_that_are_meant() -> None:
     assert lists_for("auto", 31, "object") == ("list:things",) and lists_for("auto", 32, "object") == ()
     assert lists_for("none", 0, "style") == lists_for((), 0, "style") == ()
     assert lists_for("person", 99, "object") == ("list:public_figures", "list:things")
-    for wrong, message in (("cats", "must be"), (["things"], "must be"), ("list:cats", "There is no list"), (3, "must be")):
+    for wrong, message in (
+        ("cats", "must be"),
+        (["things"], "must be"),
+        ("list:cats", "There is no list"),
+        (3, "must be"),
+    ):
         with pytest.raises(ErasureInputError, match=message):
             lists_for(wrong, 0, "object")  # type: ignore[arg-type]
 
