@@ -171,7 +171,16 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                     plain_esd(pipe, target, anchor, retain, resolved, updates)
                 else:
                     run = TrainingRun(progress=False)
-                    made = erase(pipe, target, anchors=anchor, retain=retain, method="esd", training=run, **settings)
+                    made = erase(
+                        pipe,
+                        target,
+                        anchors=anchor,
+                        retain=retain,
+                        method="esd",
+                        training=run,
+                        compare=False,
+                        **settings,
+                    )
                     pipe.load_erasure(made)
                 taken = time.process_time() - begin
             pipe.scheduler = fast_pipeline().scheduler
@@ -227,7 +236,15 @@ def memory_of(case: str, smoke: bool) -> dict[str, float]:
     }
     begin = time.perf_counter()
     target, kept = made_up_names(2, smoke)
-    erase(pipe, target, method="esd", retain=[kept], training=TrainingRun(release=True, progress=False), **settings)
+    erase(
+        pipe,
+        target,
+        method="esd",
+        retain=[kept],
+        training=TrainingRun(release=True, progress=False),
+        compare=False,
+        **settings,
+    )
     return {"loaded_gb": loaded / 1e9, "peak_gb": peak_bytes() / 1e9, "seconds": time.perf_counter() - begin}
 
 

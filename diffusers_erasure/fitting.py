@@ -37,6 +37,7 @@ def erase(
     retain_default: Texts = "auto",
     method: str = "uce",
     training: "TrainingRun | None" = None,
+    compare: bool = True,
     **settings: Any,
 ) -> Erasure:
     """Make an erasure of one or more concepts.
@@ -58,6 +59,8 @@ def erase(
         method (`str`, *optional*, defaults to `"uce"`): one of `diffusers-erasure methods`.
         training ([`TrainingRun`], *optional*): for methods that train, and for `"acterase"`: checkpoints, resuming, progress
             and (where it trains) sample images.
+        compare (`bool`, *optional*, defaults to `True`): after the fit, measure how far the words of a shipped list moved. For
+            methods that train this costs several hundred passes of the denoiser for one image.
         settings: the method's own settings.
 
     Returns:
@@ -109,13 +112,13 @@ def erase(
         )
     check_family(entry.declared, pipe)
     with erasures_disabled(pipe), one_fit():
-        collateral = Collateral(pipe, names, replaced, task, ahead=resumable)
+        collateral = Collateral(pipe, names, replaced, task, ahead=resumable) if compare else None
         erasure = entry.fit(pipe, concepts, config, *([training] if resumable else []))
         if not isinstance(erasure, Erasure):
             raise ErasureInputError(
                 f"The method {method!r} gave {type(erasure).__name__} where it should give an Erasure."
             )
-        erasure = collateral.added_to(erasure)
+        erasure = erasure if collateral is None else collateral.added_to(erasure)
     logger.info("Made an erasure of %d concepts by %s.", len(concepts), method)
     return erasure
 

@@ -354,3 +354,16 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ).read_bytes()
     shown = invoke("info", "default").stdout
     assert "of 193 words of list:things moved far" in shown
+
+
+@pytest.mark.parametrize("settings", [{}, QUICK])
+def test_it_can_be_left_out(pipe: Any, settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """The edit is the same, and nothing is measured or told."""
+    caplog.set_level(logging.WARNING, "diffusers_erasure")
+    bare = {"retain": (), "compare": False, **settings}
+    erasure = erase(pipe, "cat", anchors="animal", **bare)
+    assert "collateral" not in erasure.config.diagnostics and not warnings(caplog)
+    measured = erase(pipe, "cat", anchors="animal", **{**bare, "compare": True})
+    assert "collateral" in measured.config.diagnostics
+    assert edits(erasure).keys() == edits(measured).keys()
+    assert all(torch.equal(value, edits(measured)[site]) for site, value in edits(erasure).items())

@@ -35,9 +35,7 @@ class Loaded:
     strength: float
     base_match: dict[str, str]
     content_hash: str
-    backend: str = (
-        "hook"  # or "peft", "processor"; which are fused is the components' own matter (`ErasureModules.merged`)
-    )
+    backend: str = "hook"  # or "peft", "processor"; which are fused each component says (`ErasureModules.merged`)
     prompts: Any = None  # a `PromptRecord`, where it has layers on text encoders
     one_prompt: Any = None  # a `OnePrompt`, where it acts only on rows whose halves are of one prompt
 
