@@ -360,7 +360,8 @@ class Machine(RuleBasedStateMachine):
         self.pipe.fuse_lora()
         self.model.fused = dict(self.model.active)
 
-    @precondition(lambda self: self.model.fused)
+    # While weights are offloaded peft writes into what stands in their place, with and without an erasure.
+    @precondition(lambda self: self.model.fused and not self.offloaded)
     @rule()
     def unfuse_lora(self) -> None:
         self.pipe.unfuse_lora()
