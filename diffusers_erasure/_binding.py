@@ -7,6 +7,7 @@ from typing import Any
 
 from . import pipeline
 from .live import copies, saving
+from .live.attachment import guard_requests
 from .live.loaded import states
 from .logging import get_logger
 
@@ -18,6 +19,7 @@ NAMES = (
     "list_erasures",
     "set_erasures",
     "unload_erasure",
+    "erasure_strengths",
     "erasures_disabled",
     "fuse_erasures",
     "unfuse_erasures",
@@ -69,6 +71,7 @@ def install() -> None:
     builds a denoiser from another one, erasures are carried over.
     """
     copies.watch_builders()
+    guard_requests()
     for base in _bases():
         for name in saving.METHODS:
             if not _ours(getattr(base, name)):

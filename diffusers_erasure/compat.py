@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 def unwrap_compiled(module: nn.Module) -> nn.Module:
     """Return the module inside a `torch.compile`d one, or a `PeftModel`; itself where it is neither."""
     inner = getattr(module, "_orig_mod", None)  # without importing torch._dynamo, which takes a second
@@ -97,28 +100,39 @@ def encodes_prompts(pipeline: type) -> bool:
     return any(hasattr(pipeline, name) for name in _PROMPT_ENCODERS)
 
 
-def wrap_prompt_encoders(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Wrap what encodes prompts in every class of pipelines, in those that are imported later when one is made of them.
+def wrap_prompt_encoders(wrap: Wrap) -> None:
+    """Wrap what encodes prompts in every class of pipelines. See [`wrap_pipelines`]."""
+    wrap_pipelines(_PROMPT_ENCODERS, wrap)
 
-    All pipelines register their components as they are made. A class that is wrapped is not wrapped again.
+
+_wraps: dict[str, Wrap] = {}
+
+
+def wrap_pipelines(names: Iterable[str], wrap: Wrap) -> None:
+    """Wrap some methods in every class of pipelines, in those that are imported later when one is made of them.
+
+    All pipelines register their components as they are made. What is wrapped is not wrapped again.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
+
+    roots = [getattr(diffusers, name) for name in ("DiffusionPipeline", "ModularPipeline") if hasattr(diffusers, name)]
+    _wraps.update(dict.fromkeys(names, wrap))
 
     def wrap_class(pipeline: type) -> None:
-        for name in _PROMPT_ENCODERS:
+        for name, each in _wraps.items():
             function = getattr(pipeline, name, None)
             if inspect.isfunction(function) and not hasattr(function, "_diffusers_erasure"):
-                wrapped = wrap(function)
+                wrapped = each(function)
                 wrapped._diffusers_erasure = True  # type: ignore[attr-defined]
                 owner = next(each for each in pipeline.__mro__ if name in vars(each))
-                setattr(owner if issubclass(owner, DiffusionPipeline) else pipeline, name, wrapped)
+                setattr(owner if issubclass(owner, tuple(roots)) else pipeline, name, wrapped)
 
-    ahead = [DiffusionPipeline]
+    ahead = list(roots)
     while ahead:
         pipeline = ahead.pop()
         wrap_class(pipeline)
         ahead += pipeline.__subclasses__()
-    register = DiffusionPipeline.register_modules
+    register = diffusers.DiffusionPipeline.register_modules
     if hasattr(register, "_diffusers_erasure"):
         return
 
@@ -128,7 +142,12 @@ def wrap_prompt_encoders(wrap: Callable[[Callable[..., Any]], Callable[..., Any]
         return register(self, **modules)
 
     register_modules._diffusers_erasure = True  # type: ignore[attr-defined]
-    DiffusionPipeline.register_modules = register_modules
+    diffusers.DiffusionPipeline.register_modules = register_modules
+
+
+def in_backward() -> bool:
+    """Whether gradients are on their way back through the calling thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_capturing() -> bool:

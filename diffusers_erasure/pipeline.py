@@ -16,8 +16,7 @@ from .errors import ErasureCompatibilityError, ErasureInputError
 from .formats.erased_model import export_erased, push_erased_model
 from .hub.options import CommitOptions, PushOptions, ReadOptions, SaveOptions, takes
 from .live import attachment, fusing, peft_backend, processor, prompt_guard, second_prompt, twins
-from .live.attachment import Loaded
-from .live.blocks import erasures_disabled, training_through_erasures
+from .live.blocks import erasure_strengths, erasures_disabled, training_through_erasures, valid_strength
 from .live.contained import check_not_contained
 from .live.fusing import fuse_erasures, unfuse_erasures
 from .live.loaded import components as _components
@@ -25,6 +24,7 @@ from .live.loaded import known as _known
 from .live.loaded import loaded as _loaded
 from .live.loaded import states as _states
 from .live.peft_backend import PeftGuard
+from .live.state import Loaded
 from .logging import get_logger
 from .schema import CARD_FILE, CONFIG_FILE, TENSOR_FILES, Concept
 from .showing import layer_text
@@ -49,7 +49,7 @@ class ErasureInfo:
         name: the name under which it is loaded.
         method: how it was made.
         concepts: what it removes; the names are `None` where the erasure was redacted.
-        strength: its strength now; 0 where it is set to 0, whatever `erasures_disabled` does. With `backend="peft"` the
+        strength: the strength that is set; 0 where it is set to 0, whatever `erasures_disabled` does. With `backend="peft"` the
             weight that `set_adapters` gave it, where it gave one.
         layers: its layers in words, such as `"lora on unet (32 sites)"`.
         base_match: for each component of its base model `"same"`, `"different weights"` or `"unverified"`.
@@ -58,6 +58,8 @@ class ErasureInfo:
         backend: how it acts: `"hook"`, `"merge"` where it is fused into the weights, `"peft"`, or `"processor"` where it was made
             as attention processors.
         kept_bytes: memory of the original weights that are kept while it is fused.
+        acting: the strength with which a request that is made here and now draws: 0 within `erasures_disabled`, and within
+            `erasure_strengths` what that gives, as a tuple where it gives one for each picture.
     """
 
     name: str
@@ -70,6 +72,7 @@ class ErasureInfo:
     revision: str | None
     backend: str = "hook"
     kept_bytes: int = 0
+    acting: float | tuple[float, ...] = 0.0
 
 
 class ErasablePipeline(Protocol):
@@ -96,6 +99,10 @@ class ErasablePipeline(Protocol):
     ) -> None: ...
 
     def unload_erasure(self, name: str | None = None) -> None: ...
+
+    def erasure_strengths(
+        self, strengths: Mapping[str, float | Sequence[float]]
+    ) -> "AbstractContextManager[None]": ...
 
     def erasures_disabled(self) -> "AbstractContextManager[None]": ...
 
@@ -136,13 +143,6 @@ def as_erasable(pipe: Any) -> ErasablePipeline:
 # ----------------------------------------------------------------------------------------------------- the state
 
 
-def _valid_strength(value: Any) -> float:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if not plain or not 0 <= value < float("inf"):
-        raise ErasureInputError(f"A strength must be a finite number of at least 0, not {value!r}.")
-    return float(value)
-
-
 def _info(pipe: Any, item: Loaded) -> ErasureInfo:
     config = item.erasure.config
     layers = tuple(map(layer_text, config.layers))
@@ -158,7 +158,16 @@ def _info(pipe: Any, item: Loaded) -> ErasureInfo:
         revision=item.erasure.revision,
         backend="merge" if item.name in fusing.fused_names(pipe) else item.backend,
         kept_bytes=kept,
+        acting=_acting(pipe, item),
     )
+
+
+def _acting(pipe: Any, item: Loaded) -> float | tuple[float, ...]:
+    """Where components say different things (one was copied alone), that of the denoiser, or of the last."""
+    views = [state.view() for state in _states(pipe).values()]
+    found = [view.strengths[item.name] for view in views if item.name in view.strengths]
+    set_by_peft = found and item.backend == "peft" and found[0]
+    return peft_backend.present_strength(pipe, item) if set_by_peft else found[0] if found else 0.0
 
 
 def _default_name(src: Any, taken: Mapping[str, Loaded]) -> str:
@@ -220,7 +229,7 @@ def load_erasure(
         ErasureCompatibilityError: the erasure was made for another architecture or another text encoder.
         ErasureNotFoundError, ErasureConfigError, ErasureFileError: see [`Erasure.from_pretrained`].
     """
-    strength = _valid_strength(strength)
+    strength = valid_strength(strength)
     if strict_base not in ("warn", "error", "ignore"):
         raise ErasureInputError(f'`strict_base` must be "warn", "error" or "ignore", not {strict_base!r}.')
     if method not in (None, "lora"):
@@ -320,7 +329,8 @@ def set_erasures(
 ) -> None:
     """Set the strengths of loaded erasures. Others keep theirs: unlike a LoRA, an erasure is not switched off unnamed.
 
-    Takes effect in place, without a new attachment or compilation.
+    Takes effect in place, without a new attachment or compilation. Requests that are under way in other threads keep the
+    strengths that they began with.
 
     Args:
         pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
@@ -341,13 +351,14 @@ def set_erasures(
     values = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(listed)
     if len(values) != len(listed) or len(set(listed)) != len(listed):
         raise ErasureInputError(f"{len(listed)} names and {len(values)} strengths: give one for each name, each once.")
-    changes = [(_known(pipe, name), _valid_strength(value)) for name, value in zip(listed, values, strict=True)]
-    with fusing.changing(pipe, listed):
+    changes = [(_known(pipe, name), valid_strength(value)) for name, value in zip(listed, values, strict=True)]
+    with attachment.changing_alone(_components(pipe).values()), fusing.changing(pipe, listed):
         for state in _states(pipe).values():  # each by itself: a component that was copied alone has its own items
             for item, value in changes:
                 if item.name in state.loaded:
                     state.loaded[item.name].strength = value
-            state.fold()
+        for state in _states(pipe).values():
+            state.set_strengths()
 
 
 def unload_erasure(pipe: Any, name: str | None = None) -> None:
@@ -361,7 +372,7 @@ def unload_erasure(pipe: Any, name: str | None = None) -> None:
         ErasureNotFoundError: no erasure has that name.
     """
     names = list(_loaded(pipe)) if name is None else [_known(pipe, name).name]
-    with fusing.changing(pipe, names):
+    with attachment.changing_alone(_components(pipe).values()), fusing.changing(pipe, names):
         for each in names:
             attachment.detach(_components(pipe).values(), each)
 
@@ -421,6 +432,7 @@ __all__ = [
     "ErasablePipeline",
     "ErasureInfo",
     "as_erasable",
+    "erasure_strengths",
     "erasures_disabled",
     "export_erased",
     "fuse_erasures",

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import pickle
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -25,8 +26,21 @@ from diffusers_erasure import (
     ErasureInputError,
 )
 from diffusers_erasure.base_model import describe_base
-from diffusers_erasure.layers.activation import BLEND, MASK, MEANS, TIMESTEPS, ActivationKind, ActivationPatch, pack
+from diffusers_erasure.layers.activation import (
+    BLEND,
+    MASK,
+    MEANS,
+    TIMESTEPS,
+    ActivationKind,
+    ActivationLayer,
+    ActivationPatch,
+    Part,
+    pack,
+)
+from diffusers_erasure.layers.epr import LearnedSchedule
 from diffusers_erasure.layers.layer import Layer
+from diffusers_erasure.layers.modifiers import Conditions, Factors, Modifier
+from diffusers_erasure.layers.passing import Pass
 from diffusers_erasure.schema import (
     LORA_FILE,
     MODIFIER_PREFIX,
@@ -258,22 +272,66 @@ def test_between_two_stored_timesteps_the_smaller_wins() -> None:
                 "s" + MASK: torch.full((2, 1), 128, dtype=torch.uint8),
                 "s" + MEANS: torch.where(times == stored[0], 0.0, 1.0),
             }
-            patch, conditions = patch_of(tensors)
-            conditions.timestep = steps
-            assert patch(torch.full((5, 3, 1), 7.0))[:, 0, 0].long().tolist() == expected.tolist()
+            patch = patch_of(tensors)
+            for picture in (False, True):
+                found = patch(torch.full((5, 3, 1), 7.0), one_pass(steps, picture))
+                assert found[:, 0, 0].long().tolist() == expected.tolist()
 
 
-def patch_of(*parts: dict[str, torch.Tensor], width: int = 1) -> tuple[ActivationPatch, Any]:
-    from diffusers_erasure.layers.activation import Part
-    from diffusers_erasure.layers.modifiers import Conditions
+def patch_of(*parts: dict[str, torch.Tensor], width: int = 1) -> ActivationPatch:
+    found = {(str(i), 0): Part.of(tensors, "s") for i, tensors in enumerate(parts)}
+    columns = {str(i): i for i in range(len(parts))}
+    return ActivationPatch(nn.Linear(width, 1), found, columns, torch.device("cpu"), torch.float32)
 
-    conditions = Conditions()
-    patch = ActivationPatch(width, conditions)
-    for i, tensors in enumerate(parts):
-        patch.parts[str(i), 0] = Part.of(tensors, "s")
-    patch.rebuild(torch.device("cpu"), torch.float32)
-    patch.fold({str(i): 1.0 for i in range(len(parts))})
-    return patch, conditions
+
+def one_pass(timestep: torch.Tensor, by_picture: bool = False, strengths: tuple[float, ...] = (1.0,)) -> Pass:
+    """A pass at these timesteps, with strengths that are known to be the same for all rows or not."""
+    values = torch.tensor([strengths])
+    names = tuple(map(str, range(len(strengths))))
+    found = Pass(names, {}, values, None if by_picture else strengths, values)
+    found.read(timestep, 1.0, None)
+    return found
+
+
+def test_strengths_by_picture_are_those_of_each_by_itself() -> None:
+    """Also of overlapping masks, at timesteps of their own, where the strengths are not known as numbers."""
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for times in ([100.0, 500.0, 900.0], [700.0, 250.0]):
+        mask = torch.rand(len(times), 12, generator=generator) < 0.6
+        means = torch.randn(int(mask.sum()), generator=generator)
+        parts.append(
+            {TIMESTEPS: torch.tensor(times), BLEND: torch.tensor([0.8]), "s" + MASK: pack(mask), "s" + MEANS: means}
+        )
+    patch, hidden = patch_of(*parts, width=12), torch.randn(3, 5, 12, generator=generator)
+    steps, strengths = torch.tensor([40.0, 480.0, 800.0]), [(1.0, 0.5), (0.0, 0.7), (0.3, 0.0)]
+    together = one_pass(steps, True)
+    together.strengths = torch.tensor(strengths)
+    found = patch(hidden, together)
+    for row, own in enumerate(strengths):
+        alone = patch(hidden[row : row + 1], one_pass(steps[row : row + 1], strengths=own))
+        assert roundings(found[row : row + 1], alone) <= ROUNDINGS
+        assert not torch.equal(alone[0], hidden[row])
+    together.strengths = torch.zeros(3, 2)
+    assert torch.equal(patch(hidden, together), hidden)
+
+
+def test_one_look_up_for_all_modules_of_a_pass() -> None:
+    pipe = tiny_sd_pipe()
+    layer, tensors = ActivationLayer(Conditions(lambda: one_pass(torch.tensor(500.0)))), as_erasure(make_plan())
+    spec = tensors.config.layers[0]
+    layer.attach(pipe.unet, ("0", 0), spec, tensors.layer_tensors(spec), None)
+    edits = layer.build(layer.parts(), ("0",))
+    now = one_pass(torch.tensor(476.0))
+    for site in FF:
+        module = pipe.unet.get_submodule(site)
+        edits[layer.sites[site].place.number](torch.zeros(1, 2, module.in_features), now)
+    assert len(FF) > 1 and len(now.looked) == 1
+    before = dict(now.looked)
+    now.read(torch.tensor(30.0), 1.0, None)
+    edits[layer.sites[FF[0]].place.number](torch.zeros(1, 2, pipe.unet.get_submodule(FF[0]).in_features), now)
+    (key,) = now.looked
+    assert not torch.equal(now.looked[key], before[key])
 
 
 # ------------------------------------------------------------------------------------------- batches and their layout
@@ -338,17 +396,12 @@ def test_with_a_schedule(pipe: Any, bins: int) -> None:
 
 def test_a_schedule_changes_where_it_says() -> None:
     """The table's intervals end at the very numbers at which `Factors` changes the bin, and a schedule in training too."""
-    from diffusers_erasure.layers.activation import Part
-    from diffusers_erasure.layers.epr import LearnedSchedule
-    from diffusers_erasure.layers.modifiers import Conditions, Factors, Modifier
-
     for bins, span in ((3, 1000.0), (7, 999.0), (50, 1000.0), (97, 333.3)):
         modifier = Modifier(("a", 0), torch.arange(bins).float()[:, None], span)
         tensors = {TIMESTEPS: torch.tensor([5.0]), BLEND: torch.ones(1)}
         tensors |= {"s" + MASK: torch.full((1, 1), 128, dtype=torch.uint8), "s" + MEANS: torch.ones(1)}
         part = Part.of(tensors, "s", modifier)
-        factors = Factors(Conditions())
-        factors.rebuild([(modifier, 0)], torch.device("cpu"))
+        factors = Factors([(modifier, 0, 0)], torch.device("cpu"))
         limits = part.scheduled()[1]
         assert len(limits) == bins - 1
         after = torch.nextafter(limits, torch.full_like(limits, torch.inf))
@@ -357,8 +410,7 @@ def test_a_schedule_changes_where_it_says() -> None:
         for first, timesteps in enumerate((limits, after)):
             expected = list(range(first, first + bins - 1))
             assert factors.schedule(timesteps)[:, 0].tolist() == expected
-            learned.conditions.timestep = timesteps
-            assert learned(torch.device("cpu"))[:, 0].tolist() == expected
+            assert learned(timesteps)[:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("layout", ["row", "uncond_first"])
@@ -389,6 +441,35 @@ def test_with_a_gate(pipe: Any, layout: str) -> None:
     assert_like(predict(pipe.unet), alone, base)
     pipe.set_erasures("plain", 0)
     assert equal(predict(pipe.unet), base)
+
+
+def test_threads_with_strengths_of_their_own(pipe: Any) -> None:
+    """Each draws what it draws alone, at its own timestep; pictures of one batch may have strengths of their own too."""
+    one, two = make_plan((*FF, *ATTENTION), seed=1), make_plan(FF, seed=2, times=(700.0, 300.0))
+    one.schedule = torch.rand(7, len(FF) + len(ATTENTION), generator=torch.Generator().manual_seed(3))
+    pipe.load_erasure(as_erasure(one), "one")
+    pipe.load_erasure(as_erasure(two), "two")
+    singles = [(first, second) for first in (0.0, 0.4, 1.0) for second in (0.0, 0.7, 1.0)]
+    pictures = [singles[1], singles[8], singles[0], singles[3]]
+
+    def draw(first: Any, second: Any, time: float) -> torch.Tensor:
+        with pipe.erasure_strengths({"one": first, "two": second}):
+            return call(pipe.unet, torch.tensor(time))
+
+    times = [40.0 + 100 * number for number in range(len(singles))]
+    alone = [draw(*each, time) for each, time in zip(singles, times, strict=True)]
+    assert torch.equal(alone[0], call(tiny_sd_pipe().unet, torch.tensor(times[0])))
+    assert len({tuple(each.flatten().tolist()) for each in alone}) == len(alone)
+    batch = draw(*zip(*pictures, strict=True), 476.0)
+    for row, own in enumerate(pictures):
+        assert roundings(batch[row], draw(*own, 476.0)[row]) <= ROUNDINGS
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            jobs = [pool.submit(draw, *each, time) for each, time in zip(singles, times, strict=True)]
+            together = pool.submit(draw, *zip(*pictures, strict=True), 476.0)
+            for job, own in zip(jobs, alone, strict=True):
+                assert roundings(job.result(), own) <= ROUNDINGS
+            assert roundings(together.result(), batch) <= ROUNDINGS
 
 
 # ------------------------------------------------------------------------------------------------- living together

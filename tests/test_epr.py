@@ -252,11 +252,11 @@ def test_a_schedule_is_learned(pipe: Any) -> None:
     unet = pipe.unet.requires_grad_(False)
     erasure = erasure_of("compact")
     network = EPR(unet, tensors_of(erasure), torch.device("cpu"), torch.float32, trainable=True).requires_grad_(False)
-    network.factors = LearnedSchedule(20, len(network.layer_sites))
+    network.schedule = LearnedSchedule(20, len(network.layer_sites))
     before = tree(pipe)
     network.attach(unet)
     loss_of(unet).backward()
-    table = network.factors.table
+    table = network.schedule.table
     assert table.grad is not None
     assert bool((table.grad[10] != 0).all()) and not bool(table.grad[[*range(10), *range(11, 20)]].any())
     with torch.no_grad():

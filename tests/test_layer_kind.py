@@ -28,6 +28,8 @@ from diffusers_erasure.layers import (
     HookLayer,
     Layer,
     LayerKind,
+    Pass,
+    Place,
     SiteEdit,
     SiteLayer,
     Summand,
@@ -36,9 +38,9 @@ from diffusers_erasure.layers import (
     register_layer_kind,
     registry,
 )
-from diffusers_erasure.layers.buffers import Tensors, live_buffer, set_buffer
+from diffusers_erasure.layers.buffers import Tensors, live_buffer
 from diffusers_erasure.layers.lora import LoraLayer, LowRankPart
-from diffusers_erasure.layers.modifiers import Factors, Modifier
+from diffusers_erasure.layers.modifiers import Conditions, Modifier
 from diffusers_erasure.layers.sites import find_site
 from diffusers_erasure.schema import (
     CARD_FILE,
@@ -75,46 +77,47 @@ class VectorPart:
 
 
 class Vectors(SiteEdit):
-    """The vectors of all erasures at one site, times their strengths."""
+    """The vectors of some erasures at one site; how strongly each acts, the pass says."""
 
-    parts: dict[tuple[str, int], VectorPart]
     rows: torch.Tensor  # [parts, C]
 
-    def __init__(self, conditions: Any) -> None:
-        super().__init__(conditions)
-        self.factors = Factors(conditions)
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Mapping[tuple[str, int], VectorPart],
+        columns: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(module, parts, columns, device, dtype)
+        live_buffer(self, "rows", torch.stack([part.vector for part in parts.values()]), device, dtype)
 
-    def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
-        parts = list(self.parts.values())
-        self.factors.rebuild([(part.modifier, part.index) for part in parts], device)
-        live_buffer(self, "rows", torch.zeros_like(torch.stack([part.vector for part in parts])), device, dtype)
-
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        set_buffer(self.rows, torch.stack([part.vector * strengths[key[0]] for key, part in self.parts.items()]))
-
-    def forward(self, output: torch.Tensor) -> torch.Tensor:
-        """[C], or [B, 1, C]."""
-        rows, factors = self.rows.to(output.device, output.dtype), self.factors(output.device)
+    def forward(self, output: torch.Tensor, now: Pass) -> torch.Tensor:
+        """[C], or [1 or B, 1, C]."""
+        rows, factors = self.rows.to(output.device, output.dtype), self.factors(now, output.device, len(output))
         return rows.sum(0) if factors is None else (factors.to(rows.dtype) @ rows)[:, None]
 
 
 class VectorLayer(SiteLayer):
+    edit: ClassVar[type[SiteEdit]] = Vectors
     act: ClassVar[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 
-    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, SiteEdit, torch.utils.hooks.RemovableHandle]:
-        module, vectors = find_site(component, site), Vectors(self.conditions)
-        return module, vectors, module.register_forward_hook(Act(type(self), vectors))
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, Place, torch.utils.hooks.RemovableHandle]:
+        module, place = find_site(component, site), Act(self.conditions, type(self))
+        return module, place, module.register_forward_hook(place)
 
     def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> VectorPart:
         return VectorPart(tensors[spec.sites[index] + ".vector"], modifier, index)
 
 
-class Act:
-    def __init__(self, layer: type[VectorLayer], vectors: Vectors) -> None:
-        self.layer, self.vectors = layer, vectors
+class Act(Place):
+    def __init__(self, conditions: Conditions, layer: type[VectorLayer]) -> None:
+        super().__init__(conditions)
+        self.layer = layer
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return self.layer.act(output, self.vectors(output))
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        vectors, now = self.at_work()
+        return None if vectors is None else self.layer.act(output, vectors(output, now))
 
 
 class GainLayer(VectorLayer):

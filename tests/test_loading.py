@@ -159,7 +159,7 @@ def test_nan_never_comes_near_a_pipeline(pipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first_loaded", [False, True], ids=["fresh", "beside another"])
-@pytest.mark.parametrize("place", ["placement", "fold", "hook", "second component", "text map", "guard"])
+@pytest.mark.parametrize("place", ["placement", "build", "hook", "second component", "text map", "guard"])
 def test_a_failure_in_the_middle_of_attaching(
     pipe: Any, monkeypatch: pytest.MonkeyPatch, place: str, first_loaded: bool
 ) -> None:
@@ -186,14 +186,14 @@ def test_a_failure_in_the_middle_of_attaching(
                 from diffusers_erasure.layers import sites
 
                 patched.setattr(sites, "placement", fail_at(3, sites.placement))
-            elif place == "fold":
-                patched.setattr(LoraLayer, "fold", fail_at(2, LoraLayer.fold))
+            elif place == "build":
+                patched.setattr(LoraLayer, "build", fail_at(2, LoraLayer.build))
             elif place == "hook":
                 patched.setattr(nn.Linear, "register_forward_hook", fail_at(3, nn.Linear.register_forward_hook))
             elif place == "second component":
                 patched.setattr(LoraLayer, "attach", fail_at(2, LoraLayer.attach))
             elif place == "text map":
-                patched.setattr(TextMap, "rebuild", fail_at(1, TextMap.rebuild))
+                patched.setattr(TextMap, "__init__", fail_at(1, TextMap.__init__))
             else:
                 patched.setattr(attachment, "Guard", fail_at(1 + 0, attachment.Guard))
                 if first_loaded:  # its guards stand already: fail where the next thing is looked up

@@ -3,8 +3,10 @@
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -23,8 +25,9 @@ from diffusers_erasure import (
     with_schedule,
 )
 from diffusers_erasure.layers.encoder_copy import channels
-from diffusers_erasure.layers.epr import ATTRIBUTE, EPR, split
+from diffusers_erasure.layers.epr import EPR, split
 from diffusers_erasure.layers.layer import Layer
+from diffusers_erasure.layers.skip_hooks import ATTRIBUTE
 from diffusers_erasure.schema import Concept
 from tests import test_stays_on
 from tests.helpers import (
@@ -40,6 +43,7 @@ from tests.helpers import (
     style_lora,
     tiny_sd_pipe,
     tiny_sdxl_pipe,
+    tree,
     unchanged_by,
     weights,
 )
@@ -498,6 +502,78 @@ def test_an_interrupted_pass_leaves_nothing_behind(pipe: Any, form: str, place: 
         predict(pipe.unet, 10.0)
     handle.remove()
     assert torch.equal(predict(pipe.unet), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", ["down_blocks.0", "up_blocks.1"])
+def test_nothing_of_a_pass_outlives_it(pipe: Any, form: str, place: str) -> None:
+    pipe.load_erasure(erasure_of(form))
+    seen = getattr(pipe.unet, ATTRIBUTE).seen
+    nothing, within = dict(vars(seen)), []
+    pipe.unet.up_blocks[0].register_forward_pre_hook(lambda module, args: within.append(dict(vars(seen))))
+    assert set(nothing.values()) == {None}
+    predict(pipe.unet)
+    assert len(within[0]["residuals"]) == len(channels(pipe.unet)) - 1 and vars(seen) == nothing
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise ValueError
+
+    pipe.unet.get_submodule(place).register_forward_pre_hook(stop)
+    with pytest.raises(ValueError):
+        predict(pipe.unet)
+    assert vars(seen) == nothing
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_threads_with_strengths_of_their_own(pipe: Any, form: str) -> None:
+    """Each draws what it draws alone; pictures of one batch may have strengths of their own too."""
+    pipe.load_erasure(erasure_of(form), "a")
+    pipe.load_erasure(erasure_of("compact", 1), "b")
+    wanted: list[dict[str, Any]] = [
+        {"a": 1.0, "b": 0.0},
+        {"a": 0.0, "b": 0.5},
+        {"a": 0.3, "b": 1.0},
+        {"a": 0.0, "b": 0.0},
+        {"a": [0.0, 1.0], "b": [0.5, 0.0]},
+    ]
+
+    def draw(number: int, time: float | None = None) -> torch.Tensor:
+        with pipe.erasure_strengths(wanted[number]):
+            return predict(pipe.unet, 90.0 * number if time is None else time)
+
+    alone = [draw(number) for number in range(len(wanted))]
+    assert torch.equal(alone[3], predict(tiny_sd_pipe().unet, 270.0))
+    assert roundings(draw(4, 90.0)[0], draw(1)[0]) <= ROUNDINGS
+    assert roundings(draw(4, 0.0)[1], draw(0)[1]) <= ROUNDINGS
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        for _ in range(4):
+            for found, own in zip(pool.map(draw, range(len(wanted))), alone, strict=True):
+                assert roundings(found, own) <= ROUNDINGS
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unloaded_while_a_request_is_under_way(pipe: Any, form: str) -> None:
+    """It ends as it began. Its hooks stay until then, and no longer."""
+    base, before = images(pipe), tree(pipe)
+    pipe.load_erasure(erasure_of(form))
+    erased = images(pipe)
+    under_way, unloaded = Event(), Event()
+
+    def unload() -> None:
+        under_way.wait()
+        pipe.unload_erasure()
+        unloaded.set()
+
+    def after_a_step(*args: Any) -> dict[str, Any]:
+        under_way.set()
+        assert unloaded.wait(30) and hasattr(pipe.unet, ATTRIBUTE)
+        return {}
+
+    thread = Thread(target=unload)
+    thread.start()
+    assert equal(images(pipe, callback_on_step_end=after_a_step), erased)
+    thread.join()
+    assert tree(pipe) == before and equal(images(pipe), base)
 
 
 # --------------------------------------------------------------------------------------------------- compile

@@ -323,7 +323,7 @@ def test_what_fails_while_it_is_told_is_no_failure(
     assert seen == [["one"]]  # nothing of the other is there yet
     assert "cannot be told" in caplog.text
     assert [item.name for item in pipe.list_erasures()] == ["one", "two"]
-    assert all(not state.disabled for state in states(pipe).values())
+    assert not any(state.view().disabled for state in states(pipe).values())
 
 
 def test_a_block_that_fails_at_its_start_leaves_erasures_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_a_block_that_fails_at_its_start_leaves_erasures_on(monkeypatch: pytest.
             patched.setattr(LoraLayer, "fold", fold)
             with pytest.raises(RuntimeError), erasures_disabled(pipe):
                 pass
-        assert [state.disabled for state in states(pipe).values()] == [0, 0]
+        assert [state.view().disabled for state in states(pipe).values()] == [False, False]
 
 
 def test_what_moves_a_target_elsewhere_is_no_alarm(caplog: pytest.LogCaptureFixture) -> None:

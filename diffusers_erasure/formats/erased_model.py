@@ -18,8 +18,8 @@ from ..errors import ErasureError, ErasureInputError
 from ..hub.options import CommitOptions, takes
 from ..hub.transfer import push_model
 from ..live import fusing
-from ..live.attachment import counted
 from ..live.loaded import components, known, loaded, states
+from ..live.requests import Block, within
 from ..logging import get_logger
 from ..schema import CARD_FILE, SCHEMA, Library
 from ..schema.erased_model import KIND, PLACES, Contained, Provenance, contained_config
@@ -64,7 +64,7 @@ def export_erased(
     if not items:
         raise ErasureInputError("No erasure is loaded; a model without one is saved with `pipe.save_pretrained`.")
     off = [item.name for item in items if item.strength == 0]
-    if off or any(state.disabled for state in states(pipe).values()):
+    if off or any(state.view().disabled for state in states(pipe).values()):
         raise ErasureInputError(
             f"Erasures that are off cannot be exported: {off or wanted}. Name others, or set them on."
         )
@@ -140,7 +140,7 @@ def _write(pipe: Any, folder: Path, provenance: Provenance) -> list[Path]:
     Provenance.from_json(text.encode())  # what is written can be read
     try:
         with new_folder(folder) as fresh:
-            with counted(lambda: states(pipe).values(), "disabled"):  # what acts besides is not to be in the weights
+            with within(Block(pipe, exact={})):  # what acts besides is not to be in the weights
                 pipe.save_pretrained(fresh)
             for place in PLACES:
                 if (fresh / place).parent.is_dir():

@@ -4,8 +4,9 @@ from .base import HookLayer, LiveLayer, Watched
 from .changes import WeightChange
 from .kind import LayerKind, Summand
 from .layer import Layer
+from .passing import Pass
 from .registry import layer_kind, register_layer_kind
-from .sites import SiteEdit, SiteLayer
+from .sites import Place, SiteEdit, SiteLayer
 
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "Layer",
     "LayerKind",
     "LiveLayer",
+    "Pass",
+    "Place",
     "SiteEdit",
     "SiteLayer",
     "Summand",

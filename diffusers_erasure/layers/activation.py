@@ -7,12 +7,13 @@ writes, for every token alike, `x <- x + w (mu - x)` on the units that an erasur
     w   = max_i w_i,    mu = sum_i w_i mu_i / sum_i w_i
 
 so that masks are joined and overlaps averaged, in whatever order they were loaded. Timesteps are matched to the nearest
-stored one, of two equally near ones to the smaller. As long as nothing depends on the prompt, all of this is a table by
-intervals of the timestep, and a pass costs a look-up and one fused multiply-add; where every w is 0 it gives `x * 1 + 0`.
-With a gate, what is looked up is joined in each pass.
+stored one, of two equally near ones to the smaller. As long as nothing depends on the prompt or the picture, all of this is a
+table by intervals of the timestep, and a pass costs one look-up for all modules and one fused multiply-add for each; where
+every w is 0 it gives `x * 1 + 0`. With a gate, or with strengths that differ by picture, what is looked up is joined in each
+pass.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -20,15 +21,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError
+from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..logging import get_logger
 from ..schema import TENSOR_FILE, LayerSpec
 from .base import HookLayer
-from .buffers import PartKey, Tensors, live_buffer, set_buffer
+from .buffers import PartKey, Tensors, live_buffer
 from .changes import WeightChange
 from .kind import LayerKind
 from .modifiers import Conditions, Modifier, bins_at
-from .sites import SiteEdit, SiteLayer, find_site
+from .passing import Pass
+from .sites import Place, SiteEdit, SiteLayer, find_site
 
 
 logger = get_logger(__name__)
@@ -36,6 +38,7 @@ logger = get_logger(__name__)
 FEED_FORWARD, ATTENTIONS = ".ff.net.2", (".attn1.to_out.0", ".attn2.to_out.0")
 MASK, MEANS, TIMESTEPS, BLEND = ".mask", ".means", "timesteps", "blend"
 MAX_TIMESTEPS = 1000
+TABLES = 8  # that are kept, of different strengths
 MANY = 5  # concepts; the paper reports heavy degradation at ten
 
 
@@ -146,81 +149,116 @@ def static_rows(parts: Sequence[tuple[float, Part]], width: int) -> torch.Tensor
 # ---------------------------------------------------------------------------------------------------- the live side
 
 
-class ActivationPatch(SiteEdit):
-    """What all erasures do to the input of one module, by intervals of the timestep on which nothing changes.
+class Tables:
+    """What [`joined`] gives at the sites at which the same erasures act, beside one another in one table by intervals.
 
-    The parts are joined in one table, unless a gate makes one of them depend on the prompt. Then each has a table of its own,
-    and they are joined in each pass.
+    So a pass looks up its timestep once for all of them. A table is made for the strengths of a pass, in float64, and kept.
 
     Args:
-        width (`int`): units of the input.
-        conditions ([`Conditions`]): of the denoiser, for the timestep and the gates.
+        sites (sequence): the parts and the width of each.
+        columns (`dict`): as of [`SiteEdit`].
     """
 
-    parts: dict[PartKey, Part]
-    rows: torch.Tensor  # [intervals of all tables, 2, C]: what `joined` gives, or with gates a part's weight and mean
-    limits: torch.Tensor  # [tables, most intervals - 1], infinite where a table has fewer; float32's bits
-    offsets: torch.Tensor  # [tables], of a table's first row
-    on = True  # of a processor's patch: whether its strength is above 0
+    def __init__(self, sites: Sequence[tuple[Mapping[PartKey, Part], int]], columns: Mapping[str, int]) -> None:
+        self.sites = sites
+        self.columns = [columns[name] for name, _ in sites[0][0]]
+        self.limits = _limits(sites[0][0].values())
+        self.made: dict[
+            Any, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # is replaced and never changed, as threads read it
 
-    def __init__(self, width: int, conditions: Conditions) -> None:
-        super().__init__(conditions)
-        self.width = width
-        self.gates: list[PartKey | None] = []  # of each part, `None` for none
-        self.gated = False
+    def of(self, now: Pass, like: torch.Tensor) -> torch.Tensor:
+        """What acts in this pass, [1 or B, twice the widths of all sites]."""
+        assert now.values is not None
+        values = tuple(now.values[column] for column in self.columns)
+        key = values, like.device, like.dtype
+        if (self, *key) not in now.looked:
+            if key not in self.made:
+                last = list(self.made.items())[1 - TABLES :]
+                self.made = {**dict(last), key: self._make(values, like.device, like.dtype)}
+            rows, limits = self.made[key]
+            if len(rows) > 1:
+                rows = rows.index_select(0, torch.bucketize(now.now(like.device), limits))
+            now.looked[self, *key] = rows
+        return now.looked[self, *key]
 
-    def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Take over the parts; the strengths are 0 until `fold`."""
-        modifiers = [part.modifier for part in self.parts.values()]
-        self.gates = [each.key if each is not None and each.gated else None for each in modifiers]
-        self.gated = any(key is not None for key in self.gates)
-        limits = [_limits(parts.values()) for parts in self._tables()]
-        lengths = torch.tensor([len(each) + 1 for each in limits])
-        off = torch.tensor([0.0 if self.gated else 1.0, 0.0])[:, None]
-        rows = off.expand(int(lengths.sum()), 2, self.width)
-        live_buffer(self, "rows", rows, device, torch.float32 if self.gated else dtype)
+    def _make(
+        self, values: tuple[float, ...], device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A table [intervals, twice the widths of all sites], and its limits."""
+        with torch.inference_mode(False), torch.no_grad():
+            inside = torch.cat([self.limits, torch.tensor([torch.inf])])  # a timestep of each interval
+            rows = []
+            for parts, width in self.sites:
+                found = [part.at(inside, width) for part in parts.values()]
+                weights = torch.stack([value * weight for value, (weight, _) in zip(values, found, strict=True)], 1)
+                rows.append(joined(weights, torch.stack([means for _, means in found], 1)).flatten(1))
+            return torch.cat(rows, 1).to(dtype).to(device), self.limits.to(device)
+
+
+class ActivationPatch(SiteEdit):
+    """What some erasures do to the input of one module.
+
+    Where they act alike on all rows, their parts are joined in [`Tables`]. With gates, with strengths by picture, and in graphs
+    each part is looked up by itself, and they are joined in the pass.
+    """
+
+    parts: Mapping[PartKey, Part]
+    mask: torch.Tensor  # [stored timesteps of all parts, C], bool
+    means: torch.Tensor  # [stored timesteps of all parts, C]
+    limits: torch.Tensor  # [parts, most timesteps - 1], infinite where a part has fewer; float32's bits
+    blends: torch.Tensor  # [parts], float32's bits
+    offsets: torch.Tensor  # [parts], of a part's first row
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Mapping[PartKey, Part],
+        columns: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(module, parts, columns, device, dtype)
+        assert isinstance(module, nn.Linear)
+        self.parts, self.width = parts, module.in_features
+        self.tables, self.first = Tables([(parts, self.width)], columns), 0
+        dense = [part.dense(self.width) for part in parts.values()]
+        live_buffer(self, "mask", torch.cat([mask for mask, _ in dense]), device, torch.bool)
+        live_buffer(self, "means", torch.cat([means for _, means in dense]), device, dtype)
         # As integers, which a model's `.to(dtype)` leaves as they are.
-        bits = nn.utils.rnn.pad_sequence(limits, True, torch.inf).contiguous().view(torch.int32)
-        live_buffer(self, "limits", bits, device, torch.int32)
+        limits = nn.utils.rnn.pad_sequence([part.limits() for part in parts.values()], True, torch.inf)
+        live_buffer(self, "limits", limits.contiguous().view(torch.int32), device, torch.int32)
+        blends = torch.tensor([part.blend for part in parts.values()])
+        live_buffer(self, "blends", blends.view(torch.int32), device, torch.int32)
+        lengths = torch.tensor([len(mask) for mask, _ in dense])
         live_buffer(self, "offsets", lengths.cumsum(0) - lengths, device, torch.int64)
 
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        rows = []
-        for parts in self._tables():
-            inside = torch.cat([_limits(parts.values()), torch.tensor([torch.inf])])  # a timestep of each interval
-            found = [(strengths[name], *part.at(inside, self.width)) for (name, _), part in parts.items()]
-            weights = torch.stack([strength * weight for strength, weight, _ in found], 1)
-            means = torch.stack([mean for *_, mean in found], 1)
-            rows.append(torch.cat([weights, means], 1) if self.gated else joined(weights, means))
-        set_buffer(self.rows, torch.cat(rows))
-
-    def acting(self, device: torch.device) -> torch.Tensor:
+    def acting(self, hidden_states: torch.Tensor, now: Pass) -> torch.Tensor:
         """What acts in this pass: what [`joined`] gives, [1 or B, 2, C]."""
-        (conditions,) = self.source
-        rows = self.rows.to(device)
-        if len(rows) == 1 and not self.gated:
-            return rows
-        timestep, limits = conditions.now(device), self.limits.to(device).view(torch.float32)
-        if not self.gated:
-            return rows.index_select(0, torch.bucketize(timestep, limits[0]))
-        index = self.offsets.to(device) + (timestep[:, None, None] > limits).sum(-1)  # [1 or B, parts]
-        weights, means = rows[index].float().unbind(2)
-        return joined(weights * conditions.factors(self.gates, device)[..., None], means)
+        if torch.compiler.is_compiling() or now.values is None or self.factors.gated:
+            return self._joined(hidden_states.device, now)
+        rows = self.tables.of(now, hidden_states)[:, self.first : self.first + 2 * self.width]
+        return rows.unflatten(1, (2, self.width))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Patch hidden states [B, ..., C]; the same for every token of a row."""
-        rows = self.acting(hidden_states.device)
-        if len(rows) > 1 and len(rows) != len(hidden_states):
-            raise ErasureInputError(
-                f"An erasure acts by the timestep or prompt of each of {len(rows)} rows, but a module got {len(hidden_states)}: "
-                "it is chunked along the batch. Chunk along the tokens: `unet.enable_forward_chunking(chunk_size, dim=1)`."
-            )
+    def forward(self, hidden_states: torch.Tensor, now: Pass) -> torch.Tensor:
+        """Patch hidden states [B, ..., C]; the same for every token of a row.
+
+        Raises:
+            ErasureInputError: the rows are patched differently, and are others than those of the pass.
+        """
+        rows = self.factors.for_rows(self.acting(hidden_states, now), now, len(hidden_states))
         shape = (len(rows), *(1,) * (hidden_states.ndim - 2), self.width)
         keep, add = (row.to(hidden_states.dtype).reshape(shape) for row in rows.unbind(1))
         return torch.addcmul(add, hidden_states, keep)
 
-    def _tables(self) -> list[dict[PartKey, Part]]:
-        return [{key: part} for key, part in self.parts.items()] if self.gated else [self.parts]
+    def _joined(self, device: torch.device, now: Pass) -> torch.Tensor:
+        limits, blends = (bits.to(device).view(torch.float32) for bits in (self.limits, self.blends))
+        index = self.offsets.to(device)[None]
+        if limits.shape[1]:
+            index = index + (now.now(device)[:, None, None] > limits).sum(-1)  # [1 or B, parts]
+        factors = self.factors.product(now, device)
+        factors = blends[None] if factors is None else blends * factors
+        return joined(self.mask.to(device)[index] * factors[..., None], self.means.to(device)[index].float())
 
 
 def _limits(parts: Collection[Part]) -> torch.Tensor:
@@ -228,37 +266,53 @@ def _limits(parts: Collection[Part]) -> torch.Tensor:
     return torch.cat([limits for part in parts for limits in (part.limits(), part.scheduled()[1])]).unique()
 
 
-class PatchInput:
-    """Forward pre-hook: the module reads patched hidden states. A class and no closure, so that models stay picklable."""
+def join_tables(patches: Iterable[ActivationPatch], columns: Mapping[str, int]) -> None:
+    """Let the patches at which the same erasures act have one table."""
+    alike: dict[tuple[PartKey, ...], list[ActivationPatch]] = {}
+    for patch in patches:
+        alike.setdefault(tuple(patch.parts), []).append(patch)
+    for own in alike.values():
+        tables, first = Tables([(patch.parts, patch.width) for patch in own], columns), 0
+        for patch in own:
+            patch.tables, patch.first = tables, first
+            first += 2 * patch.width
 
-    def __init__(self, patch: ActivationPatch) -> None:
-        self.patch = patch
+
+class PatchInput(Place):
+    """Forward pre-hook: the module reads patched hidden states."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        edit, now = self.at_work()
+        if edit is None:
+            return None
         if args:
-            return (self.patch(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "input": self.patch(kwargs["input"])}
+            return (edit(args[0], now), *args[1:]), kwargs
+        return args, {**kwargs, "input": edit(kwargs["input"], now)}
 
 
 class ActivationLayer(SiteLayer):
     """All `activation` layers on one UNet."""
 
+    edit: ClassVar[type[SiteEdit]] = ActivationPatch
     by_timestep: ClassVar[bool] = True
 
     def __init__(self, conditions: Conditions) -> None:
         super().__init__(conditions)
         self.keys: set[PartKey] = set()
 
-    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, SiteEdit, torch.utils.hooks.RemovableHandle]:
-        module = find_site(component, site)
-        assert isinstance(module, nn.Linear)
-        patch = ActivationPatch(module.in_features, self.conditions)
-        return module, patch, module.register_forward_pre_hook(PatchInput(patch), with_kwargs=True)
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, Place, torch.utils.hooks.RemovableHandle]:
+        module, place = find_site(component, site), PatchInput(self.conditions)
+        return module, place, module.register_forward_pre_hook(place, with_kwargs=True)
 
     def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> Part:
         return Part.of(tensors, spec.sites[index], modifier, index)
+
+    def build(self, parts: Any, names: Sequence[str]) -> dict[int, Any]:
+        found = super().build(parts, names)
+        join_tables(found.values(), {name: column for column, name in enumerate(names)})
+        return found
 
     def attach(
         self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors, modifier: Modifier | None

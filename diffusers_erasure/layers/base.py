@@ -1,7 +1,7 @@
 """What a layer kind is on a live component. One instance serves all erasures of its kind there."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,15 +41,34 @@ class LiveLayer(nn.Module):
 
     @abstractmethod
     def detach(self, name: str) -> None:
-        """Detach all layers of the erasure `name`; unknown names are ignored."""
-
-    @abstractmethod
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        """Write each erasure's strength into the live buffers, in place."""
+        """Detach all layers of the erasure `name`; unknown names are ignored. Passes that know them still have them."""
 
     @abstractmethod
     def is_empty(self) -> bool:
         """Whether no erasure is attached any more."""
+
+    def tidy(self) -> None:
+        """Remove the hooks by which nothing that is attached acts: no pass needs them any more."""
+
+    def fold(self, strengths: Mapping[str, float]) -> None:
+        """Take over the strengths, where they lie in the component itself and so hold for all threads."""
+
+    def parts(self) -> Any:
+        """What all erasures have to do here, as of now: it stays as it is, whatever is attached or detached later."""
+        return ()
+
+    def build(self, parts: Any, names: Sequence[str]) -> Mapping[int, Any]:
+        """What the named erasures do, by the number of the place.
+
+        Args:
+            parts: as [`parts`] gave them.
+            names (sequence of `str`): the erasures; their order is that of the columns of a pass's strengths.
+        """
+        return {}
+
+    def places(self) -> Iterable[Any]:
+        """Where something is done: each has a `number`, and a `whole` for what all erasures do."""
+        return ()
 
     def watched(self) -> Iterator[Watched]:
         """The modules that have to be called for the layer to act: where their surroundings compute without them, the pass fails."""
@@ -72,7 +91,7 @@ class HookLayer(LiveLayer):
     """A live layer that attaches itself by hooks: the live side of a layer kind.
 
     Args:
-        conditions ([`Conditions`]): what the component is called with, for layers that act by it.
+        conditions ([`Conditions`]): the passes of the component.
     """
 
     def __init__(self, conditions: Conditions) -> None:
@@ -81,7 +100,7 @@ class HookLayer(LiveLayer):
 
     @property
     def conditions(self) -> Conditions:
-        """What the component is called with."""
+        """The passes of the component."""
         (conditions,) = self.source
         return conditions
 
@@ -89,7 +108,7 @@ class HookLayer(LiveLayer):
     def attach(
         self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors, modifier: Modifier | None
     ) -> None:
-        """Attach one layer of one erasure, with its schedule and gate, at strength 0 until `fold` is called."""
+        """Attach one layer of one erasure, with its schedule and gate; it acts in the passes for which it is built."""
 
     def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
         """The modules that do otherwise than their weights say, because of an attached layer: their state dicts tell of it.

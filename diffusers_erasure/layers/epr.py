@@ -1,32 +1,27 @@
-"""DuMo's EPR (arXiv 2501.01125): a network beside a UNet's encoder, and the hooks that add its output to the skips.
+"""DuMo's EPR (arXiv 2501.01125): a network beside a UNet's encoder.
 
 One class for both uses: loaded, its tensors are buffers, and in training parameters. See [`diffusers_erasure.layers.skip`].
 """
 
-import copy
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import compat
 from ..errors import ErasureInputError
-from .buffers import Tensors, placement, set_buffer
-from .encoder_copy import Inputs, channels, check_unet, empty_copy, encode, filled_copy, hold, spans
-from .modifiers import Conditions, Factors, bins_at
+from .buffers import Tensors, placement
+from .encoder_copy import Inputs, channels, check_unet, empty_copy, encode, filled_copy, hold
+from .modifiers import bins_at
 from .sites import find_site
+from .skip_hooks import SkipHooks
 
 
 FORMS = ("full", "compact")
 ZERO, MID = "zero.", "mid"
 DOWN, UP = ".down", ".up"
-ATTRIBUTE, SKIPS = "erasure_skip_hooks", "res_hidden_states_tuple"
-# The mid block's arguments by position, behind the hidden states and the time embedding.
-MID_ARGUMENTS = ("encoder_hidden_states", "attention_mask", "cross_attention_kwargs", "encoder_attention_mask")
 
 
 def skip_sites(skips: int) -> tuple[str, ...]:
@@ -55,14 +50,8 @@ class Projection(nn.Module):
     def __init__(self, tensors: Tensors, device: torch.device, dtype: torch.dtype, trainable: bool) -> None:
         super().__init__()
         self.names = tuple(tensors)
-        # What the strength multiplies, exact; the live tensors are 0 until `fold`.
-        self.exact = {} if trainable else {name: value for name, value in tensors.items() if name != "down"}
         for name, value in tensors.items():
-            hold(self, name, torch.zeros_like(value) if name in self.exact else value, device, dtype, trainable)
-
-    def fold(self, strength: float) -> None:
-        for name, value in self.exact.items():
-            set_buffer(getattr(self, name), value.float() * strength)
+            hold(self, name, value, device, dtype, trainable)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
         tensors = {name: getattr(self, name).to(feature.device) for name in self.names}
@@ -115,12 +104,11 @@ class LearnedSchedule(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.ones(bins, sites))
         self.span = span
-        self.conditions = Conditions()  # watches the UNet while the network is attached
 
-    def forward(self, device: torch.device) -> torch.Tensor:
-        """Factors [1 or B, sites], float32."""
-        table = self.table.to(device)
-        return table[bins_at(self.conditions.now(device), len(table), self.span)]
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Factors [1 or B, sites], float32, at timesteps [1 or B]."""
+        table = self.table.to(timestep.device)
+        return table[bins_at(timestep, len(table), self.span)]
 
 
 def fresh_tensors(unet: Any, form: str, rank: int, zero_rank: int | None, seed: int) -> dict[str, torch.Tensor]:
@@ -164,13 +152,11 @@ class EPR(nn.Module):
         tensors (mapping): the tensors of a `skip` layer.
         device (`torch.device`): where they are kept.
         dtype (`torch.dtype`): dtype of the tensors, in which the network also computes.
-        trainable (`bool`, *optional*, defaults to `False`): make them parameters, at strength 1. Otherwise they are
-            buffers, and the strength is 0 until `fold`.
+        trainable (`bool`, *optional*, defaults to `False`): make them parameters, and not buffers.
 
     Attributes:
-        on (`bool`): whether it runs. Off, the UNet is the base.
-        factors (`Factors` or `LearnedSchedule`, *optional*): called with a device, gives factors [1 or B, sites] that
-            multiply the residuals.
+        on (`bool`): whether it runs while it is attached by [`attach`]. Off, the UNet is the base.
+        schedule (`LearnedSchedule`, *optional*): multiplies the residuals then.
     """
 
     def __init__(
@@ -184,7 +170,7 @@ class EPR(nn.Module):
         super().__init__()
         zeros, encoder = split(tensors)
         self.on = True
-        self.factors: Factors | LearnedSchedule | None = None
+        self.schedule: LearnedSchedule | None = None
         self.hooks: SkipHooks | None = None  # of a network in training, while it is attached
         places = [str(index) for index in range(len(zeros) - 1)] + [MID]
         self.projections = nn.ModuleList(Projection(zeros[place], device, dtype, trainable) for place in places)
@@ -247,31 +233,22 @@ class EPR(nn.Module):
             found[site + DOWN], found[site + UP] = delta.down, delta.up
         return found
 
-    def fold(self, strength: float) -> None:
-        """Write the strength into the projections, in place."""
-        for projection in self.projections:
-            assert isinstance(projection, Projection)
-            projection.fold(strength)
-
     def attach(self, unet: Any) -> None:
         """Let a network in training act on a UNet, beside what is loaded there."""
         if self.hooks is not None:
             raise ErasureInputError("The EPR is attached already; call `detach()` first.")
         self.hooks = SkipHooks.of(compat.unwrap_compiled(unet))
         self.hooks.add(self)
-        if isinstance(self.factors, LearnedSchedule):
-            self.factors.conditions.watch(unet)
+        self.hooks.trained.append(self)
 
     def detach(self) -> None:
         """Leave the UNet as it was."""
         if self.hooks is not None:
             self.hooks.drop(self)
             self.hooks = None
-        if isinstance(self.factors, LearnedSchedule):
-            self.factors.conditions.unwatch()
 
-    def residuals(self, hooks: "SkipHooks", inputs: Inputs) -> list[torch.Tensor]:
-        """What is added to the n skips and to the mid block's output, each [B, C, H, W].
+    def residuals(self, hooks: SkipHooks, inputs: Inputs) -> list[torch.Tensor]:
+        """What is added at strength 1 to the n skips and to the mid block's output, each [B, C, H, W].
 
         A plain method and not `forward`, as accelerate moves whatever a `forward` is given, here the whole UNet.
         """
@@ -282,11 +259,7 @@ class EPR(nn.Module):
                 encoder.to(device)
             inputs = inputs.plain(device, encoder.conv_in.weight.dtype)
         features = encode(encoder, inputs, partial(hooks.call, self))
-        found = [projection(feature) for projection, feature in zip(self.projections, features, strict=True)]
-        factors = None if self.factors is None else self.factors(features[0].device)
-        if factors is None:
-            return found
-        return [value * factors[:, site, None, None, None].to(value.dtype) for site, value in enumerate(found)]
+        return [projection(feature) for projection, feature in zip(self.projections, features, strict=True)]
 
     def delta(self, site: str) -> Delta | None:
         """The delta on a module of the base, where the network has one."""
@@ -301,178 +274,3 @@ class EPR(nn.Module):
         for encoder in self.hidden if compat.child(self, "encoder") is None else ():
             encoder._apply(fn, recurse)
         return self
-
-
-class SkipHooks:
-    """The hooks of all networks on one UNet, and what they have seen of the pass that is under way.
-
-    It lies in the UNet's attribute `erasure_skip_hooks` while there is a network.
-    """
-
-    def __init__(self, unet: Any) -> None:
-        self.unet = unet
-        self.networks: list[EPR] = []
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.sites: dict[str, torch.utils.hooks.RemovableHandle] = {}
-        self.fixed: list[tuple[str, nn.Module]] = []  # what the handles are on, by name
-        self.modules: dict[str, nn.Module] = {}  # what the hooks of the sites are on
-        self.sample: torch.Tensor | None = None
-        self.time: tuple[Any, ...] | None = None
-        self.added: torch.Tensor | None = None
-        self.residuals: list[torch.Tensor] | None = None
-        self.acting: EPR | None = None  # whose encoder runs now: then the hooks on the base's modules are still
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SkipHooks":
-        """A copy of a block alone gets hooks that do nothing, or all of the UNet would be copied with it."""
-        copied = SkipHooks(None)
-        memo[id(self)] = copied
-        if id(self.unet) in memo:
-            vars(copied).update(copy.deepcopy(vars(self), memo))
-        return copied
-
-    @classmethod
-    def of(cls, unet: Any) -> "SkipHooks":
-        """The hooks that a UNet has, or new ones."""
-        hooks = getattr(unet, ATTRIBUTE, None)
-        return hooks if isinstance(hooks, cls) else cls(unet)
-
-    def hooked(self) -> Iterator[tuple[str, nn.Module, EPR | None, int]]:
-        """What has to be called: names and modules, the network whose delta is there (`None`: all), and the hook's number."""
-        for (name, module), handle in zip(self.fixed, self.handles, strict=True):
-            yield name, module, None, handle.id
-        for site, handle in self.sites.items():
-            for network in self.networks:
-                if site in network.sites:
-                    yield site, self.modules[site], network, handle.id
-
-    def add(self, network: EPR) -> None:
-        """Let a network act from now on."""
-        unet = self.unet
-        if not self.handles:
-            setattr(unet, ATTRIBUTE, self)
-            reads = [(compat.base_layer(unet.conv_in), self.see_sample), (unet.time_embedding, self.see_time)]
-            self.fixed = [("conv_in", reads[0][0]), ("time_embedding", reads[1][0])]
-            if getattr(unet, "add_embedding", None) is not None:
-                reads.append((unet.add_embedding, self.see_added))
-                self.fixed.append(("add_embedding", unet.add_embedding))
-            self.fixed.append(("mid_block", unet.mid_block))
-            self.fixed += [(f"up_blocks.{index}", block) for index, block in enumerate(unet.up_blocks)]
-            self.handles = [module.register_forward_pre_hook(hook) for module, hook in reads]
-            self.handles.append(unet.mid_block.register_forward_hook(self.run, with_kwargs=True))
-            for block, (first, last) in zip(unet.up_blocks, spans(unet), strict=True):
-                hook = AddToSkips(self, first, last)
-                self.handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        self.networks.append(network)
-        for site in network.sites:
-            if site not in self.sites:
-                delta = AddDelta(self, site)
-                self.modules[site] = find_site(unet, site)
-                self.sites[site] = self.modules[site].register_forward_hook(delta, with_kwargs=True)
-
-    def drop(self, network: EPR) -> None:
-        """Let a network act no more; with the last one all hooks go."""
-        self.networks = [other for other in self.networks if other is not network]
-        for site in [site for site in self.sites if not any(site in other.sites for other in self.networks)]:
-            self.sites.pop(site).remove()
-        if not self.networks:
-            for handle in self.handles:
-                handle.remove()
-            self.handles = []
-            if hasattr(self.unet, ATTRIBUTE):
-                delattr(self.unet, ATTRIBUTE)
-
-    def see_sample(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before `conv_in`."""
-        if self.acting is None:
-            self.sample = args[0]
-
-    def see_time(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the time embedding, the first module of a pass."""
-        if self.acting is None:
-            self.time, self.added = args, None
-
-    def see_added(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the added embedding."""
-        if self.acting is None:
-            self.added = args[0]
-
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> Any:
-        """After the mid block: run all networks, add to its output, and keep what the up blocks' skips get."""
-        if self.acting is not None:
-            return None
-        sample, time, added = self.sample, self.time, self.added
-        self.sample, self.time, self.added, self.residuals = None, None, None, None
-        networks = [network for network in self.networks if network.on]
-        if not networks:
-            return None
-        if sample is None or time is None:
-            raise ErasureInputError(
-                "The mid block of a UNet with a `skip` erasure was called outside of a forward pass."
-            )
-        given = {**dict(zip(MID_ARGUMENTS, args[2:], strict=False)), **kwargs}
-        inputs = Inputs(sample, time, added, **{name: given.get(name) for name in MID_ARGUMENTS})
-        total = networks[0].residuals(self, inputs)
-        for network in networks[1:]:
-            total = [a + b for a, b in zip(total, network.residuals(self, inputs), strict=True)]
-        self.residuals = total[:-1]
-        return output + total[-1].to(output.dtype)
-
-    def call(self, network: EPR, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run one module of a network's encoder; recomputed on the way back where the UNet's blocks are."""
-        checkpointing = any(getattr(block, "gradient_checkpointing", False) for block in self.unet.down_blocks)
-        if checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._call_whole, network, module, *args, use_reentrant=False, **kwargs)
-        return self._call(network, module, *args, **kwargs)
-
-    def _call(self, network: EPR, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.acting = network
-        try:
-            return module(*args, **kwargs)
-        finally:
-            self.acting = None
-
-    def _call_whole(self, network: EPR, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Without checkpoints of its own: parts would be recomputed when nobody knows whose deltas are on."""
-        parts: list[Any] = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
-        for part in parts:
-            part.gradient_checkpointing = False
-        try:
-            return self._call(network, module, *args, **kwargs)
-        finally:
-            for part in parts:
-                part.gradient_checkpointing = True
-
-
-class AddDelta:
-    """Forward hook of a module of the base: adds the delta of the network whose encoder runs."""
-
-    def __init__(self, hooks: SkipHooks, site: str) -> None:
-        self.hooks, self.site = hooks, site
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        delta = None if self.hooks.acting is None else self.hooks.acting.delta(self.site)
-        if delta is None:
-            return None
-        return output + delta(args[0] if args else kwargs["input"]).to(output.dtype)
-
-
-class AddToSkips:
-    """Forward pre-hook of an up block: adds the residuals to the skips that it reads."""
-
-    def __init__(self, hooks: SkipHooks, first: int, last: int) -> None:
-        self.hooks, self.first, self.last = hooks, first, last
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self.hooks.residuals is None:
-            return None
-        residuals = self.hooks.residuals[self.first : self.last]
-        if self.first == 0:
-            self.hooks.residuals = None
-        if len(args) > 1:
-            return (args[0], self._sum(args[1], residuals), *args[2:]), kwargs
-        return args, {**kwargs, SKIPS: self._sum(kwargs[SKIPS], residuals)}
-
-    def _sum(self, skips: tuple[torch.Tensor, ...], residuals: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return tuple(skip + residual.to(skip.dtype) for skip, residual in zip(skips, residuals, strict=True))

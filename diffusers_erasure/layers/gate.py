@@ -16,9 +16,11 @@ from .. import compat
 from ..errors import ErasureInputError
 from ..schema import GateSpec
 from .buffers import live_buffer
+from .locks import Lock
 
 
-SEEN, SAMPLES = 64, 96  # texts that are remembered, and values of each by which it is known again
+# Texts that are remembered, among them those of all requests under way, and values of each by which it is known again.
+SEEN, SAMPLES = 1024, 96
 
 
 class Gate(nn.Module):
@@ -31,8 +33,8 @@ class Gate(nn.Module):
 
     rows: torch.Tensor  # [concepts, length * width], of norm 1
     places: torch.Tensor  # [SAMPLES] in the flattened rows
-    seen: torch.Tensor  # [SEEN, SAMPLES], NaN where there is none yet
-    shares: torch.Tensor  # [SEEN]
+    record: torch.Tensor  # [SEEN, SAMPLES + 1]: of a text its values, NaN where there is none yet, and its share
+    written: torch.Tensor  # how many texts so far
 
     def __init__(self, spec: GateSpec, rows: torch.Tensor) -> None:
         super().__init__()
@@ -41,9 +43,9 @@ class Gate(nn.Module):
         cpu = torch.device("cpu")
         live_buffer(self, "rows", flat, cpu, torch.float32)
         live_buffer(self, "places", torch.linspace(0, flat.shape[1] - 1, SAMPLES).round(), cpu, torch.int64)
-        live_buffer(self, "seen", torch.full((SEEN, SAMPLES), torch.nan), cpu, torch.float32)
-        live_buffer(self, "shares", torch.ones(SEEN), cpu, torch.float32)
-        self.written = 0
+        live_buffer(self, "record", torch.full((SEEN, SAMPLES + 1), torch.nan), cpu, torch.float32)
+        live_buffer(self, "written", torch.tensor(0), cpu, torch.int64)
+        self.lock = Lock()  # of the record: other threads write while a pass reads
         self.handle: torch.utils.hooks.RemovableHandle | None = None
 
     def listen(self, encoder: nn.Module) -> None:
@@ -63,12 +65,15 @@ class Gate(nn.Module):
         """Remember encoded texts: token ids [B, length], rows [B, length, width]."""
         if tuple(rows.shape[1:]) != self.shape:
             return
-        for text, row in zip(ids, rows, strict=True):
-            held = [torch.isin(torch.tensor(each, device=ids.device), text) for each in self.spec.tokens or ()]
-            place = self.written % SEEN
-            self.seen[place] = row.detach().flatten()[self.places.to(row.device)].to(self.seen)
-            self.shares[place] = torch.stack([each.float().mean() for each in held]).amax().to(self.shares)
-            self.written += 1
+        ids, rows = ids[-SEEN:], rows[-SEEN:].detach()
+        tokens = [torch.tensor(each, device=ids.device) for each in self.spec.tokens or ()]
+        held = [(ids[:, None] == each[:, None]).any(2).float().mean(1) for each in tokens]  # of each concept, [B]
+        shares = torch.stack(held).amax(0).to(rows.device, rows.dtype)
+        found = torch.cat([rows.flatten(1)[:, self.places.to(rows.device)], shares[:, None]], 1).to(self.record)
+        with self.lock.held():
+            places = (self.written + torch.arange(len(found), device=self.written.device)) % SEEN
+            self.record[places] = found
+            self.written.add_(len(found))
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         """Factors [B] for text rows [B, length, width]; 1, the full strength, where they are of another shape."""
@@ -96,8 +101,10 @@ class Gate(nn.Module):
         A text is known by the very values that the encoder gave: a near one could open the gate for another prompt.
         """
         sample = text.flatten(1)[:, self.places.to(text.device)]
-        same = (self.seen.to(text.device, text.dtype) == sample[:, None]).all(2)  # [B, SEEN]
-        shares = torch.where(same, self.shares.to(text.device, torch.float32), 0.0).amax(1)
+        with self.lock.held():
+            record = self.record.to(text.device, copy=True)
+        same = (record[:, :-1].to(text.dtype) == sample[:, None]).all(2)  # [B, SEEN]
+        shares = torch.where(same, record[:, -1].float(), 0.0).amax(1)
         return shares, ~same.any(1)
 
 
@@ -107,6 +114,7 @@ class NoteText:
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
 
+    @compat.untraced
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is not None:

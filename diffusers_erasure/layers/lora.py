@@ -2,8 +2,8 @@
 
 The hook sits on the module itself, below whatever peft wraps around it, and adds `up(down(x))` to its output. It never
 reads the module's own weight, which may be offloaded or quantised. All erasures on a module share one hook: their
-factors are concatenated on rank, with the strengths folded into the `down` half, so that a tenth erasure costs rank and
-no further kernels, and strength 0 multiplies the input by zeros: the base, bit for bit.
+factors are concatenated on rank, so that a tenth erasure costs rank and no further kernels. Strengths, which may be those of one
+request, multiply what `down` gives. An erasure whose strength is 0 is left out of the pass: the base, bit for bit.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -19,15 +19,17 @@ from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..low_rank import DOWN, UP, balanced, heaviest, norm_without, pad_rank, svd
 from ..schema import LORA_FILE, LayerSpec
 from .base import HookLayer
-from .buffers import PartKey, Tensors, live_buffer, set_buffer
+from .buffers import PartKey, Tensors, live_buffer
 from .changes import WeightChange, double
 from .kind import LayerKind, Summand
 from .layer import Layer
 from .modifiers import Conditions, Factors, Modifier, spread
-from .sites import SiteEdit, SiteLayer, attention_of, find_site
+from .passing import Pass, kept_for
+from .sites import Place, Site, SiteEdit, SiteLayer, attention_of, find_site, next_number
 
 
 MAX_RANK = 4096
+READERS = (".attn2.to_k", ".attn2.to_v")  # what reads the text rows of a UNet
 
 
 # ---------------------------------------------------------------------------------------------------- the live side
@@ -44,75 +46,156 @@ class LowRankPart:
 
 
 class LowRankDelta(SiteEdit):
-    """The live factors of all erasures on one module: `down` [R, in] (or [R, in, kh, kw]) and `up` [out, R]."""
+    """The factors of some erasures on one module: `down` [R, in] (or [R, in, kh, kw]) and `up` [out, R]."""
 
-    parts: dict[PartKey, LowRankPart]
     down: torch.Tensor
     up: torch.Tensor
     owner: torch.Tensor  # the part of each rank, [R]
 
-    def __init__(self, module: nn.Module, conditions: Conditions) -> None:
-        super().__init__(conditions)
-        self.factors = Factors(conditions)
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Mapping[PartKey, LowRankPart],
+        columns: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(module, parts, columns, device, dtype)
         self.convolution: dict[str, Any] | None = None
         if isinstance(module, nn.Conv2d):
             self.convolution = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
-
-    def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Concatenate the factors of all parts; the strengths are 0 until `fold`."""
-        parts = list(self.parts.values())
-        self.factors.rebuild([(part.modifier, part.index) for part in parts], device)
-        if self.factors.acts:
-            owner = torch.cat([torch.full((len(part.down),), number) for number, part in enumerate(parts)])
+        ranks = [len(part.down) for part in parts.values()]
+        self.several = len(ranks) > 1
+        if self.several:
+            owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
             live_buffer(self, "owner", owner, device, torch.int64)
-        live_buffer(self, "down", torch.zeros_like(torch.cat([part.down for part in parts])), device, dtype)
-        live_buffer(self, "up", torch.cat([part.up for part in parts], dim=1), device, dtype)
+        live_buffer(self, "down", torch.cat([part.down for part in parts.values()]), device, dtype)
+        live_buffer(self, "up", torch.cat([part.up for part in parts.values()], dim=1), device, dtype)
+        # Where the module reads text rows. A tuple, because a module assigned to a module would become its child.
+        self.text: tuple[TextProduct, int] | None = None
 
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        parts = [part.down.float() * strengths[name] for (name, _), part in self.parts.items()]
-        set_buffer(self.down, torch.cat(parts))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        down = self.down.to(hidden_states.device, hidden_states.dtype)
+    def forward(self, output: torch.Tensor, hidden_states: torch.Tensor, now: Pass) -> torch.Tensor:
         up = self.up.to(hidden_states.device, hidden_states.dtype)
-        if self.convolution is None:
-            return F.linear(self._modified(F.linear(hidden_states, down), -1), up)
-        return F.conv2d(self._modified(F.conv2d(hidden_states, down, **self.convolution), 1), up)
+        if self.convolution is not None:
+            down = self.down.to(hidden_states.device, hidden_states.dtype)
+            reduced = self._scaled(F.conv2d(hidden_states, down, **self.convolution), 1, now)
+            return output + F.conv2d(reduced, up).to(output.dtype)
+        reduced = self._reduced(hidden_states, now)
+        if reduced.dtype != output.dtype or len(reduced) != len(output):
+            return output + F.linear(reduced, up).to(output.dtype)
+        flat = torch.addmm(output.flatten(0, -2), reduced.flatten(0, -2), up.to(output.dtype).T)
+        return flat.view(output.shape)
 
-    def _modified(self, reduced: torch.Tensor, dim: int) -> torch.Tensor:
-        factors = self.factors(reduced.device)
+    def _reduced(self, hidden_states: torch.Tensor, now: Pass) -> torch.Tensor:
+        """What the factors `down` make of the input, times strengths, schedules and gates: [B, ..., R]."""
+        if self.text is not None and not torch.compiler.is_compiling():
+            product, first = self.text
+            whole = product.of(hidden_states, now)
+            if whole is not None:
+                return whole[..., first : first + len(self.down)]
+        down = self.down.to(hidden_states.device, hidden_states.dtype)
+        return self._scaled(F.linear(hidden_states, down), -1, now)
+
+    def _scaled(self, reduced: torch.Tensor, dim: int, now: Pass) -> torch.Tensor:
+        factors = self.factors(now, reduced.device, len(reduced))
         if factors is None:
             return reduced
-        owner = self.owner.to(reduced.device)
-        return reduced * spread(factors, owner, reduced.ndim, dim).to(reduced.dtype)
+        return reduced * spread(factors, self.owner if self.several else None, reduced.ndim, dim).to(reduced.dtype)
 
 
-class AddDelta:
-    """Forward hook: output + delta(input). A class and no closure, so that models stay picklable."""
+class TextProduct(nn.Module):
+    """What the factors `down` of all modules that read text rows make of these: one product for a pass, or for a run.
 
-    def __init__(self, delta: LowRankDelta) -> None:
-        self.delta = delta
+    Args:
+        edits (sequence of [`LowRankDelta`]): of the modules, without schedules and gates.
+        parts (sequence): of each edit its parts.
+        columns (`dict`): as of [`SiteEdit`].
+        device (`torch.device`), dtype (`torch.dtype`): of its tensors.
+    """
+
+    down: torch.Tensor  # [R of all, C]
+    owner: torch.Tensor  # the column of each rank, [R of all]
+
+    def __init__(
+        self,
+        edits: Sequence[LowRankDelta],
+        parts: Sequence[Mapping[PartKey, LowRankPart]],
+        columns: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.factors = Factors([(None, 0, column) for column in columns.values()], device)
+        every = [(columns[name], part.down) for each in parts for (name, _), part in each.items()]
+        live_buffer(self, "down", torch.cat([down for _, down in every]), device, dtype)
+        self.several = len(columns) > 1
+        if self.several:
+            ranks = torch.tensor([len(down) for _, down in every])
+            owner = torch.tensor([column for column, _ in every]).repeat_interleave(ranks)
+            live_buffer(self, "owner", owner, device, torch.int64)
+        first = 0
+        for edit in edits:
+            edit.text = self, first
+            first += len(edit.down)
+
+    def of(self, rows: torch.Tensor, now: Pass) -> torch.Tensor | None:
+        """The product [B, ..., R of all], times the strengths; `None` where these are not the first rows of the pass.
+
+        Others, such as those that a module has normalised for itself, are left to it.
+        """
+        if now.rows is None:
+            now.rows = rows
+        return kept_for(now, self, rows, lambda: self(rows, now)) if now.rows is rows else None
+
+    def forward(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
+        reduced = F.linear(rows, self.down.to(rows.device, rows.dtype))
+        factors = self.factors(now, rows.device, len(rows))
+        if factors is None:
+            return reduced
+        return reduced * spread(factors, self.owner if self.several else None, reduced.ndim, -1).to(reduced.dtype)
+
+
+class AddDelta(Place):
+    """Forward hook: output + delta(input)."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden_states = args[0] if args else kwargs["input"]
-        return output + self.delta(hidden_states).to(output.dtype)
+        edit, now = self.at_work()
+        if edit is None:
+            return None
+        return edit(output, args[0] if args else kwargs["input"], now)
 
 
 class LoraLayer(SiteLayer):
     """All `lora` layers on one component."""
 
+    edit: ClassVar[type[SiteEdit]] = LowRankDelta
+
     def __init__(self, conditions: Conditions) -> None:
         super().__init__(conditions)
         self.attentions: dict[str, nn.Module] = {}  # of the sites that are projections
+        self.number = next_number()  # of the product of all that read text rows
 
-    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, SiteEdit, torch.utils.hooks.RemovableHandle]:
-        module = find_site(component, site)
-        delta = LowRankDelta(module, self.conditions)
-        return module, delta, module.register_forward_hook(AddDelta(delta), with_kwargs=True)
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, Place, torch.utils.hooks.RemovableHandle]:
+        module, place = find_site(component, site), AddDelta(self.conditions)
+        return module, place, module.register_forward_hook(place, with_kwargs=True)
 
     def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> LowRankPart:
         site = spec.sites[index]
         return LowRankPart(tensors[site + DOWN], tensors[site + UP], modifier, index)
+
+    def build(self, parts: Any, names: Sequence[str]) -> dict[int, Any]:
+        found = super().build(parts, names)
+        columns = {name: column for column, name in enumerate(names)}
+        readers: list[tuple[Site, LowRankDelta, dict[PartKey, LowRankPart]]] = []
+        for name, (site, own) in parts.items():
+            edit = found.get(site.place.number)
+            if edit is not None and name.endswith(READERS) and not edit.factors.modified:
+                readers.append((site, edit, {key: part for key, part in own.items() if key[0] in columns}))
+        if len(readers) > 1 and len({edit.down.shape[1] for _, edit, _ in readers}) == 1:
+            device, dtype = self.placement(readers[0][0].component, readers[0][0].module)
+            whole = TextProduct([e for _, e, _ in readers], [p for *_, p in readers], columns, device, dtype)
+            found[self.number] = whole
+        return found
 
     def attach(
         self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors, modifier: Modifier | None
@@ -121,8 +204,8 @@ class LoraLayer(SiteLayer):
         around = {site: attention_of(component, site) for site in spec.sites}
         self.attentions.update({site: each for site, each in around.items() if hasattr(each, "fused_projections")})
 
-    def detach(self, name: str) -> None:
-        super().detach(name)
+    def tidy(self) -> None:
+        super().tidy()
         self.attentions = {site: each for site, each in self.attentions.items() if site in self.sites}
 
     def inactive_reason(self) -> str | None:

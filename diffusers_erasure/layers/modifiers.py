@@ -1,13 +1,13 @@
 """Schedules and gates: how strongly a layer acts in one forward pass, by timestep and site, and by the prompt.
 
-Both multiply a layer's strength. A schedule is a table [bins, sites], read at the timestep (DuMo's TLMO is one). A gate
-is one number for each row of the batch, see `gate.py`. Only tensor operations, so that one compiled graph serves all
-timesteps and prompts.
+Both multiply a layer's strength, and with it make one factor for each row of the batch. A schedule is a table [bins, sites],
+read at the timestep (DuMo's TLMO is one). A gate is one number for each row, see `gate.py`. Only tensor operations, so that one
+compiled graph serves all strengths, timesteps and prompts.
 """
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInputError
 from .buffers import PartKey, live_buffer
 from .gate import Gate
+from .passing import Here, Pass
 
 
 PER_THOUSAND = ("FluxTransformer2DModel",)  # denoisers whose timestep is t / 1000
@@ -31,13 +32,13 @@ class Modifier:
         key: the erasure's name and the layer's index.
         schedule: factors [bins, sites], or [bins, 1] for all sites; `None` for no schedule.
         span: the timesteps 0 to `span` are divided into the bins.
-        gated: whether it has a gate, which lies in [`Conditions`].
+        gate: its gate, `None` for none.
     """
 
     key: PartKey
     schedule: torch.Tensor | None = None
     span: float = 1000.0
-    gated: bool = False
+    gate: Gate | None = field(default=None, compare=False)
 
     def column(self, site: int) -> torch.Tensor | None:
         """The schedule at one site, [bins]."""
@@ -47,135 +48,138 @@ class Modifier:
 
 
 class Conditions(nn.Module):
-    """What a denoiser is called with in the current forward pass, for the layers within it.
+    """The passes of one component, for the layers within it.
 
-    The hook that reads it computes nothing: torch compiles the hooks on a compiled module as graphs of their own.
+    Args:
+        beside (callable, *optional*): gives the pass for a module that is called outside of any pass of the component; without
+            it nothing acts there, as in a copy of a part of the component.
+
+    Attributes:
+        here: the calling thread's pass.
+        traced: the pass within a larger graph that a user compiles, where nothing belongs to a thread.
     """
 
-    def __init__(self) -> None:
+    defaults: torch.Tensor  # [erasures that are loaded], their strengths; what is set is written into it in place
+
+    def __init__(self, beside: Callable[[], Pass] | None = None) -> None:
         super().__init__()
-        self.timestep: Any = None
+        self.beside = beside
+        self.here = Here()
+        live_buffer(self, "defaults", torch.zeros(0), torch.device("cpu"), torch.float32)
+        self.traced = Pass((), {}, self.defaults[None], None, self.defaults[None])
+        self.trained: Pass | None = None  # the last one with gradients, for blocks that are recomputed on the way back
         self.scale = 1.0  # from the denoiser's timesteps to those of the training
-        self.text: torch.Tensor | None = None
-        self.gates = nn.ModuleDict()
-        self.keys: dict[PartKey, str] = {}  # names in a `ModuleDict` must have no dots
-        self.values: dict[PartKey, torch.Tensor] = {}  # of the gates, once asked for in this pass
+        self.gates = nn.ModuleDict()  # as children, so that they move with the model
+        self.names: dict[PartKey, str] = {}  # there they must have no dots
         self.count = 0
-        self.handle: torch.utils.hooks.RemovableHandle | None = None
+        self.arguments: list[str] | None = None  # of the denoiser, once something asks for the timestep or the text
+
+    def __getstate__(self) -> dict[str, Any]:
+        empty = Pass((), {}, self.defaults[None], None, self.defaults[None])
+        return {**super().__getstate__(), "traced": empty, "trained": None, "beside": None}
+
+    def forward(self) -> torch.Tensor:
+        """The strengths of what is loaded. What has tensors may be given hooks, and these want a function."""
+        return self.defaults
+
+    @property
+    def now(self) -> Pass:
+        """The pass that is under way."""
+        if torch.compiler.is_compiling():
+            return self.traced if self.here.now is None else self.here.now
+        if self.here.now is None and self.beside is not None:
+            return self.beside()
+        return self.here.now or self.traced
 
     def watch(self, component: nn.Module) -> None:
-        """Read the arguments of each forward pass of a denoiser from now on, before other hooks change them."""
-        if self.handle is None:
-            hook = ReadConditions(self, compat.unwrap_compiled(component))
-            self.handle = hook.component.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-
-    def unwatch(self) -> None:
-        """Stop reading, where nothing is left that asks."""
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
-
-    def add_gate(self, key: PartKey, gate: Gate) -> None:
-        """Evaluate a gate in each pass."""
-        self.keys[key] = str(self.count)
-        self.gates[str(self.count)] = gate
-        self.count += 1
-
-    def drop_gates(self, name: str) -> None:
-        """Forget the gates of one erasure."""
-        for key in [key for key in self.keys if key[0] == name]:
-            gate = self.gates[self.keys.pop(key)]
-            assert isinstance(gate, Gate)
-            gate.close()
-            self.values.pop(key, None)
-        kept = set(self.keys.values())
-        for number in [number for number in self.gates if number not in kept]:
-            del self.gates[number]
-
-    def read(self, timestep: Any, text: Any) -> None:
-        """Take over the arguments of a forward pass."""
-        self.timestep = timestep
-        text = text[0] if isinstance(text, tuple) else text  # an IP-Adapter's (text, image embeddings)
-        self.text = text if self.keys and isinstance(text, torch.Tensor) else None
-        self.values.clear()
-
-    def now(self, device: torch.device) -> torch.Tensor:
-        """The timestep of this pass, [1] or [B], float32.
+        """Read timestep and text of each pass from now on.
 
         Raises:
-            ErasureInputError: a part of the denoiser was called by itself.
+            ErasureCompatibilityError: the component has no timestep.
         """
-        if self.timestep is None:
-            raise ErasureInputError(
-                "An erasure that acts by timestep was called outside of a forward pass of its denoiser."
-            )
-        value = torch.as_tensor(self.timestep, device=device).detach().reshape(-1).to(torch.float32)
-        return value * self.scale if self.scale != 1.0 else value
-
-    def gate(self, key: PartKey) -> torch.Tensor | None:
-        """The value of a part's gate in this pass, [B]; `None` where there is no text."""
-        if self.text is None:
-            return None
-        if key not in self.values:
-            with torch.no_grad():
-                self.values[key] = self.gates[self.keys[key]](self.text)
-        return self.values[key]
-
-    def factors(self, keys: Sequence[PartKey | None], device: torch.device) -> torch.Tensor:
-        """The gates of several parts in this pass, [1 or B, parts]; 1 for `None`, and where there is no text."""
-        known = [None if key is None else self.gate(key) for key in keys]
-        batch = max((len(value) for value in known if value is not None), default=1)
-        ones = torch.ones(batch, device=device)
-        return torch.stack([ones if value is None else value.to(device) for value in known], dim=1)
-
-
-class ReadConditions:
-    """Forward pre-hook of the denoiser. A class and no closure, so that models stay picklable."""
-
-    def __init__(self, conditions: Conditions, component: nn.Module) -> None:
-        self.conditions, self.component = conditions, component
-        self.names = list(inspect.signature(type(component).forward).parameters)[1:]  # without self
-        if "timestep" not in self.names:
+        component = compat.unwrap_compiled(component)
+        arguments = list(inspect.signature(type(component).forward).parameters)[1:]  # without self
+        if "timestep" not in arguments:
             raise ErasureCompatibilityError(
                 f"{type(component).__name__} takes no 'timestep', so nothing in it can act by timestep: the erasure was made "
                 "for another architecture."
             )
-        conditions.scale = 1000.0 if type(component).__name__ in PER_THOUSAND else 1.0
+        self.scale = 1000.0 if type(component).__name__ in PER_THOUSAND else 1.0
+        self.arguments = arguments
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        text = self._argument("encoder_hidden_states", args, kwargs)
-        self.conditions.read(self._argument("timestep", args, kwargs), text)
+    def unwatch(self) -> None:
+        """Read them no more, where nothing is left that asks."""
+        self.arguments = None
+
+    def add_gate(self, key: PartKey, gate: Gate) -> None:
+        """Take in the gate of one layer, in the place of an earlier one."""
+        self._drop_gate(key)
+        self.names[key] = str(self.count)
+        self.gates[str(self.count)] = gate
+        self.count += 1
+
+    def keep_gates(self, names: Collection[str]) -> None:
+        """Forget the gates of other erasures than these."""
+        for key in [key for key in self.names if key[0] not in names]:
+            self._drop_gate(key)
+
+    def _drop_gate(self, key: PartKey) -> None:
+        number = self.names.pop(key, None)
+        if number is not None:
+            gate = self.gates[number]
+            assert isinstance(gate, Gate)
+            gate.close()
+            del self.gates[number]
+
+    def read(self, now: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give a pass what the denoiser is called with."""
+        if self.arguments is not None:
+            timestep = self._argument("timestep", args, kwargs)
+            now.read(timestep, self.scale, self._argument("encoder_hidden_states", args, kwargs))
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, bool]:
+        """A pass within a larger graph begins: whether the erasures are off, and whether weights may be trained."""
+        off = self.here.off > 0
+        self.traced.whole = torch.zeros_like(self.defaults)[None] if off else self.defaults[None]
+        self.read(self.traced, args, kwargs)
+        return off, self.here.training > 0
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name not in self.names:
+        assert self.arguments is not None
+        if name not in self.arguments:
             return None
-        position = self.names.index(name)
+        position = self.arguments.index(name)
         return args[position] if position < len(args) else kwargs.get(name)
 
 
 class Factors(nn.Module):
-    """The factors of all parts on one site in the current pass, from their schedules and gates.
+    """The factors of all parts on one site in a pass: strength, schedule and gate.
 
     Args:
-        conditions ([`Conditions`]): of the denoiser.
+        parts (sequence): of each part its modifier (`None` for none), the site's index in its layer, and the column of its
+            erasure among the strengths.
+        device (`torch.device`): where the tables are kept.
     """
 
+    columns: torch.Tensor  # [parts]
     table: torch.Tensor  # [parts, bins]
     bins: torch.Tensor  # [parts]
     spans: torch.Tensor  # [parts]
 
-    def __init__(self, conditions: Conditions) -> None:
+    def __init__(self, parts: Sequence[tuple[Modifier | None, int, int]], device: torch.device) -> None:
         super().__init__()
-        self.source = (conditions,)  # a tuple, because a module assigned to a module would become its child
-        self.parts: list[tuple[Modifier | None, int]] = []
-        self.scheduled = self.gated = False
-
-    def rebuild(self, parts: Sequence[tuple[Modifier | None, int]], device: torch.device) -> None:
-        """Take the parts' modifiers (`None` for none), each with the index of this site in its layer."""
-        self.parts = list(parts)
-        columns = [None if modifier is None else modifier.column(site) for modifier, site in parts]
+        modifiers = [modifier for modifier, _, _ in parts]
+        own = [column for _, _, column in parts]
+        self.width = len(own)
+        self.first = own == list(range(len(own)))  # then the first strengths are those of the parts
+        if not self.first:
+            live_buffer(self, "columns", torch.tensor(own), device, torch.int64)
+        columns = [None if modifier is None else modifier.column(site) for modifier, site, _ in parts]
         self.scheduled = any(column is not None for column in columns)
-        self.gated = any(modifier is not None and modifier.gated for modifier, _ in parts)
+        self.gates = [
+            (each.key, each.gate) if each is not None and each.gate is not None else None for each in modifiers
+        ]
+        self.gated = any(gate is not None for gate in self.gates)
         if not self.scheduled:
             return
         plain = [torch.ones(1) if column is None else column.float() for column in columns]
@@ -183,21 +187,41 @@ class Factors(nn.Module):
         table = torch.stack([F.pad(column, (0, most - len(column))) for column in plain])
         live_buffer(self, "table", table, device, torch.float32)
         live_buffer(self, "bins", torch.tensor([len(column) for column in plain]), device, torch.int64)
-        spans = torch.tensor([1000.0 if modifier is None else modifier.span for modifier, _ in parts])
+        spans = torch.tensor([1000.0 if modifier is None else modifier.span for modifier in modifiers])
         live_buffer(self, "spans", spans, device, torch.float32)
 
     @property
-    def acts(self) -> bool:
-        """Whether any part is modified."""
+    def modified(self) -> bool:
+        """Whether any part has a schedule or a gate."""
         return self.scheduled or self.gated
 
-    def forward(self, device: torch.device) -> torch.Tensor | None:
-        """Factors [1 or B, parts], float32; `None` where no part is modified."""
-        factors = self.schedule(self.source[0].now(device)) if self.scheduled else None
+    def forward(self, now: Pass, device: torch.device, rows: int) -> torch.Tensor | None:
+        """Factors for a tensor of so many rows, [1 or rows, parts], float32; `None` where all of them are 1.
+
+        Raises:
+            ErasureInputError: they differ by row, and the tensor has other rows than the pass.
+        """
+        factors = self.product(now, device)
+        return None if factors is None else self.for_rows(factors, now, rows)
+
+    def product(self, now: Pass, device: torch.device) -> torch.Tensor | None:
+        """Factors for the rows of the pass, [1 or B, parts], float32; `None` where all of them are 1."""
+        factors = self.strengths(now, device)
+        if self.scheduled:
+            schedule = self.schedule(now.now(device))
+            factors = schedule if factors is None else factors * schedule
         if self.gated:
-            gates = self.gates(device)
+            gates = self.gate_values(now, device)
             factors = gates if factors is None else factors * gates
         return factors
+
+    def strengths(self, now: Pass, device: torch.device) -> torch.Tensor | None:
+        """Strengths [1 or B, parts]; `None` where all are known to be 1, which a graph never knows."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and now.ones:  # in this order: what a graph reads it is guarded by
+            return None
+        strengths = (now.whole if compiling else now.strengths).to(device)
+        return strengths[:, : self.width] if self.first else strengths[:, self.columns.to(device)]
 
     def schedule(self, timestep: torch.Tensor) -> torch.Tensor:
         """The schedules at timesteps [B]: [B, parts]."""
@@ -205,10 +229,30 @@ class Factors(nn.Module):
         index = bins_at(timestep[:, None], self.bins, self.spans)  # [B, parts]
         return table.float().expand(len(timestep), -1, -1).gather(2, index[..., None]).squeeze(2)
 
-    def gates(self, device: torch.device) -> torch.Tensor:
-        """The gates' values in this pass, [B, parts]; 1 for parts without one, and where there is no text."""
-        keys = [modifier.key if modifier and modifier.gated else None for modifier, _ in self.parts]
-        return self.source[0].factors(keys, device)
+    def gate_values(self, now: Pass, device: torch.device) -> torch.Tensor:
+        """The gates' values, [1 or B, parts]; 1 for parts without one, and where there is no text."""
+        known = [None if each is None else now.gate(*each) for each in self.gates]
+        batch = max((len(value) for value in known if value is not None), default=1)
+        ones = torch.ones(batch, device=device)
+        return torch.stack([ones if value is None else value.to(device) for value in known], dim=1)
+
+    def for_rows(self, factors: torch.Tensor, now: Pass, rows: int) -> torch.Tensor:
+        """What depends on factors, [1 or B, ...], for a tensor of so many rows.
+
+        Raises:
+            ErasureInputError: it differs by row, and the tensor has other rows than the pass.
+        """
+        if len(factors) in (1, rows) or rows == 1:
+            return factors
+        one_time = now.timestep is None or torch.as_tensor(now.timestep).numel() == 1
+        if now.values is not None and one_time and not self.gated:
+            return factors[:1]  # one for all
+        if rows % len(factors) == 0:  # several rows for each picture, such as the frames of a video
+            return factors.repeat_interleave(rows // len(factors), 0)
+        raise ErasureInputError(
+            f"An erasure acts by the strength, timestep or prompt of each of {len(factors)} rows, but a module got {rows}: it is "
+            "chunked along the batch. Chunk along the tokens: `unet.enable_forward_chunking(chunk_size, dim=1)`."
+        )
 
 
 def bins_at(timestep: torch.Tensor, bins: torch.Tensor | int, span: torch.Tensor | float) -> torch.Tensor:
@@ -226,13 +270,15 @@ def bins_at(timestep: torch.Tensor, bins: torch.Tensor | int, span: torch.Tensor
     return place.floor().to(torch.int64).clamp_min(0).minimum(count - 1)
 
 
-def spread(factors: torch.Tensor, owner: torch.Tensor, ndim: int, dim: int) -> torch.Tensor:
+def spread(factors: torch.Tensor, owner: torch.Tensor | None, ndim: int, dim: int) -> torch.Tensor:
     """Factors [B, parts] as a tensor that multiplies one of `ndim` dimensions whose `dim` runs over ranks.
 
     Args:
         factors (`torch.Tensor`): [1 or B, parts].
-        owner (`torch.Tensor`): the part of each rank, [R].
+        owner (`torch.Tensor`, *optional*): the part of each rank, [R]; `None` where there is but one part.
     """
+    if owner is not None:
+        factors = factors[:, owner.to(factors.device)]
     shape = [1] * ndim
-    shape[0], shape[dim] = len(factors), len(owner)
-    return factors[:, owner].reshape(shape)
+    shape[0], shape[dim] = factors.shape
+    return factors.reshape(shape)

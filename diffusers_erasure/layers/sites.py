@@ -1,8 +1,10 @@
 """Sites: the modules of a base model at which layers act, and the hooks there, one a module for all erasures."""
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -12,7 +14,8 @@ from ..errors import ErasureCompatibilityError
 from ..schema import LayerSpec
 from .base import HookLayer, Watched
 from .buffers import PartKey, Tensors, placement
-from .modifiers import Conditions, Modifier
+from .modifiers import Conditions, Factors, Modifier
+from .passing import Pass
 
 
 def find_module(component: nn.Module, site: str) -> nn.Module:
@@ -88,46 +91,97 @@ def _names(site: str) -> tuple[str, ...]:
 
 
 class SiteEdit(nn.Module):
-    """What all erasures of one kind do at one site. A module, so that it follows the model's device and dtype.
+    """What some erasures of one kind do at one site: made for them once, and never changed.
+
+    A module, so that it follows the model's device and dtype. What it is called with is its [`Place`]'s.
 
     Args:
-        conditions ([`Conditions`]): of the component, for the timestep and the gates.
+        module (`nn.Module`): the one at which it acts.
+        parts (`dict`): of each layer of an erasure what `SiteLayer.part` gave; it has a `modifier` and an `index`.
+        columns (`dict`): by name of an erasure its column among a pass's strengths.
+        device (`torch.device`), dtype (`torch.dtype`): of its tensors.
     """
 
-    parts: dict[PartKey, Any]  # of each layer of an erasure what `SiteLayer.part` gave
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Mapping[PartKey, Any],
+        columns: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.names = frozenset(name for name, _ in parts)
+        modifiers = [(part.modifier, part.index, columns[name]) for (name, _), part in parts.items()]
+        self.factors = Factors(modifiers, device)
+
+
+class Place:
+    """A hook at one site, for all erasures of a kind there: the pass says which of them act. Picklable, as a closure is not.
+
+    Args:
+        conditions ([`Conditions`]): the passes of the component.
+
+    Attributes:
+        number: by it a pass knows what is done here.
+        whole: what all erasures do that are loaded; graphs read it, as it is the same place for them in every pass.
+    """
 
     def __init__(self, conditions: Conditions) -> None:
-        super().__init__()
-        self.source = (conditions,)  # a tuple, because a module assigned to a module would become its child
-        self.parts = {}
+        self.conditions = conditions
+        self.number = next_number()
+        self.whole: Any = None
 
-    @abstractmethod
-    def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Take over the parts; the strengths are 0 until `fold`."""
+    def at_work(self) -> tuple[Any, Pass]:
+        """What is done here in this pass (`None`: nothing), and the pass."""
+        now = self.conditions.now
+        if torch.compiler.is_compiling():
+            return (self.whole if now.older is None else now.older.get(self.number)), now
+        return now.edits.get(self.number), now
 
-    @abstractmethod
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        """Write each erasure's strength into the live buffers, in place."""
+
+_numbers = itertools.count()
+
+
+def next_number() -> int:
+    """A number that nothing else in this process has."""
+    return next(_numbers)
+
+
+@dataclass
+class Site:
+    """One site, with all that erasures of a kind have to do there.
+
+    Attributes:
+        component, module: what is hooked.
+        place: the hook.
+        handle: of the hook.
+        parts: of each layer of an erasure what it does.
+    """
+
+    component: nn.Module
+    module: nn.Module
+    place: Place
+    handle: torch.utils.hooks.RemovableHandle
+    parts: dict[PartKey, Any]
 
 
 class SiteLayer(HookLayer):
     """A live layer that puts one hook on each site, for all erasures that act there."""
 
+    edit: ClassVar[type[SiteEdit]]
+
     def __init__(self, conditions: Conditions) -> None:
         super().__init__(conditions)
-        self.sites: dict[str, int] = {}  # name of a site -> its number in `edits`: names there must have no dots
-        self.edits = nn.ModuleDict()
-        self.handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
-        self.hooked: dict[str, tuple[nn.Module, ...]] = {}  # component and module; tuples, or they would be children
-        self.count = 0
+        self.sites: dict[str, Site] = {}
 
     @abstractmethod
-    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, SiteEdit, torch.utils.hooks.RemovableHandle]:
-        """Put the hook on a site's module; return the module, what acts there, and the hook's handle."""
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, Place, torch.utils.hooks.RemovableHandle]:
+        """Put the hook on a site's module; return the module, the hook, and its handle."""
 
     @abstractmethod
     def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> Any:
-        """What a layer does at the site of that index, as an entry of [`SiteEdit.parts`]."""
+        """What a layer does at the site of that index, with `modifier` and `index` among its attributes."""
 
     def attach(
         self, component: nn.Module, key: PartKey, spec: LayerSpec, tensors: Tensors, modifier: Modifier | None
@@ -135,48 +189,47 @@ class SiteLayer(HookLayer):
         for index, site in enumerate(spec.sites):
             part = self.part(spec, tensors, index, modifier)
             if site not in self.sites:
-                module, edit, self.handles[site] = self.hook(component, site)
-                self.sites[site] = self.count
-                self.edits[str(self.count)] = edit
-                self.hooked[site] = (component, module)
-                self.count += 1
-            edit = self.edit(site)
-            edit.parts[key] = part
-            edit.rebuild(*self.placement(*self.hooked[site]))
+                self.sites[site] = Site(component, *self.hook(component, site), {})
+            self.sites[site].parts[key] = part
 
     def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
-        return [self.hooked[site][1] for site in spec.sites]
+        return [self.sites[site].module for site in spec.sites]
 
     def detach(self, name: str) -> None:
-        for site in list(self.sites):
-            edit = self.edit(site)
-            kept = {key: part for key, part in edit.parts.items() if key[0] != name}
-            if len(kept) == len(edit.parts):
-                continue
-            edit.parts = kept
-            if kept:
-                edit.rebuild(*self.placement(*self.hooked[site]))
-            else:
-                self.handles.pop(site).remove()
-                del self.hooked[site], self.edits[str(self.sites.pop(site))]
+        for each in self.sites.values():
+            each.parts = {key: part for key, part in each.parts.items() if key[0] != name}
 
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        for site in self.sites:
-            self.edit(site).fold(strengths)
+    def tidy(self) -> None:
+        for site in [site for site, each in self.sites.items() if not each.parts]:
+            self.sites.pop(site).handle.remove()
+
+    def parts(self) -> Mapping[str, tuple[Site, Mapping[PartKey, Any]]]:
+        return {site: (each, dict(each.parts)) for site, each in self.sites.items() if each.parts}
+
+    def build(self, parts: Any, names: Sequence[str]) -> dict[int, Any]:
+        columns = {name: column for column, name in enumerate(names)}
+        found = {}
+        for each, own in parts.values():
+            acting = {key: part for key, part in own.items() if key[0] in columns}
+            if acting:
+                device, dtype = self.placement(each.component, each.module)
+                found[each.place.number] = self.edit(each.module, acting, columns, device, dtype)
+        return found
+
+    def places(self) -> Iterable[Any]:
+        return [each.place for each in self.sites.values()]
 
     def is_empty(self) -> bool:
         return not self.sites
 
     def watched(self) -> Iterator[Watched]:
-        for site, (component, module) in self.hooked.items():
-            if module is not compat.unwrap_compiled(component):  # a named input: then the pass itself is the call
-                names = frozenset(name for name, _ in self.edit(site).parts)
-                yield Watched(site, module, names, (self.handles[site].id,))
+        for site, each in self.sites.items():
+            if each.parts and each.module is not compat.unwrap_compiled(
+                each.component
+            ):  # a named input: then the pass is the call
+                names = frozenset(name for name, _ in each.parts)
+                yield Watched(site, each.module, names, (each.handle.id,))
 
     def placement(self, component: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the live tensors at a module."""
         return placement(component, module)
-
-    def edit(self, site: str) -> Any:
-        """What acts at a site."""
-        return self.edits[str(self.sites[site])]

@@ -9,10 +9,12 @@ diffusers' own arguments for residuals are the caller's. So residuals of Control
 already and add up, FreeU filters the sum, and with DeepCache the skips that a step computes anew get residuals of that
 step. The copy of the full form has stock attention: user LoRAs, image prompts and other erasures of the UNet's modules do
 not enter it. In the compact form the base's own modules run again, with all that is attached to them and with the deltas of
-the one erasure whose pass it is. Several erasures cost one encoder pass each, also at strength 0.
+the one erasure whose pass it is. Several erasures cost one encoder pass each; those of strength 0 cost none, but in compiled
+graphs.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,11 +27,12 @@ from .base import HookLayer, Watched
 from .buffers import PartKey, Tensors, placement
 from .changes import WeightChange
 from .encoder_copy import PARTS, channels, check_unet, empty_copy, spans
-from .epr import DOWN, EPR, MID, UP, ZERO, SkipHooks, is_full, skip_sites, split
+from .epr import DOWN, EPR, MID, UP, ZERO, is_full, skip_sites, split
 from .kind import LayerKind
 from .lora import MAX_RANK, check_factors
 from .modifiers import Conditions, Factors, Modifier
-from .sites import attention_of, find_site
+from .sites import Place, attention_of, find_site
+from .skip_hooks import SkipEdit, SkipHooks
 
 
 MAX_SKIPS = 256
@@ -40,8 +43,9 @@ class SkipLayer(HookLayer):
 
     def __init__(self, conditions: Conditions) -> None:
         super().__init__(conditions)
-        self.networks = nn.ModuleDict()
-        self.keys: dict[PartKey, str] = {}  # names in a `ModuleDict` must have no dots
+        self.networks = nn.ModuleDict()  # also of what is detached, until `tidy`
+        self.attached: dict[PartKey, Network] = {}
+        self.place = Place(conditions)
         self.hooks: SkipHooks | None = None
         self.count = 0
 
@@ -52,14 +56,11 @@ class SkipLayer(HookLayer):
         # a UNet by `check`, which the type does not tell
         device, dtype = placement(component, compat.base_layer(component.conv_in))  # type: ignore[arg-type]
         network = EPR(component, tensors, device, dtype)
-        if modifier is not None:
-            factors = Factors(self.conditions)
-            factors.rebuild([(modifier, site) for site in range(len(spec.sites))], device)
-            network.factors = factors
         self.hooks = SkipHooks.of(component)
         self.hooks.add(network)
-        self.keys[key] = str(self.count)
-        self.networks[str(self.count)] = network
+        self.hooks.place = self.place
+        self.attached[key] = Network(component, network, modifier, str(self.count))
+        self.networks[str(self.count)] = network  # names in a `ModuleDict` must have no dots
         self.count += 1
 
     def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
@@ -67,37 +68,63 @@ class SkipLayer(HookLayer):
         return [unet, unet.mid_block, *unet.up_blocks]
 
     def detach(self, name: str) -> None:
-        for key in [key for key in self.keys if key[0] == name]:
-            network = self._network(key)
-            assert self.hooks is not None
-            self.hooks.drop(network)
-            del self.networks[self.keys.pop(key)]
+        self.attached = {key: each for key, each in self.attached.items() if key[0] != name}
 
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        for key in self.keys:
-            self._network(key).fold(strengths[key[0]])
+    def tidy(self) -> None:
+        kept = {each.number for each in self.attached.values()}
+        for number in [number for number in self.networks if number not in kept]:
+            network = self.networks[number]
+            assert self.hooks is not None and isinstance(network, EPR)
+            self.hooks.drop(network)
+            del self.networks[number]
+        if not self.networks and self.hooks is not None:
+            self.hooks.place = None
+            self.hooks = None
+
+    def parts(self) -> Mapping[PartKey, "Network"]:
+        return dict(self.attached)
+
+    def build(self, parts: Any, names: Sequence[str]) -> dict[int, Any]:
+        columns = {name: column for column, name in enumerate(names)}
+        acting = []
+        for (name, _), each in parts.items():
+            if name in columns:
+                sites = range(len(each.network.layer_sites))
+                own = [(each.modifier, site, columns[name]) for site in sites]
+                device, _ = placement(each.unet, compat.base_layer(each.unet.conv_in))
+                acting.append((each.network, Factors(own, device)))
+        return {self.place.number: SkipEdit(acting)} if acting else {}
+
+    def places(self) -> Iterable[Any]:
+        return [self.place]
 
     def is_empty(self) -> bool:
-        return not self.keys
+        return not self.networks
 
     def watched(self) -> Iterator[Watched]:
-        names = {id(self._network(key)): key[0] for key in self.keys}
-        for site, module, network, number in self.hooks.hooked() if self.hooks is not None and self.keys else ():
-            own = names.values() if network is None else (names[id(network)],)
-            yield Watched(site, module, frozenset(own), (number,))
+        names = {id(each.network): key[0] for key, each in self.attached.items()}
+        for site, module, network, number in self.hooks.hooked() if self.hooks is not None and names else ():
+            if network is None or id(network) in names:
+                own = names.values() if network is None else (names[id(network)],)
+                yield Watched(site, module, frozenset(own), (number,))
 
     def inactive_reason(self) -> str | None:
-        for network in map(self._network, self.keys):
+        for network in (each.network for each in self.attached.values()):
             for site in network.sites:
                 assert self.hooks is not None
                 if compat.has_fused_projections(attention_of(self.hooks.unet, site)):
                     return FUSED.format(site=site)
         return None
 
-    def _network(self, key: PartKey) -> EPR:
-        network = self.networks[self.keys[key]]
-        assert isinstance(network, EPR)
-        return network
+
+@dataclass(frozen=True)
+class Network:
+    """One layer of one erasure: the UNet, its network, its schedule and gate, and its number in the layer."""
+
+    unet: Any
+    network: EPR
+    modifier: Modifier | None
+    number: str
 
 
 FUSED = (

@@ -20,12 +20,13 @@ from ..base_model import readers_of_text, text_attentions, weight_times
 from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..schema import LayerSpec
 from .base import HookLayer
-from .buffers import PartKey, Tensors, live_buffer, placement, set_buffer
+from .buffers import PartKey, Tensors, live_buffer, placement
 from .changes import WeightChange, double
 from .kind import LayerKind, Summand
 from .layer import Layer
-from .modifiers import Conditions, Factors, Modifier, spread
-from .sites import SiteEdit, SiteLayer
+from .modifiers import Conditions, Modifier, spread
+from .passing import Pass, kept_for
+from .sites import Place, SiteEdit, SiteLayer
 
 
 ROWS, POOLED = "encoder_hidden_states", "text_embeds"
@@ -51,67 +52,77 @@ class MapPart:
     read: torch.Tensor
     write: torch.Tensor
     modifier: Modifier | None
+    index: int = 0
 
 
 class TextMap(SiteEdit):
-    """The live maps of all erasures on one input: `read` [R, C] (A, times strength) and `write` [R, C] (D)."""
+    """The maps of some erasures on one input: `read` [R, C] (A) and `write` [R, C] (D)."""
 
-    parts: dict[PartKey, MapPart]
     read: torch.Tensor
     write: torch.Tensor
     owner: torch.Tensor  # the part of each row, [R]
 
-    def __init__(self, conditions: Conditions) -> None:
-        super().__init__(conditions)
-        self.factors = Factors(conditions)
-
-    def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
-        parts = list(self.parts.values())
-        self.factors.rebuild([(part.modifier, 0) for part in parts], device)
-        if self.factors.acts:
-            owner = torch.cat([torch.full((len(part.read),), number) for number, part in enumerate(parts)])
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Mapping[PartKey, MapPart],
+        columns: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(module, parts, columns, device, dtype)
+        ranks = [len(part.read) for part in parts.values()]
+        self.several = len(ranks) > 1
+        if self.several:
+            owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
             live_buffer(self, "owner", owner, device, torch.int64)
-        live_buffer(self, "read", torch.zeros_like(torch.cat([part.read for part in parts])), device, dtype)
-        live_buffer(self, "write", torch.cat([part.write for part in parts]), device, dtype)
+        live_buffer(self, "read", torch.cat([part.read for part in parts.values()]), device, dtype)
+        live_buffer(self, "write", torch.cat([part.write for part in parts.values()]), device, dtype)
 
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        parts = [part.read.float() * strengths[name] for (name, _), part in self.parts.items()]
-        set_buffer(self.read, torch.cat(parts))
+    def of(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
+        """The mapped rows, of this pass or, where nothing else decides, of an earlier one."""
+        if self.factors.modified or torch.compiler.is_compiling():
+            return self(rows, now)
+        return kept_for(now, self, rows, lambda: self(rows, now))
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
         # The hook on the denoiser fires before offload brings these buffers over, hence `to`.
         read, write = self.read.to(rows.device, rows.dtype), self.write.to(rows.device, rows.dtype)
-        reduced, factors = F.linear(rows, read), self.factors(rows.device)
+        reduced, factors = F.linear(rows, read), self.factors(now, rows.device, len(rows))
         if factors is not None:
-            owner = self.owner.to(rows.device)
+            owner = self.owner if self.several else None
             reduced = reduced * spread(factors, owner, reduced.ndim, -1).to(reduced.dtype)
         return rows + F.linear(reduced, write.T)
 
 
-class MapInput:
+class MapInput(Place):
     """Forward pre-hook of the denoiser: maps one of its inputs, which stays where it was given."""
 
-    def __init__(self, text_map: TextMap, name: str, component: nn.Module) -> None:
-        self.text_map = text_map
+    def __init__(self, conditions: Conditions, name: str, component: nn.Module) -> None:
+        super().__init__(conditions)
         self.argument, self.key, _ = INPUTS[name]
         self.position = _position(component, self.argument)
 
+    @compat.untraced  # so that what is kept for a run is found when the model is compiled
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        edit, now = self.at_work()
+        if edit is None:
+            return None
         if len(args) > self.position:
-            value = self._map(args[self.position])
+            value = self._mapped(edit, args[self.position], now)
             return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
         if kwargs.get(self.argument) is None:
             return None
-        return args, {**kwargs, self.argument: self._map(kwargs[self.argument])}
+        return args, {**kwargs, self.argument: self._mapped(edit, kwargs[self.argument], now)}
 
-    def _map(self, value: Any) -> Any:
+    def _mapped(self, edit: TextMap, value: Any, now: Pass) -> Any:
         if self.key is not None:
-            return {**value, self.key: self.text_map(value[self.key])}
+            return {**value, self.key: edit.of(value[self.key], now)}
         if isinstance(value, tuple):  # an IP-Adapter's (text, image embeddings)
-            return (self.text_map(value[0]), *value[1:])
-        return self.text_map(value)
+            return (edit.of(value[0], now), *value[1:])
+        return edit.of(value, now)
 
 
 def _position(component: nn.Module, argument: str) -> int:
@@ -132,11 +143,12 @@ def _pooled_reader(component: nn.Module) -> nn.Linear:
 class TextMapLayer(SiteLayer):
     """All `text_map` layers on one denoiser, whose sites are its inputs."""
 
-    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, SiteEdit, torch.utils.hooks.RemovableHandle]:
+    edit: ClassVar[type[SiteEdit]] = TextMap
+
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, Place, torch.utils.hooks.RemovableHandle]:
         component = compat.unwrap_compiled(component)
-        text_map = TextMap(self.conditions)
-        hook = MapInput(text_map, site, component)
-        return component, text_map, component.register_forward_pre_hook(hook, with_kwargs=True)
+        place = MapInput(self.conditions, site, component)
+        return component, place, component.register_forward_pre_hook(place, with_kwargs=True)
 
     def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> MapPart:
         return MapPart(tensors["A"], tensors["D"], modifier)

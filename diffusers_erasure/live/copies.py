@@ -20,10 +20,10 @@ from ..layers.sites import find_module
 from ..logging import get_logger
 from ..originals import digest
 from ..schema import LayerSpec
-from . import attachment
-from .attachment import ErasureModules, Loaded, counted
+from . import attachment, requests
 from .peft_backend import PLACE
 from .processor import BACKEND
+from .state import ErasureModules, Loaded, state_of
 
 
 logger = get_logger(__name__)
@@ -93,7 +93,7 @@ def _source(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Mo
         return None
     model = given.get("unet", given.get("transformer"))
     loads = all(given.get(name, True) for name in LOADS)
-    return model if loads and attachment.state_of(model) is not None else None
+    return model if loads and state_of(model) is not None else None
 
 
 # --------------------------------------------------------------------------------------------- a new denoiser
@@ -114,7 +114,7 @@ def carried_over(build: Build, unet: nn.Module) -> nn.Module:
     Raises:
         ErasureCompatibilityError: an erasure cannot be carried over.
     """
-    state = attachment.state_of(unet)
+    state = state_of(unet)
     assert state is not None
     if PLACE in state.layers:
         raise ErasureCompatibilityError(
@@ -128,7 +128,7 @@ def carried_over(build: Build, unet: nn.Module) -> nn.Module:
                 "UNet may have other rows (AnimateDiff repeats them by frames). Unload it, or load it without its gate "
                 "(`without_gate`)."
             )
-    with counted(lambda: [state], "disabled"):
+    with requests.within(requests.Block(None, [unet], exact={})):
         new = build()
     beside = [item for item in state.loaded.values() if item.name not in state.merged]
     for item in beside:
@@ -148,7 +148,8 @@ def carried_over(build: Build, unet: nn.Module) -> nn.Module:
             contained,
             type(new).__name__,
         )
-    _attach(state, new, [item for item in state.loaded.values() if item.name not in contained])
+    requests.extend(compat.unwrap_compiled(unet), new)
+    _attach(new, [item for item in state.loaded.values() if item.name not in contained])
     return new
 
 
@@ -199,17 +200,15 @@ def _put_originals_back(state: ErasureModules, new: nn.Module) -> bool:
     return True
 
 
-def _attach(state: ErasureModules, new: nn.Module, items: list[Loaded]) -> None:
+def _attach(new: nn.Module, items: list[Loaded]) -> None:
     if not items:
         return
-    own = attachment.ensure_state(new, state)
+    own = attachment.ensure_state(new)
     for item in items:
         backend = "hook" if item.backend == BACKEND else item.backend  # what processors do, hooks do
         own.loaded[item.name] = twin = dataclasses.replace(item, backend=backend)
         attachment.attach_layers({NAME: new}, twin)
-    own.fold()
-    if state.disabled or state.training_allowed:
-        state.copies.append(own)  # the block in which this happens ends for both
+    own.replan()
 
 
 # -------------------------------------------------------------------------------------------- another network
@@ -222,10 +221,10 @@ def without_erasures(build: Build, model: nn.Module) -> nn.Module:
         build (callable): builds it from whatever the denoiser's weights are.
         model (`nn.Module`): the denoiser.
     """
-    state = attachment.state_of(model)
+    state = state_of(model)
     assert state is not None
-    acting = list(state.marks.ledger.acting)
-    with counted(lambda: [state], "disabled"):
+    acting = state.marks.ledger.acting
+    with requests.within(requests.Block(None, [model], exact={})):
         new = build()
     if acting:
         logger.warning(

@@ -23,7 +23,7 @@ from ..layers.sites import path_to
 
 
 if TYPE_CHECKING:
-    from .attachment import ErasureModules
+    from .state import ErasureModules
 
 COMPUTED = ""  # among the names of sites: something else in the owner was called
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -229,11 +229,7 @@ class FiringCheck:
 
     def _acting(self, site: str) -> list[str]:
         """The erasures that are to act at a site now."""
-        if self.state.disabled:
-            return []
-        return [
-            n for n in sorted(self.watched[site].names) if n in self.state.loaded and self.state.loaded[n].strength
-        ]
+        return sorted(self.watched[site].names.intersection(self.state.acting()))
 
     def _dropped(self) -> str | None:
         """Why what peft has wrapped around a watched module would take its edit away, or `None`."""

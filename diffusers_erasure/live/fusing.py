@@ -22,8 +22,8 @@ from ..layers.sites import attention_of, find_module
 from ..logging import get_logger
 from ..originals import Kept, digest
 from . import attachment
-from .attachment import Loaded
 from .loaded import components, known, loaded, states
+from .state import Loaded
 
 
 logger = get_logger(__name__)
@@ -102,7 +102,7 @@ def fuse_erasures(pipe: Any, names: str | Sequence[str] | None = None) -> int:
     already = fused_names(pipe)
     together = [name for name in loaded(pipe) if name in wanted or name in already]
     if together != already:
-        if any(state.disabled for state in states(pipe).values()):
+        if _disabled(pipe):
             raise ErasureInputError("Erasures cannot be fused within `erasures_disabled()`; they would act there.")
         plan(pipe, together)
         unfuse_erasures(pipe)
@@ -126,6 +126,11 @@ def unfuse_erasures(pipe: Any) -> None:
     Raises:
         ErasureError: a weight is no longer what fusing left. Nothing is changed; the message says what to undo first.
     """
+    with attachment.changing_alone(components(pipe).values()):
+        _unfuse(pipe)
+
+
+def _unfuse(pipe: Any) -> None:
     live = components(pipe)
     held = {name: state for name, state in states(pipe).items() if state.merged}
     for name, state in held.items():
@@ -139,8 +144,12 @@ def unfuse_erasures(pipe: Any) -> None:
         for kept in state.fused.values():
             _write(kept)
         state.fused, state.merged = {}, []
-        state.fold()
+        state.replan(weights_changed=True)
     attachment.reset_compiled(live[name] for name in held)
+
+
+def _disabled(pipe: Any) -> bool:
+    return any(state.view().disabled for state in states(pipe).values())
 
 
 def fused_names(pipe: Any) -> list[str]:
@@ -175,7 +184,7 @@ def unfused(pipe: Any) -> Iterator[None]:
         names = [name for name in loaded(pipe) if name in names]
         if names:
             try:
-                if any(state.disabled for state in states(pipe).values()):
+                if _disabled(pipe):
                     raise ErasureInputError("they are disabled elsewhere")
                 merge(pipe, names)
             except Exception as error:
@@ -341,6 +350,11 @@ def _plain_parameter(component: nn.Module, weight: _Weight, name: str) -> nn.Par
 
 def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
     """Fuse erasures, none of which is fused. After an error nothing is changed."""
+    with attachment.changing_alone(components(pipe).values()):
+        _merge(pipe, names, alone)
+
+
+def _merge(pipe: Any, names: Sequence[str], alone: bool) -> None:
     live, held = components(pipe), states(pipe)
     done: list[tuple[str, Kept]] = []
     try:
@@ -362,7 +376,8 @@ def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
         state.merged.extend(merged_here)
         for name in merged_here:
             attachment.detach_layers(live[component], name)
-        state.fold()
+        state.replan(weights_changed=True)
+        attachment.tidy(live[component])
     attachment.reset_compiled(live.values())
 
 

@@ -2,24 +2,12 @@
 
 from typing import Any
 
-from torch import nn
-
 from ..errors import ErasureNotFoundError
-from ..schema import COMPONENTS
-from . import attachment
-from .attachment import ErasureModules, Loaded
+from .requests import components
+from .state import Loaded, states
 
 
-def components(pipe: Any) -> dict[str, nn.Module]:
-    """The components of a pipeline on which an erasure may act, by name."""
-    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-
-
-def states(pipe: Any) -> dict[str, ErasureModules]:
-    """What is attached to each component that has anything attached."""
-    found = {name: attachment.state_of(module) for name, module in components(pipe).items()}
-    return {name: state for name, state in found.items() if state is not None}
+__all__ = ["components", "known", "loaded", "states"]
 
 
 def loaded(pipe: Any) -> dict[str, Loaded]:

@@ -5,7 +5,7 @@ no weights in the component; while it acts, each module that it alters says so b
 erasure itself passes that key over.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,11 +16,20 @@ KEY = "erasure_{}_is_not_in_these_weights_see_export_erased"
 
 
 class Ledger:
-    """Which erasures act on a component beside its weights. Small, because a copy of a part of the component takes it along."""
+    """Which erasures act on a component beside its weights.
 
-    def __init__(self) -> None:
+    Args:
+        on (callable, *optional*): gives the names of those that act here and now.
+    """
+
+    def __init__(self, on: Callable[[], Iterable[str]] = tuple) -> None:
+        self.on = on
         self.contents: dict[str, str] = {}  # of the erasures with hooks or adapters here, the content's hash
-        self.acting: list[str] = []  # those of them that are on
+
+    @property
+    def acting(self) -> list[str]:
+        """Those with hooks or adapters that are on."""
+        return [name for name in self.on() if name in self.contents]
 
 
 class Mark:
@@ -59,10 +68,14 @@ class PassOver:
 
 
 class Marks:
-    """All marks on one component."""
+    """All marks on one component.
 
-    def __init__(self) -> None:
-        self.ledger = Ledger()
+    Args:
+        on (callable): gives the names of the erasures that act here and now.
+    """
+
+    def __init__(self, on: Callable[[], Iterable[str]]) -> None:
+        self.ledger = Ledger(on)
         self.placed: dict[nn.Module, tuple[Mark, tuple[torch.utils.hooks.RemovableHandle, ...]]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,14 +97,9 @@ class Marks:
     def drop(self, name: str) -> None:
         """An erasure has neither hooks nor adapters on the component any more."""
         self.ledger.contents.pop(name, None)
-        self.ledger.acting = [each for each in self.ledger.acting if each != name]
         for module, (mark, handles) in list(self.placed.items()):
             mark.names.discard(name)
             if not mark.names:
                 for handle in handles:
                     handle.remove()
                 del self.placed[module]
-
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        """Take over which erasures are on."""
-        self.ledger.acting = [name for name, value in strengths.items() if value > 0 and name in self.ledger.contents]

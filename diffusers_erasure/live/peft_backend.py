@@ -21,8 +21,8 @@ from ..low_rank import DOWN, UP, Factors, pad_rank
 from ..schema import LayerSpec
 from . import attachment
 from .adapter_contents import AdapterContents
-from .attachment import Loaded
 from .loaded import states
+from .state import Loaded, state_of
 
 
 logger = get_logger(__name__)
@@ -79,7 +79,7 @@ class PeftAdapters(LiveLayer):
             compat.delete_adapter(self.components[0], name)
 
     def fold(self, strengths: Mapping[str, float]) -> None:
-        self.strengths = {name: strengths[name] for name in self.adapters}
+        self.strengths = {name: strengths.get(name, 0.0) for name in self.adapters}
         for name, strength in self.strengths.items():
             for layer in self.layers(name).values():
                 compat.switch_adapter_on(layer, name, strength, list(self.adapters), rescale=True)
@@ -230,7 +230,7 @@ class PeftAdapters(LiveLayer):
 
 def look_again(model: nn.Module) -> None:
     """Compare the tensors of all adapters of erasures on a model: peft has written into some adapter there."""
-    state = attachment.state_of(model)
+    state = state_of(model)
     live = state.layers[PLACE] if state is not None and PLACE in state.layers else None
     if isinstance(live, PeftAdapters):
         for name in live.adapters:
@@ -336,7 +336,7 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
                 live.add(item.name, _factors(item.erasure, name), policy)
                 state.marks.add(item.name, item.content_hash)  # peft's own keys are marks enough
                 attachment.watch(components[name])
-            state.fold()
+            state.replan()
     except BaseException:
         attachment.detach(components.values(), item.name)
         for name, component in components.items():

@@ -1,7 +1,8 @@
 """ActErase as attention processors, for those who set processors. `load_erasure` uses hooks, which stay on."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import nn
 
 from .. import compat
 from ..errors import ErasureInactiveError, ErasureInputError
-from ..layers.activation import ATTENTIONS, ActivationKind, ActivationPatch, Part
-from ..layers.base import LiveLayer, Watched
-from ..layers.buffers import placement
-from ..layers.sites import attention_of, find_site
+from ..layers.activation import ATTENTIONS, ActivationKind, ActivationLayer, ActivationPatch
+from ..layers.base import Watched
+from ..layers.modifiers import Conditions
+from ..layers.passing import Pass
+from ..layers.sites import Place, attention_of, find_site
 from . import attachment
+from .state import ErasureModules, Loaded, state_of
 
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ class ActEraseAttnProcessor(nn.Module):
     the user's on `to_out.0` reads the patched values here and the unpatched ones there.
 
     Args:
-        patch (`ActivationPatch`, *optional*): what is done to the attention's output; without it, nothing.
+        place (`Place`, *optional*): says what a pass does to the attention's output; without it, nothing.
         found (*optional*): the processor that attends; without it diffusers' default. So diffusers makes a processor anew
             (`type(processor)()`).
 
@@ -55,14 +58,14 @@ class ActEraseAttnProcessor(nn.Module):
     ```
     """
 
-    # A module, so that the patch and what is below it move with the UNet.
+    # A module, so that what is below it moves with the UNet.
 
-    def __init__(self, patch: ActivationPatch | None = None, found: Any = None) -> None:
+    def __init__(self, place: Place | None = None, found: Any = None) -> None:
         super().__init__()
         if isinstance(found, ActEraseAttnProcessor):
             raise ErasureInputError(ALREADY)
         found = AttnProcessor2_0() if found is None else found
-        self.add_module("patch", patch)
+        self.place = place
         if isinstance(found, nn.Module):
             whole = [*found.parameters(recurse=False), *found.buffers(recurse=False)]  # which `.to` may exchange
             for name, child in {"below": found}.items() if whole else found.named_children():
@@ -119,52 +122,48 @@ class ActEraseAttnProcessor(nn.Module):
             cls.remove(bare)
         if any(type(each) is cls for each in bare.attn_processors.values()):
             raise ErasureInputError(ALREADY)
-        state = attachment.state_of(bare)
+        state = state_of(bare)
         if not isinstance(name, str) or not name or "." in name or (state is not None and name in state.loaded):
             raise ErasureInputError(
                 f"`adapter_name` must be a name without '.' that no loaded erasure has, not {name!r}."
             )
         if state is not None:
             _check_beside(state, erasure)
-        item = attachment.Loaded(name, erasure, float(strength), {}, erasure.content_hash, BACKEND)
-        try:
-            processors = cls._attach(bare, item)
-        except BaseException:
-            attachment.detach([bare], name)
-            raise
-        attachment.reset_compiled([bare])
+        item = Loaded(name, erasure, float(strength), {}, erasure.content_hash, BACKEND)
+        with attachment.changing_alone([bare]):
+            try:
+                processors = cls._attach(bare, item)
+            except BaseException:
+                attachment.detach([bare], name)
+                raise
+            attachment.reset_compiled([bare])
         return processors
 
     @classmethod
-    def _attach(cls, bare: Any, item: attachment.Loaded) -> dict[str, Any]:
+    def _attach(cls, bare: Any, item: Loaded) -> dict[str, Any]:
         state = attachment.ensure_state(bare)
         state.loaded[item.name] = item
-        state.layers[PLACE] = live = ProcessorPatches(bare, item.name)
+        state.layers[PLACE] = live = ProcessorPatches(state.conditions, bare, item.name)
         for index, layer in enumerate(item.erasure.config.layers):
-            tensors = item.erasure.layer_tensors(layer)
-            for place, site in enumerate(layer.sites):
-                module = find_site(bare, site)
-                assert isinstance(module, nn.Linear)
-                patch = live.patches.setdefault(site, ActivationPatch(module.in_features, state.conditions))
-                patch.parts[item.name, index] = Part.of(tensors, site, None, place)
-                patch.rebuild(*placement(bare, module))
+            live.attach(bare, (item.name, index), layer, item.erasure.layer_tensors(layer), None)
         processors = dict(bare.attn_processors)
         for each, found in processors.items():
             site = each.removesuffix("processor") + "to_out.0"
-            if site in live.patches:
-                processors[each] = cls(live.patches[site], found)
-        state.marks.add(item.name, item.content_hash, [find_site(bare, site) for site in live.patches])
+            if site in live.sites:
+                processors[each] = cls(live.sites[site].place, found)
+        state.marks.add(item.name, item.content_hash, [each.module for each in live.sites.values()])
         state.timed.add((item.name, 0))
         state.conditions.watch(bare)
         attachment.watch(bare)
-        state.fold()
+        state.replan()
         return processors
 
     @classmethod
     def remove(cls, unet: nn.Module) -> None:
         """Put the processors that were found back, the very objects, and unload the erasure from the UNet.
 
-        Processors that were set over these since then stay.
+        Processors that were set over these since then stay. A request that began with the erasure ends with it, and only then
+        the processors that it needs go.
 
         Args:
             unet ([`UNet2DConditionModel`]): the UNet.
@@ -172,7 +171,8 @@ class ActEraseAttnProcessor(nn.Module):
         live, bare = _patches_of(unet), compat.unwrap_compiled(unet)
         if live is not None:
             attachment.detach([unet], live.name)
-        _put_back(bare)
+        if _patches_of(unet) is None:
+            _put_back(bare)
 
     def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attend, as [`Attention`] calls its processor, with what the found one takes.
@@ -181,11 +181,12 @@ class ActEraseAttnProcessor(nn.Module):
             ErasureInactiveError: the found processor did not call the attention's `to_out[0]`.
         """
         (found,) = self.found
-        if self.patch is None or not self.patch.parts:  # unloaded, while something else kept the processor
+        edit, now = (None, None) if self.place is None else self.place.at_work()
+        if edit is None or now is None:
             return found(attn, *args, **kwargs)
-        projection = PatchedProjection(attn.to_out[0], self.patch)
+        projection = PatchedProjection(attn.to_out[0], edit, now)
         output = found(PatchedAttention(attn, projection), *args, **kwargs)
-        if not projection.called and self.patch.on:
+        if not projection.called:
             raise ErasureInactiveError(
                 f"The attention processor {type(found).__name__} does not call the attention's `to_out[0]`, whose input an erasure "
                 "patches, so it would not act. Set another processor, and `ActEraseAttnProcessor` over it."
@@ -231,11 +232,11 @@ def check_beside(unet: Any, erasure: "Erasure") -> None:
     """
     live = _patches_of(unet) if isinstance(unet, nn.Module) else None
     sites = {site for layer in erasure.config.layers if layer.kind == ActivationKind.name for site in layer.sites}
-    if live is not None and sites & live.patches.keys():
+    if live is not None and sites & live.sites.keys():
         raise ErasureInputError(ALREADY)
 
 
-def _check_beside(state: attachment.ErasureModules, erasure: "Erasure") -> None:
+def _check_beside(state: ErasureModules, erasure: "Erasure") -> None:
     """The same the other way round; and the erasure itself is not loaded twice."""
     sites = {site for layer in erasure.config.layers for site in layer.sites}
     for item in state.loaded.values():
@@ -248,51 +249,42 @@ def _check_beside(state: attachment.ErasureModules, erasure: "Erasure") -> None:
             raise ErasureInputError(ALREADY)
 
 
-class ProcessorPatches(LiveLayer):
-    """The patches of one UNet's processors among its live layers: so they are listed, folded, checked and unloaded.
+class ProcessorPatches(ActivationLayer):
+    """The patches of one UNet's processors among its live layers: so they are listed, set, checked and unloaded.
 
     Args:
+        conditions ([`Conditions`]): the passes of the UNet.
         unet (`nn.Module`): the UNet.
         name (`str`): of the erasure.
     """
 
-    def __init__(self, unet: nn.Module, name: str) -> None:
-        super().__init__()
-        self.source = (unet,)  # a tuple, because a module assigned to a module would become its child
+    def __init__(self, conditions: Conditions, unet: nn.Module, name: str) -> None:
+        super().__init__(conditions)
+        self.unet = (unet,)  # a tuple, because a module assigned to a module would become its child
         self.name = name
-        self.patches: dict[str, ActivationPatch] = {}  # a plain dictionary: they are children of the processors
 
-    def detach(self, name: str) -> None:
-        if name != self.name:
-            return
-        _put_back(self.source[0])
-        for patch in self.patches.values():
-            patch.parts = {}
-        self.patches = {}
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, Place, torch.utils.hooks.RemovableHandle]:
+        """A processor has the place, and no hook: the handle is of none."""
+        return find_site(component, site), Place(self.conditions), torch.utils.hooks.RemovableHandle(OrderedDict())
 
-    def fold(self, strengths: Mapping[str, float]) -> None:
-        for patch in self.patches.values():
-            patch.fold({self.name: strengths[self.name]})
-            patch.on = strengths[self.name] > 0
-
-    def is_empty(self) -> bool:
-        return not self.patches
+    def tidy(self) -> None:
+        if not any(each.parts for each in self.sites.values()):
+            _put_back(self.unet[0])
+        super().tidy()
 
     def are_set(self) -> bool:
         """Whether any of the processors is on the UNet."""
-        return any(self._is_there(site) for site in self.patches)
+        return any(self._is_there(site) for site in self.sites)
 
     def watched(self) -> Iterator[Watched]:
-        (unet,) = self.source
-        for site in self.patches:
-            yield Watched(site, find_site(unet, site), frozenset({self.name}))
+        for site, each in self.sites.items():
+            if each.parts:
+                yield Watched(site, each.module, frozenset({self.name}))
 
     def inactive_reason(self) -> str | None:
-        (unet,) = self.source
-        state = attachment.state_of(unet)
-        if state is None or not state.loaded[self.name].strength:
+        if self.name not in self.conditions.now.names:
             return None
-        for site in self.patches:
+        for site in self.sites:
             if not self._is_there(site):
                 present = type(self._attention(site).processor).__name__
                 return (
@@ -304,16 +296,16 @@ class ProcessorPatches(LiveLayer):
         return None
 
     def _attention(self, site: str) -> Any:
-        (unet,) = self.source
+        (unet,) = self.unet
         return attention_of(unet, site.removesuffix(".0"))
 
     def _is_there(self, site: str) -> bool:
         processor = self._attention(site).processor
-        return type(processor) is ActEraseAttnProcessor and processor.patch is self.patches[site]
+        return type(processor) is ActEraseAttnProcessor and processor.place is self.sites[site].place
 
 
 def _patches_of(unet: nn.Module) -> ProcessorPatches | None:
-    state = attachment.state_of(unet)
+    state = state_of(unet)
     live = None if state is None or PLACE not in state.layers else state.layers[PLACE]
     return live if isinstance(live, ProcessorPatches) else None
 
@@ -350,12 +342,12 @@ class PatchedAttention:
 class PatchedProjection:
     """A projection that reads patched hidden states, and notes that it was called."""
 
-    def __init__(self, module: nn.Module, patch: nn.Module) -> None:
-        self.module, self.patch, self.called = module, patch, False
+    def __init__(self, module: nn.Module, patch: ActivationPatch, now: Pass) -> None:
+        self.module, self.patch, self.now, self.called = module, patch, now, False
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.called = True
-        return self.module(self.patch(hidden_states), *args, **kwargs)
+        return self.module(self.patch(hidden_states, self.now), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)

@@ -16,9 +16,9 @@ import torch
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInactiveError
-from . import attachment, second_prompt
-from .attachment import Loaded
+from . import second_prompt
 from .loaded import states
+from .state import Loaded, state_of
 
 
 SEEN, SAMPLES = 256, 96  # texts that are remembered, and values of each by which it is known again
@@ -80,10 +80,11 @@ def _on_text(pipe: Any) -> tuple[list[Loaded], list[Loaded]]:
     found: dict[str, tuple[Loaded, bool]] = {}
     # A denoiser tells of those whose encoder is not there; it may have been copied alone, with items of its own.
     for component, state in sorted(states(pipe).items(), key=lambda each: not each[0].startswith("text_encoder")):
-        for name, item in state.loaded.items():
+        view = state.view()
+        for name, item in view.plan.items.items():
             if isinstance(item.prompts, PromptRecord) and (name not in found or component.startswith("text_encoder")):
-                former, acting = found.get(name, (item, item.strength > 0))
-                found[name] = former, acting and not state.disabled
+                former, acting = found.get(name, (item, True))
+                found[name] = former, acting and name in view.acting
     on = [item for item, acting in found.values() if acting]
     return on, [item for item, acting in found.values() if not acting]
 
@@ -136,8 +137,8 @@ def _check(pipe: Any, item: Loaded, given: dict[str, Any]) -> None:
     encoders = _encoders(item)
     for name in encoders:
         encoder = getattr(pipe, name, None)
-        state = attachment.state_of(encoder)
-        if encoder is not None and (state is None or item.name not in state.loaded):
+        state = state_of(encoder)
+        if encoder is not None and (state is None or item.name not in state.view().plan.items):
             raise ErasureInactiveError(
                 f"The pipeline's {name!r} is another one than that on which the erasure {item.name!r} acts. Call "
                 f"`pipe.unload_erasure({item.name!r})` and load it again."

@@ -31,9 +31,10 @@ _READERS = (".attn2.to_k", ".attn2.to_v")
 def acting_together(pipe: Any) -> list[str]:
     """Names of the erasures on a pipeline's denoiser that act now and need both halves of the rows to be of one prompt."""
     state = states(pipe).get("unet")
-    if state is None or state.disabled:
+    if state is None:
         return []
-    return [name for name, item in state.loaded.items() if item.one_prompt is not None and item.strength > 0]
+    view = state.view()
+    return [name for name in view.acting if view.plan.items[name].one_prompt is not None]
 
 
 def needs_guard(pipe: Any, erasure: Erasure) -> bool:

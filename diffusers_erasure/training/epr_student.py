@@ -78,10 +78,9 @@ class ScheduleStudent(_Epr):
     def inside(self, unet: Any) -> Iterator[dict[str, nn.Parameter]]:
         device, _ = placement(unet, unet.conv_in)
         epr = EPR(unet, self.network.tensors, device, torch.float32)
-        epr.fold(1.0)
-        epr.factors = LearnedSchedule(self.bins, len(epr.layer_sites)).to(device)
+        epr.schedule = LearnedSchedule(self.bins, len(epr.layer_sites)).to(device)
         with self._attached(unet, epr):
-            yield {TABLE: epr.factors.table}
+            yield {TABLE: epr.schedule.table}
 
     def layer(self, tensors: Mapping[str, torch.Tensor]) -> Layer:
         return dataclasses.replace(self.network, schedule=tensors[TABLE])

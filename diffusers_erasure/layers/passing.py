@@ -1,0 +1,156 @@
+"""What one forward pass of a component knows: which edits act in it and how strongly, its timestep and its text.
+
+It belongs to the thread that runs the pass, never to a module that threads share. `threading.local` is what torch.compile can
+read within a graph; strengths are tensors there, so that one graph serves all of them.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import compat
+from ..errors import ErasureInputError
+from .buffers import PartKey
+
+
+if TYPE_CHECKING:
+    from .gate import Gate
+
+KEPT = 4  # rows whose results are kept: guidance may take two passes a step
+
+
+class Pass:
+    """One forward pass.
+
+    Attributes:
+        names: the erasures that act, for at least one row.
+        edits: what they do, by the number of the place (see [`Place`]).
+        strengths: one column for each of `names`: float32 [1, names], or [B, names] where they differ by picture.
+        values: the strengths as numbers, where they are the same for all rows.
+        whole: one column for each erasure that is loaded, float32 [B, loaded]: what compiled graphs read.
+        older: the edits of all erasures that are loaded, where the pass belongs to a request that began before a change.
+        timestep, scale: as the denoiser was given it, and the factor to the timesteps of the training.
+        text: the rows that the denoiser was given.
+        gates: their values [B], once asked for.
+        looked: what was looked up by the timestep.
+        rows: the text rows that the first of their readers was given.
+        kept: results of earlier passes of the thread, see [`kept_for`].
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        edits: Mapping[int, Any],
+        strengths: torch.Tensor,
+        values: tuple[float, ...] | None,
+        whole: torch.Tensor,
+        older: Mapping[int, Any] | None = None,
+        kept: "dict[Any, list[Kept]] | None" = None,
+    ) -> None:
+        self.names, self.edits, self.older = names, edits, older
+        self.strengths, self.values, self.whole = strengths, values, whole
+        self.ones = values is not None and all(value == 1 for value in values)
+        self.kept: dict[Any, list[Kept]] = {} if kept is None else kept
+        self.timestep: Any = None
+        self.scale = 1.0
+        self.text: torch.Tensor | None = None
+        self.gates: dict[PartKey, torch.Tensor] = {}
+        self.looked: dict[Any, torch.Tensor] = {}
+        self.rows: torch.Tensor | None = None
+
+    def read(self, timestep: Any, scale: float, text: Any) -> None:
+        """Take over the arguments of the forward pass."""
+        self.timestep, self.scale = timestep, scale
+        text = text[0] if isinstance(text, tuple) else text  # an IP-Adapter's (text, image embeddings)
+        self.text = text if isinstance(text, torch.Tensor) else None
+        self.gates, self.looked = {}, {}
+
+    def now(self, device: torch.device) -> torch.Tensor:
+        """The timestep, [1] or [B], float32.
+
+        Raises:
+            ErasureInputError: a part of the denoiser was called by itself.
+        """
+        return timesteps(self.timestep, self.scale, device)
+
+    def gate(self, key: PartKey, gate: "Gate") -> torch.Tensor | None:
+        """The value of a gate, [B]; `None` where there is no text."""
+        if self.text is None:
+            return None
+        if key not in self.gates:
+            with torch.no_grad():
+                self.gates[key] = gate(self.text)
+        return self.gates[key]
+
+
+def timesteps(given: Any, scale: float, device: torch.device) -> torch.Tensor:
+    """A denoiser's timestep as float32 [1] or [B].
+
+    Raises:
+        ErasureInputError: there is none.
+    """
+    if given is None:
+        raise ErasureInputError(
+            "An erasure that acts by timestep was called outside of a forward pass of its denoiser."
+        )
+    value = torch.as_tensor(given, device=device).detach().reshape(-1).to(torch.float32)
+    return value * scale if scale != 1.0 else value
+
+
+class Here(threading.local):
+    """What the calling thread is doing on one component. A copy, or a pickle, is in no thread's pass."""
+
+    now: Pass | None = None
+    off = training = 0  # blocks that the thread is in: what a graph knows of them
+    kept: dict[Any, list["Kept"]] | None = None  # of the passes before, as long as `of` is what acts
+    of: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Here":
+        return Here()
+
+    def __reduce__(self) -> tuple[type["Here"], tuple[()]]:
+        return Here, ()
+
+    def kept_of(self, what: Any) -> dict[Any, list["Kept"]]:
+        """What is kept, while what acts is the very same."""
+        if self.kept is None or self.of is not what:
+            self.kept, self.of = {}, what
+        return self.kept
+
+    def end(self) -> None:
+        """A request is over: nothing is held for it any longer."""
+        self.now = self.kept = self.of = None
+
+
+class Kept:
+    """A result that depends on text rows and strengths alone.
+
+    Rows are known again as the very object with nothing written into it since, never by an address: a freed one may come
+    again. In `inference_mode` writes are not counted, and nothing is kept.
+    """
+
+    def __init__(self, rows: torch.Tensor, version: int, strengths: torch.Tensor, value: torch.Tensor) -> None:
+        self.rows, self.version, self.strengths, self.value = weakref.ref(rows), version, strengths, value
+
+    def is_of(self, rows: torch.Tensor, version: int, strengths: torch.Tensor) -> bool:
+        """Whether the result is that of these rows and strengths."""
+        return self.rows() is rows and self.version == version and self.strengths is strengths
+
+
+def kept_for(now: Pass, key: Any, rows: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `compute` gives, or gave in an earlier pass of the run: it depends on `rows` and on the pass's strengths alone."""
+    version = compat.version_of(rows)
+    if version is None or torch.is_grad_enabled():
+        return compute()
+    key = key, torch.is_autocast_enabled(rows.device.type)
+    own = now.kept.setdefault(key, [])
+    for each in own:
+        if each.is_of(rows, version, now.strengths):
+            return each.value
+    value = compute()
+    own.insert(0, Kept(rows, version, now.strengths, value))
+    del own[KEPT:]
+    return value

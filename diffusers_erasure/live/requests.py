@@ -1,0 +1,214 @@
+"""What holds for a request: it belongs to the place where the request is made, never to the modules that requests share.
+
+Blocks (`erasures_disabled`, `erasure_strengths`) and requests are frames of a context variable, from the outermost to the
+innermost. A request, which is a call of a pipeline, keeps the erasures and strengths that held when it began.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .. import compat
+from ..errors import ErasureNotFoundError
+from ..schema import COMPONENTS
+from .plans import Plan, Strength, View
+from .turnstile import quiet
+
+
+if TYPE_CHECKING:
+    from .attachment import ErasureModules
+
+EMPTY = Plan({}, ())
+
+
+class Frame:
+    """A block or a request, on the components of one pipeline: those that it has now, and those that it had at first.
+
+    Args:
+        pipe: the pipeline; `None` for the named components alone.
+        modules (iterable of `nn.Module`, *optional*): components.
+    """
+
+    def __init__(self, pipe: Any, modules: Iterable[nn.Module] = ()) -> None:
+        self.pipe = pipe
+        self.modules = [compat.unwrap_compiled(each) for each in (*components(pipe).values(), *modules)]
+        self.open = True
+
+    def covers(self, component: nn.Module) -> bool:
+        """Whether it holds for a component."""
+        if any(each is component for each in self.modules):
+            return True
+        return any(compat.unwrap_compiled(each) is component for each in components(self.pipe).values())
+
+
+class Block(Frame):
+    """A block of code.
+
+    Args:
+        pipe, modules: as of [`Frame`].
+        exact (`dict`, *optional*): the strengths of all erasures that act; none of the others does.
+        strengths (`dict`, *optional*): those of some erasures; the others keep theirs.
+        training (`bool`, *optional*): weights may be trained through erasures.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        modules: Iterable[nn.Module] = (),
+        *,
+        exact: Mapping[str, Strength] | None = None,
+        strengths: Mapping[str, Strength] | None = None,
+        training: bool = False,
+    ) -> None:
+        super().__init__(pipe, modules)
+        self.exact, self.strengths, self.training = exact, dict(strengths or {}), training
+        self.had = {
+            (id(module), name) for module in self.modules for name in self.strengths if name in _loaded(module)
+        }
+
+    def strengths_on(self, component: nn.Module, plan: Plan) -> dict[str, Strength]:
+        """The strengths that it gives to erasures of a component.
+
+        Raises:
+            ErasureNotFoundError: one of them was unloaded within the block.
+        """
+        gone = [n for n in self.strengths if n not in plan.strengths and (id(component), n) in self.had]
+        if gone:
+            raise ErasureNotFoundError(
+                f"The erasures {gone}, whose strengths `erasure_strengths` gives, were unloaded meanwhile. Load them again, or "
+                "leave the block."
+            )
+        return {name: value for name, value in self.strengths.items() if name in plan.strengths}
+
+
+class Request(Frame):
+    """A call of a pipeline, with what was loaded when it began: by component, `EMPTY` where there was nothing."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.plans: dict[int, Plan] = {}
+
+    def plan_of(self, component: nn.Module, present: Plan) -> Plan:
+        """What was loaded on a component; the present plan on one that came later."""
+        return self.plans.get(id(component), present)
+
+
+# Each with whether it ends for the caller when its block does: for threads that were started within.
+Frames = tuple[tuple[Frame, bool], ...]
+_frames: ContextVar[Frames] = ContextVar("erasure requests", default=())
+
+
+def for_threads(frames: Frames) -> Frames:
+    """What a thread inherits that is started here: it may live longer than the blocks, which then no longer hold for it."""
+    return tuple((frame, True) for frame, _ in frames)
+
+
+def variable() -> ContextVar[Frames]:
+    """The context variable, for what carries it along."""
+    return _frames
+
+
+def frames() -> list[Frame]:
+    """The blocks and requests that the caller is in, from the outermost to the innermost."""
+    return [frame for frame, ends in _frames.get() if frame.open or not ends]
+
+
+@contextmanager
+def within(frame: Frame) -> Iterator[None]:
+    """A block of code within a frame."""
+    token = _frames.set((*_frames.get(), (frame, False)))
+    try:
+        yield
+    finally:
+        frame.open = False
+        _frames.reset(token)
+
+
+def view(component: nn.Module, state: "ErasureModules") -> View:
+    """What holds on a component for a request that would be made here and now.
+
+    Raises:
+        ErasureNotFoundError: see [`Block.strengths_on`].
+    """
+    plan, training = state.plan, False
+    blocks: list[Block] = []
+    for frame in frames():
+        if frame.covers(component):
+            if isinstance(frame, Request):
+                plan = frame.plan_of(component, plan)
+            elif isinstance(frame, Block):
+                blocks.append(frame)
+    strengths: dict[str, Strength] = dict(plan.strengths)
+    disabled = False
+    for block in blocks:
+        training = training or block.training
+        if block.exact is not None:
+            strengths = {name: block.exact.get(name, 0.0) for name in plan.names}
+            disabled = not block.exact
+        elif not disabled:
+            strengths.update(block.strengths_on(component, plan))
+    return View(plan, strengths, disabled, training)
+
+
+def changed(component: nn.Module, state: "ErasureModules") -> None:
+    """A change was made here: the requests that the caller is in go on with it."""
+    for frame in frames():
+        if isinstance(frame, Request) and frame.covers(component):
+            frame.plans[id(component)] = state.plan
+
+
+def extend(component: nn.Module, new: nn.Module) -> None:
+    """Blocks that hold for a component hold for another one too, which was built from it."""
+    for frame in frames():
+        if isinstance(frame, Block) and frame.covers(component):
+            frame.modules.append(compat.unwrap_compiled(new))
+
+
+@contextmanager
+def request(pipe: Any, states: Callable[[Any], Mapping[str, "ErasureModules"]]) -> Iterator[Request]:
+    """A call of a pipeline begins, and ends with the block."""
+    frame = Request(pipe)
+    with quiet([state.turnstile for state in states(pipe).values()], frames()):
+        by_name = states(pipe)
+        for name, module in components(pipe).items():
+            state = by_name.get(name)
+            bare = compat.unwrap_compiled(module)
+            frame.plans[id(bare)] = EMPTY if state is None else view(bare, state).plan
+            if state is not None:
+                state.requests.add(frame)
+    with within(frame):
+        yield frame
+
+
+def wrapped(
+    states: Callable[[Any], Mapping[str, "ErasureModules"]], end: Callable[[Request], None]
+) -> Callable[..., Any]:
+    """Makes of a pipeline class's `__call__` one that is a request; `end` is called after each."""
+
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def requested(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with request(self, states) as frame:
+                try:
+                    return call(self, *args, **kwargs)
+                finally:
+                    end(frame)
+
+        return requested
+
+    return wrap
+
+
+def components(pipe: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline on which an erasure may act, by name."""
+    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def _loaded(component: nn.Module) -> Mapping[str, Any]:
+    state: Any = compat.child(component, "erasure_modules")
+    return {} if state is None else state.loaded
