@@ -20,7 +20,8 @@ from benchmarks.builders import UNetOnly, forget_vocabulary, make_pipeline, rand
 from benchmarks.command import finish, print_table, start, timed_arguments
 from benchmarks.timing import interleave, ratios, seconds, spread, summary
 from diffusers_erasure import Erasure, load_erasure, unload_erasure
-from diffusers_erasure.base_model import compare_component, describe_base, text_readers
+from diffusers_erasure.base_model import describe_base, text_readers
+from diffusers_erasure.fingerprints import compare_component
 from diffusers_erasure.schema import LORA_FILE
 
 
