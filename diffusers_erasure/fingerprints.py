@@ -192,7 +192,7 @@ def _serialised(tokenizer: Any) -> str:
     return hashlib.sha256(written + json.dumps(_hidden(tokenizer, backend)).encode()).hexdigest()
 
 
-# What was computed of a tokenizer, and what it was like then. It takes longer than all the rest of loading an erasure.
+# What was computed of a tokenizer, and what it was like then.
 _computed: weakref.WeakKeyDictionary[Any, tuple[list[Any], dict[str, str]]] = weakref.WeakKeyDictionary()
 
 
