@@ -74,6 +74,10 @@ def parts(pipe: Any, folder: str, plain: Erasure) -> dict[str, Callable[[], floa
     def compare(*names: str) -> float:
         return seconds(lambda: [compare_component(name, stored[name], getattr(pipe, name)) for name in names])
 
+    def compare_again(*names: str) -> float:
+        compare(*names)  # another part may have forgotten the vocabulary just before
+        return compare(*names)
+
     def compare_first(*names: str) -> float:
         forget_vocabulary(pipe)
         return compare(*names)
@@ -83,7 +87,7 @@ def parts(pipe: Any, folder: str, plain: Erasure) -> dict[str, Callable[[], floa
         "hash of the content": lambda: seconds(lambda: erasure.content_hash),
         "attach": attach,
         "fingerprint, first time": lambda: compare_first(*stored),
-        "fingerprint, again": lambda: compare(*stored),
+        "fingerprint, again": lambda: compare_again(*stored),
     }
     return functions | {f"  {name}": lambda name=name: compare_first(name) for name in stored}
 
