@@ -137,7 +137,8 @@ PROMPT_WORDS = "a an art by drawing image in of painting person photo picture po
 def name_tokenizer(smoke: bool = False) -> Any:
     """A tokenizer of the right size that has prompts' words and made-up ones of two syllables as one piece.
 
-    Words of three syllables are two pieces, and others are cut into syllables and letters.
+    Words of three syllables are two pieces, and others are cut into syllables and letters. Capitals, which no text reaches,
+    fill it up, so that it has nearly as many merges as pieces, as a trained one has.
     """
     from transformers import CLIPTokenizer
 
@@ -146,13 +147,16 @@ def name_tokenizer(smoke: bool = False) -> Any:
     merges = [(c, v + end) for end in ("", "</w>") for c, v in syllables]
     merges += [("".join(first), "".join(second) + "</w>") for first in syllables for second in syllables]
     letters = [letter + end for end in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz"]
+    capitals = [letter.upper() for letter in CONSONANTS + VOWELS] + [f"{letter.upper()}</w>" for letter in VOWELS]
+    unreached = [(a.upper(), b.upper().replace("</W>", "</w>")) for a, b in merges]
+    unreached += [(a + b, c + d) for a, b in unreached[: len(syllables)] for c, d in unreached[2 * len(syllables) :]]
 
     def tokenizer() -> Any:
-        pieces = [*letters, *dict.fromkeys("".join(merge) for merge in merges)]
-        pieces += [f"<unused{i}>" for i in range(size - 2 - len(pieces))]
-        pieces += ["<|startoftext|>", "<|endoftext|>"]
+        pieces = [*letters, *capitals, *dict.fromkeys("".join(merge) for merge in merges)]
+        more = unreached[: size - 2 - len(pieces)]
+        pieces += ["".join(merge) for merge in more] + ["<|startoftext|>", "<|endoftext|>"]
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
-        return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+        return CLIPTokenizer(vocab=vocabulary, merges=[*merges, *more], model_max_length=77)
 
     cut = tokenizer()
     known = set(merges)

@@ -1,32 +1,18 @@
-"""Base models: which family a pipeline belongs to, how its prompts become rows, and how it is recognised again."""
+"""Base models: which family a pipeline belongs to, whether it is the one of an erasure, and its weights for a fit."""
 
-import base64
-import hashlib
-import json
 import os
 import re
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from . import compat
 from .errors import ErasureCompatibilityError, ErasureInputError
-from .logging import get_logger
-from .originals import originals
-from .schema import BaseModel, Component
-
-
-logger = get_logger(__name__)
-
-SAMPLES = 4096
-Match = Literal["same", "different weights", "unverified"]
-_READS_THE_SAMPLE = ("conv_in.weight", "x_embedder.weight")  # of UNets and of Flux: [width, input channels, ...]
-_INPUT_CHANNELS = (*range(1, 65), 96, 128, 192, 256, 320, 384)  # UNets: 4 to 16; Flux, by patches of four: 64 to 384
+from .fingerprints import Match, compare_component, describe_model, describe_tokenizer
+from .schema import BaseModel
 
 
 @dataclass(frozen=True)
@@ -103,126 +89,6 @@ def family_of(pipe: Any) -> Family:
     return _SDXL if model.config.get("addition_embed_type") == "text_time" else _SD
 
 
-def _sampled_rows(owner: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    # Textual inversion appends rows to the token embedding, so only its first rows identify the model.
-    return tensor[:256] if isinstance(owner, nn.Embedding) else tensor
-
-
-def _shape(owner: nn.Module, name: str, parameter: torch.Tensor) -> list[int | str]:
-    if isinstance(owner, nn.Embedding):
-        return ["*", parameter.shape[1]]
-    if name == "weight" and isinstance(owner, nn.Linear):  # a quantised weight is packed
-        return [owner.out_features, owner.in_features]
-    return list(parameter.shape)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Values spread evenly over one parameter; NaN where they cannot be read."""
-
-    owner: nn.Module
-    name: str
-    positions: list[int]
-    values: torch.Tensor
-    dtype: torch.dtype
-
-
-def _sample(owner: nn.Module, name: str, parameter: torch.Tensor, count: int) -> Sample:
-    tensor: torch.Tensor | None = parameter.detach()
-    if parameter.device.type == "meta":
-        tensor = compat.offloaded_tensor(owner, name)
-    packed = type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point
-    if tensor is None or (packed and parameter.device.type != "meta"):
-        return Sample(owner, name, [], torch.full((count,), torch.nan), torch.float32)
-    flat = _sampled_rows(owner, tensor).reshape(-1)
-    # Plain numbers: for a handful of samples they are faster than four tensor operations.
-    positions = [(2 * i + 1) * flat.numel() // (2 * count) for i in range(count)]
-    dtype = flat.dtype
-    flat = flat.float() if dtype.itemsize < 2 else flat  # float8 has no indexing
-    values = flat.index_select(0, torch.tensor(positions, device=flat.device)).to(torch.float32)
-    return Sample(owner, name, positions, values.cpu(), dtype)
-
-
-def sampled_values(model: nn.Module, *, as_fused: bool = False) -> list[Sample]:
-    """The values that identify a model, in the order of its parameters' names.
-
-    Args:
-        model (`nn.Module`): the model.
-        as_fused (`bool`, *optional*, defaults to `False`): read the weights into which this library has fused erasures as
-            they are; otherwise their originals are read.
-    """
-    parameters = sorted(compat.base_parameters(model), key=lambda item: item[0])
-    count = max(1, SAMPLES // max(1, len(parameters)))
-    before = {} if as_fused else originals(compat.unwrap_compiled(model))
-    samples = []
-    for _, owner, local, tensor in parameters[:: max(1, len(parameters) // SAMPLES)]:
-        if (owner, local) in before:
-            tensor = nn.Parameter(before[owner, local], requires_grad=False)
-        samples.append(_sample(owner, local, tensor, count))
-    return samples
-
-
-def _shapes(model: nn.Module) -> list[tuple[str, list[int | str]]]:
-    """Names and shapes of a model's parameters, in the order of their names."""
-    parameters = sorted(compat.base_parameters(model), key=lambda item: item[0])
-    return [(name, _shape(owner, local, tensor)) for name, owner, local, tensor in parameters]
-
-
-def _architecture(model: nn.Module, shapes: list[tuple[str, list[int | str]]]) -> str:
-    lines = [type(model).__name__, *(f"{name} {shape}" for name, shape in shapes)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _has_other_input_channels(model: nn.Module, architecture: str) -> bool:
-    """Whether a model is of an architecture but for the channels that its first layer reads: inpainting, depth, edits."""
-    shapes = _shapes(model)
-    for shape in (shape for name, shape in shapes if name in _READS_THE_SAMPLE):
-        for shape[1] in _INPUT_CHANNELS:
-            if _architecture(model, shapes) == architecture:
-                return True
-    return False
-
-
-def _read(model: nn.Module, *, as_fused: bool = False) -> tuple[str, np.ndarray, list[torch.dtype]]:
-    """Architecture hash, sampled values [n] and their dtypes."""
-    architecture = _architecture(model, _shapes(model))
-    samples = sampled_values(model, as_fused=as_fused)
-    dtypes = [sample.dtype for sample in samples for _ in sample.values]
-    joined = torch.cat([sample.values for sample in samples]) if samples else torch.zeros(0)
-    return architecture, joined.numpy(), dtypes
-
-
-def _coarsest(dtypes: list[torch.dtype]) -> torch.dtype:
-    return max(set(dtypes), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
-
-
-def describe_model(model: nn.Module, *, as_fused: bool = False) -> Component:
-    """Fingerprint a model: about 4,096 values, evenly over its parameters, and a hash of their names and shapes."""
-    architecture, values, dtypes = _read(model, as_fused=as_fused)
-    return Component(
-        class_name=type(model).__name__,
-        architecture=architecture,
-        dtype=str(_coarsest(dtypes)).removeprefix("torch."),
-        values=base64.b64encode(values.astype("<f4").tobytes()).decode(),
-    )
-
-
-# Sizes and hashes of vocabularies that were read: reading one takes longer than all the rest of loading an erasure.
-_vocabularies: weakref.WeakKeyDictionary[Any, tuple[int | None, str]] = weakref.WeakKeyDictionary()
-
-
-def describe_tokenizer(tokenizer: Any) -> Component:
-    """Fingerprint a tokenizer: a hash of its vocabulary, without added tokens (textual inversion adds some)."""
-    size, digest = _vocabularies.get(tokenizer, (None, ""))
-    if size != tokenizer.vocab_size:
-        vocabulary = tokenizer.get_vocab()
-        tokens = sorted(vocabulary.keys() - tokenizer.get_added_vocab().keys())
-        indices = [vocabulary[token] for token in tokens]
-        digest = hashlib.sha256(json.dumps([tokens, indices]).encode()).hexdigest()  # faster than a list of pairs
-        _vocabularies[tokenizer] = tokenizer.vocab_size, digest
-    return Component(class_name=type(tokenizer).__name__.removesuffix("Fast"), architecture=digest)
-
-
 def _text_components(pipe: Any, family: Family) -> Iterator[tuple[str, Any]]:
     for name in (*family.text_encoders, *family.tokenizers):
         value = component(pipe, name)
@@ -253,76 +119,6 @@ def describe_base(pipe: Any) -> BaseModel:
     for name, value in _text_components(pipe, family):
         components[name] = describe_model(value) if isinstance(value, nn.Module) else describe_tokenizer(value)
     return BaseModel(family=family.name, repo=repo, revision=revision, components=components)
-
-
-def _effective(values: np.ndarray, dtypes: list[torch.dtype]) -> list[torch.dtype]:
-    """`dtypes`, or the one to which the values were rounded before they were stored wider (an fp16 file read as fp32)."""
-    tensor = torch.from_numpy(values[~np.isnan(values)].copy())
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(tensor.to(dtype).to(torch.float32), tensor):
-            return [max(dtype, live, key=lambda each: torch.finfo(each).eps) for live in dtypes]
-    return dtypes
-
-
-def stored_values(stored: Component) -> np.ndarray:
-    """The values of a recorded fingerprint [n]; none for a tokenizer."""
-    return np.frombuffer(base64.b64decode(stored.values or "", validate=True), "<f4")
-
-
-def _match_values(stored: Component, values: np.ndarray, dtypes: list[torch.dtype]) -> Match:
-    """Compare sampled values within the rounding of the coarser dtype."""
-    if stored.values is None or stored.dtype is None:
-        return "unverified"
-    dtype = getattr(torch, stored.dtype)  # the schema knows only names of floating point dtypes
-    reference = stored_values(stored)
-    if reference.shape != values.shape or np.isinf(reference).any():  # infinity would be close to everything
-        return "unverified"
-    readable = ~np.isnan(values) & ~np.isnan(reference)
-    if not readable.any():
-        return "unverified"
-    # Each side is off by at most half an ulp of its dtype; below the normal range ulps are absolute.
-    infos = [torch.finfo(live) for live in _effective(values, dtypes)]
-    own = torch.finfo(_effective(reference, [dtype])[0])
-    relative = np.array([info.eps + own.eps for info in infos])
-    absolute = np.array([info.tiny * info.eps + own.tiny * own.eps for info in infos])
-    scale = np.maximum(np.abs(values), np.abs(reference)).astype(np.float64)
-    difference = np.abs(values.astype(np.float64) - reference)
-    close = difference[readable] <= (relative * scale + absolute)[readable]
-    return "same" if bool(close.all()) else "different weights"
-
-
-def compare_component(name: str, stored: Component, live: Any) -> Match:
-    """Compare one component with what an erasure recorded of it; other input channels are other weights.
-
-    Raises:
-        ErasureCompatibilityError: the architecture (or the tokenizer's vocabulary) is another one.
-    """
-    if not isinstance(live, nn.Module):
-        if describe_tokenizer(live).architecture != stored.architecture:
-            raise ErasureCompatibilityError(
-                f"The pipeline's {name} ({type(live).__name__}) has another vocabulary than the one that the erasure "
-                f"was made with ({stored.class_name})."
-            )
-        return "same"
-    architecture, values, dtypes = _read(live)
-    if architecture != stored.architecture and _has_other_input_channels(live, stored.architecture):
-        return "different weights"
-    if architecture != stored.architecture:
-        raise ErasureCompatibilityError(
-            f"The pipeline's {name} ({type(live).__name__}) has another architecture than the one that the erasure "
-            f"was made for ({stored.class_name}): names or shapes of its parameters differ."
-        )
-    return _match_values(stored, values, dtypes)
-
-
-def same_component(one: Component, other: Component) -> Match | Literal["different architecture"]:
-    """Compare what two erasures recorded of a component."""
-    if one.architecture != other.architecture:
-        return "different architecture"
-    if one.values is None or other.values is None or other.dtype is None:
-        return "same" if one.values is other.values else "unverified"
-    values = stored_values(other)
-    return _match_values(one, values, [getattr(torch, other.dtype)] * len(values))
 
 
 def compare_base(base: BaseModel, pipe: Any, *, needed: set[str], derived_from: set[str]) -> dict[str, Match]:
@@ -454,28 +250,3 @@ def readers_of_text(unet: nn.Module) -> dict[str, nn.Linear]:
     if not readers:
         raise ErasureCompatibilityError(f"{type(unet).__name__} has no cross-attention that reads text rows.")
     return readers
-
-
-def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield names and values of all parameters of a model; `None` for one that is quantised or offloaded to a disk."""
-    for name, owner, local, parameter in sorted(compat.base_parameters(model), key=lambda item: item[0]):
-        tensor = compat.offloaded_tensor(owner, local) if parameter.device.type == "meta" else parameter.detach()
-        packed = type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point
-        yield name, None if packed else tensor
-
-
-def checksum(weights: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
-    """A checksum over the bits of some tensors, from the sums of every row and every column; `None` where one of them is."""
-    digest = hashlib.sha256()
-    for name, tensor in weights:
-        if tensor is None:
-            return None
-        matrix = tensor.detach().reshape(tensor.shape[0] if tensor.ndim > 1 else 1, -1).contiguous()
-        matrix = matrix if matrix.data_ptr() % 8 == 0 else matrix.clone()
-        # Eight bytes at once where a row can be cut so; a hundred times faster than hashing the bytes themselves.
-        bits = matrix.view(torch.uint8)
-        bits = bits.view(torch.int64) if bits.shape[1] % 8 == 0 else bits
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for dimension in (0, 1):
-            digest.update(bits.sum(dimension, dtype=torch.int64).cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from .artifact import Erasure
 from .assembling import rounded
-from .base_model import compare_base, same_component
+from .base_model import compare_base
 from .collateral import Collateral
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
+from .fingerprints import same_component
 from .layers import Layer, Summand, layer_kind
 from .lists import Retained, expand, names_any, retained
 from .lists.defaults import task_of, with_lists

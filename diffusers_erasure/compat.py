@@ -30,7 +30,7 @@ def unwrap_compiled(module: nn.Module) -> nn.Module:
 def is_compiled(module: nn.Module) -> bool:
     """Whether the module, or any of its submodules, was compiled, by `torch.compile(module)` or `module.compile()`."""
     return any(
-        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+        "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
         for part in module.modules()
     )
 
@@ -256,7 +256,9 @@ def is_tuner(module: nn.Module) -> bool:
     """Whether a module is what peft puts around a layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return isinstance(module, BaseTunerLayer)
+    return (
+        BaseTunerLayer in type(module).__mro__
+    )  # `isinstance` asks each of its subclasses, for each class of modules
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -446,26 +448,27 @@ def active_adapters(module: nn.Module) -> list[str]:
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Yield `(name, owner, local name, parameter)` of a model's own parameters, named as if nothing was attached.
+    """Return `(name, owner, local name, parameter)` of a model's own parameters, named as if nothing was attached.
 
     peft's wrappers are looked through, and what peft, an IP-Adapter or this library has added is left out.
     `text_model.` is dropped from the front, because transformers 5 no longer has that level in CLIP's text encoder.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    found: list[tuple[str, nn.Module, str, nn.Parameter]] = []
 
-    def walk(part: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-        part = base_layer(part) if isinstance(part, BaseTunerLayer) else part
+    def walk(part: nn.Module, prefix: str) -> None:
+        part = base_layer(part) if is_tuner(part) else part
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                yield f"{prefix}{name}".removeprefix("text_model."), part, name, parameter
+                found.append((f"{prefix}{name}".removeprefix("text_model."), part, name, parameter))
         for name, child in part._modules.items():
             added = name in ("processor", "erasure_modules") or (not prefix and name == "encoder_hid_proj")
             # `fuse_qkv_projections` adds copies, which stay after unfusing.
             added = added or (name in ("to_qkv", "to_kv", "to_added_qkv") and hasattr(part, "fused_projections"))
             if child is not None and not added:
-                yield from walk(child, f"{prefix}{name}.")
+                walk(child, f"{prefix}{name}.")
 
-    yield from walk(unwrap_compiled(module), "")
+    walk(unwrap_compiled(module), "")
+    return iter(found)
 
 
 @contextmanager

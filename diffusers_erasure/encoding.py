@@ -11,8 +11,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import cache, compat
-from .base_model import checksum, component, describe_model, describe_tokenizer, family_of, named_weights
+from .base_model import component, family_of
 from .errors import ErasureCompatibilityError, ErasureInputError
+from .fingerprints import checksum, describe_model, describe_tokenizer, named_weights
 
 
 BATCH = 64  # prompts in one pass

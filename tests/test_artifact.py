@@ -437,6 +437,8 @@ BAD_CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "prefix is a path": (put("layers/0/prefix", "../"), "prefix"),
     "bad hash": (put("files/" + LORA_FILE + "/sha256", "xyz"), "sha256"),
     "bad fingerprint": (put("base_model/components/unet/architecture", "xyz"), "architecture"),
+    "bad second hash": (put("base_model/components/tokenizer/serialised", "xyz"), "serialised"),
+    "second hash of a model": (put("base_model/components/unet/serialised", "0" * 64), "serialised"),
     "redacted but named": (put("redacted", True), "redacted"),
     "stock for another file": (put("stock", {"file": TENSOR_FILE, "error": 0.0}), "stock"),
     "stock of the old schema": (put("stock", {"file": LORA_FILE, "max_error": 0.0}), "max_error"),

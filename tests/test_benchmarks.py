@@ -104,7 +104,9 @@ def test_unet_layers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_load_erasure(tmp_path: Path) -> None:
     (row,) = run("load_erasure", tmp_path)["rows"]
-    assert all(set(row[key]) == SUMMARY for key in ("first_s", "again_s", "stock_s", "ratio_first", "ratio_again"))
+    firsts = ("first_s", "first_older_s", "first_stock_s", "fingerprint_s", "ratio_first", "ratio_first_older")
+    assert all(set(row[key]) == SUMMARY for key in (*firsts, "again_s", "stock_s", "ratio_again"))
+    assert row["ratio_first"]["n"] == 1 and row["ratio_again"]["n"] == 3
     assert {
         "read and validate",
         "attach",

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, demo, encoding, erase
-from diffusers_erasure.base_model import describe_model
 from diffusers_erasure.encoding import all_rows, fingerprint, gram, last_rows, pooled_rows
+from diffusers_erasure.fingerprints import describe_model
 from tests.helpers import ROUNDINGS, TOKENIZER, tiny_sd_pipe, tiny_sdxl_pipe
 
 

@@ -110,7 +110,7 @@ def test_transformers_that_embed_patches() -> None:
     """Flux reads 64 channels, Fill 384, Control 128."""
     from diffusers import FluxTransformer2DModel
 
-    from diffusers_erasure.base_model import compare_component, describe_model
+    from diffusers_erasure.fingerprints import compare_component, describe_model
 
     def flux(channels: int, width: int = 4) -> Any:
         sizes = {"attention_head_dim": width, "num_attention_heads": 1, "joint_attention_dim": 8}

@@ -12,9 +12,10 @@ from torch import nn
 
 from .. import compat
 from .._version import __version__
-from ..base_model import describe_base, describe_model
+from ..base_model import describe_base
 from ..cards import card_environment, sealed
 from ..errors import ErasureError, ErasureInputError
+from ..fingerprints import describe_model
 from ..hub.options import CommitOptions, takes
 from ..hub.transfer import push_model
 from ..live import fusing

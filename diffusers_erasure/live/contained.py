@@ -15,14 +15,9 @@ from torch import nn
 
 from .. import compat
 from ..artifact import Erasure
-from ..base_model import (
-    compare_component,
-    component,
-    denoiser_name,
-    sampled_values,
-    stored_values,
-)
+from ..base_model import component, denoiser_name
 from ..errors import ErasureCompatibilityError, ErasureError, ErasureInputError
+from ..fingerprints import compare_component, sampled_values, stored_values
 from ..layers import WeightChange, layer_kind
 from ..logging import get_logger
 from ..schema.erased_model import MAX_BYTES, PLACES, Provenance

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ..artifact import Erasure
-from ..base_model import component, denoiser_name, readable_weight, readers_of_text, same_component, weight_times
+from ..base_model import component, denoiser_name, readable_weight, readers_of_text, weight_times
 from ..encoding import last_rows
 from ..errors import ErasureError, ErasureInputError
+from ..fingerprints import same_component
 from ..layers import layer_kind
 from ..layers.text_map import ROWS, MapChange
 from ..lists.names import folded

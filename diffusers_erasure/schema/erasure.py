@@ -93,15 +93,20 @@ class Component:
         architecture: SHA-256 over the names and shapes of its parameters, or over a tokenizer's vocabulary.
         dtype: coarsest dtype of the sampled values; `None` for a tokenizer.
         values: sampled parameter values, little-endian float32 in base64; `None` for a tokenizer.
+        serialised: SHA-256 over a tokenizer's vocabulary as the library `tokenizers` writes it; `None` for a model, where it
+            is not known, and in artefacts made before there was that. Where it is equal, `architecture` need not be computed.
     """
 
     class_name: str
     architecture: str = field(repr=False)
     dtype: str | None = None
     values: str | None = field(default=None, repr=False)
+    serialised: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         require(bool(_SHA256.fullmatch(self.architecture)), "`architecture` must be a SHA-256 in hexadecimal.")
+        plain = self.serialised is None or (self.values is None and bool(_SHA256.fullmatch(self.serialised)))
+        require(plain, "`serialised` must be a SHA-256 in hexadecimal, and goes without `values`.")
         _require_names(class_name=self.class_name)
         require((self.dtype is None) == (self.values is None), "`dtype` and `values` go together.")
         require(self.dtype is None or self.dtype in _FLOATS, f"`dtype` must be one of {_FLOATS}.")
