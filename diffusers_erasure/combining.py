@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 Source = Erasure | str | os.PathLike[str]
 # Settings in which the parts of a joint solve may differ: what they say of concepts, and how the result is published.
-FREE = ("retain", "retain_default", "retain_excluded", "retain_prompts", "rank", "max_error")
+FREE = ("retain", "retain_default", "retain_excluded", "retain_prompts", "rank", "max_error", "layer")
 
 
 def combine(
@@ -134,6 +134,9 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
     # Names for messages alone: `combine` redacts the result.
     shown = [c if c.target is not None else Concept(f"redacted {i}", "") for i, c in enumerate(concepts, start=1)]
     settings.update(rank=rank, max_error=max_error)
+    forms = {part.config.method.settings.get("layer") for part in parts}
+    if len(forms) == 1 and None not in forms:  # else the method's default
+        settings["layer"] = forms.pop()
     anchors = [concept.anchor or "" for concept in concepts]
     if retain is None:
         lists = dict.fromkeys(name for part in parts for name in part.config.method.settings.get("retain_default", ()))

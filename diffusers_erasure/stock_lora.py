@@ -92,6 +92,16 @@ def _given(state_dict: Mapping[str, torch.Tensor], pipe: Any) -> dict[str, Facto
     return found
 
 
+def stock_factors(erasure: Erasure) -> dict[str, dict[str, Factors]]:
+    """The factors of the LoRA file by component and module: all that stock diffusers has of the erasure."""
+    parts: dict[str, dict[str, Factors]] = {}
+    file = erasure.tensors[LORA_FILE]
+    for name in sorted(key.removesuffix(DOWN) for key in file if key.endswith(DOWN)):
+        component, _, site = name.partition(".")
+        parts.setdefault(component, {})[site] = file[name + DOWN], file[name + UP]
+    return parts
+
+
 def without_stock_lora(erasure: Erasure) -> Erasure:
     """Take the LoRA for stock diffusers away, where an erasure acts by other layers. See [`with_stock_lora`]."""
     extra = erasure.lora_for_others()
