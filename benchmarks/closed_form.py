@@ -61,9 +61,9 @@ TABLES = {"sd15": ("speed", "erase", "rece", "combine", "memory", "files"), "sdx
 SQUARED_NORM, DECADES = 750.0, 4.5
 SETTINGS: dict[str, dict[str, Any]] = {
     "speed": {"method": "speed", "preset": "celebrity", "published": True},
-    "rece": {"method": "rece", "preset": "nudity"},
+    "rece": {"method": "rece", "preset": "nudity", "layer": "text_map"},
     "rece, published": {"method": "rece", "preset": "nudity", "published": True},
-    "uce": {"method": "uce"},
+    "uce": {"method": "uce", "layer": "lora"},
 }
 AIMS_S = {"empty cache": 5.0, "warm cache": 2.0, "rece": 1.0, "combine speed": 1.0}
 AIMS_MB = {1: 0.06, 100: 5.0}

@@ -21,6 +21,7 @@ from diffusers_erasure.demo.drawing import fast_pipeline
 # UCE as either of its layers is one edit on the base alone, and two beside a LoRA on the same projections.
 METHODS: dict[str, Entry] = {
     **{name: entry for name, entry in ENTRIES.items() if entry.erases},
+    "uce": replace(ENTRIES["uce"], settings={"layer": "lora"}),
     "uce (text map)": Entry("uce (text map)", {"layer": "text_map"}, objects={}),
 }
 DEFAULT_METHODS = ("uce", "uce (text map)", "esd")

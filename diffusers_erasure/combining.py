@@ -22,13 +22,14 @@ from .methods import MethodEntry, get_method, make_config
 from .methods.rows import TargetRows, TextConfig, TextSettings, from_tensors, join
 from .registry import method_names
 from .schema import LORA_FILE, Concept, Method
+from .stock_lora import summed_stock_lora
 
 
 logger = get_logger(__name__)
 
 Source = Erasure | str | os.PathLike[str]
 # Settings in which the parts of a joint solve may differ: what they say of concepts, and how the result is published.
-FREE = ("retain", "retain_default", "retain_excluded", "retain_prompts", "rank", "max_error")
+FREE = ("retain", "retain_default", "retain_excluded", "retain_prompts", "rank", "max_error", "layer")
 
 
 def combine(
@@ -135,6 +136,9 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
     # Names for messages alone: `combine` redacts the result.
     shown = [c if c.target is not None else Concept(f"redacted {i}", "") for i, c in enumerate(concepts, start=1)]
     settings.update(rank=rank, max_error=max_error)
+    forms = {part.config.method.settings.get("layer") for part in parts}
+    if len(forms) == 1 and None not in forms:  # else the method's default
+        settings["layer"] = forms.pop()
     anchors = [concept.anchor or "" for concept in concepts]
     if retain is None:
         lists = dict.fromkeys(name for part in parts for name in part.config.method.settings.get("retain_default", ()))
@@ -264,8 +268,6 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
             layers.append(layer)
             in_lora = max(in_lora, error if kind.file == LORA_FILE else 0.0)
             besides = max(besides, error if kind.file != LORA_FILE else 0.0)
-    if any(part.lora_for_others() for part in parts):
-        logger.info("The sum has no LoRA for stock diffusers; `with_stock_lora` gives it one.")
     described = [
         {
             "method": part.config.method.name,
@@ -277,7 +279,7 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
     concepts = [concept for part in parts for concept in part.concepts]
     if any(part.config.redacted for part in parts):
         concepts = [dataclasses.replace(concept, target=None, anchor=None) for concept in concepts]
-    return Erasure.from_layers(
+    summed = Erasure.from_layers(
         layers,
         base=parts[0].config.base_model,
         concepts=concepts,
@@ -285,3 +287,9 @@ def _sum(parts: Sequence[Erasure], rank: int | None, max_error: float | None) ->
         error=in_lora,
         diagnostics={"truncation_error": rounded(besides)} if besides else {},
     )
+    summed = summed_stock_lora(summed, parts)
+    if summed.config.stock is None and any(part.config.stock for part in parts):
+        mixed = 'it has maps and LoRAs. It can load one of parts that were made with `layer="lora"`.'
+        alone = "not all parts carry a LoRA for it. `with_stock_lora` gives one to the sum."
+        logger.warning("Stock diffusers cannot load the sum, as %s", mixed if len(members) > 1 else alone)
+    return summed

@@ -12,8 +12,12 @@ from .encoding import all_rows
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .layers import layer_kind
 from .live.blocks import erasures_disabled
+from .logging import get_logger
 from .schema import MODIFIER_PREFIX, TENSOR_FILE, GateSpec, LayerSpec, ScheduleSpec
 from .stock_lora import give_stock_lora, without_stock_lora
+
+
+logger = get_logger(__name__)
 
 
 def with_schedule(
@@ -29,7 +33,8 @@ def with_schedule(
         span (`float`, *optional*, defaults to 1000.0): the base model's number of training timesteps.
 
     Returns:
-        [`Erasure`]: it needs this library to be loaded, also where its layers are a LoRA: the LoRA's file has no schedule.
+        [`Erasure`]: it needs this library to be loaded, also where its layers are a LoRA: the LoRA's file has no schedule. A
+        LoRA for stock diffusers beside other layers is left out, which is logged.
 
     Raises:
         ErasureInputError: the table has another shape or is not finite, no layer acts on the denoiser, or one of its kind can
@@ -75,7 +80,8 @@ def with_gate(
 ) -> Erasure:
     """Give an erasure's layers on the denoiser a gate: they act less on prompts that seem to be about something else.
 
-    A gate weakens an erasure, which its card says: a prompt that draws the concept without naming it may pass.
+    A gate weakens an erasure, which its card says: a prompt that draws the concept without naming it may pass. A LoRA for stock
+    diffusers beside other layers is left out, which is logged.
 
     Args:
         erasure ([`Erasure`]): the erasure, which stays as it is.
@@ -202,10 +208,16 @@ def _refuse(index: int, spec: LayerSpec, word: str, reason: str | None) -> None:
 
 
 def _changed(erasure: Erasure, changes: dict[int, dict[str, Any]], added: dict[str, torch.Tensor]) -> Erasure:
-    erasure = without_stock_lora(erasure)  # it was that of the layers as they were
     layers: list[LayerSpec] = []
     for index, spec in enumerate(erasure.config.layers):
         layers.append(dataclasses.replace(spec, **changes.get(index, {})))
+    if not added and tuple(layers) == erasure.config.layers:
+        return erasure
+    if erasure.lora_for_others():
+        erasure = without_stock_lora(erasure)  # it was that of the layers as they were
+        logger.warning(
+            "The LoRA for stock diffusers is left out: it was that of the layers as they were. `with_stock_lora` takes another one."
+        )
     used = {name for spec in layers for name in spec.modifier_names}
     tensors = {file: dict(items) for file, items in erasure.tensors.items()}
     own = {**tensors.pop(TENSOR_FILE, {}), **added}

@@ -214,7 +214,8 @@ def load_erasure(
         method (`str`, *optional*): `"lora"` loads a plain LoRA file as an erasure; otherwise leave it out.
         weight_name (`str`, *optional*): the LoRA's file, with `method="lora"` alone.
         backend (`"hook"`, `"merge"` or `"peft"`, *optional*, defaults to `"hook"`): how it acts. `"merge"` is loading and
-            then [`fuse_erasures`]; `"peft"` makes a stock LoRA an adapter of the pipeline, which `set_adapters` governs.
+            then [`fuse_erasures`]; `"peft"` makes its LoRA, which may be one that it carries for stock diffusers, an adapter of
+            the pipeline, which `set_adapters` governs.
         peft_guard (`"reactivate"` or `"error"`, *optional*, defaults to `"reactivate"`): with `backend="peft"`, what a
             forward pass does where other calls have switched the adapter off or written into its tensors: undo that, with
             one warning, or raise [`ErasureInactiveError`].
@@ -264,7 +265,8 @@ def load_erasure(
     content = erasure.content_hash
     twins.refuse_copy(pipe, content)
     match = _check_base(pipe, erasure, content, strict_base)
-    fusing.check_beside_fused(pipe, erasure)
+    if backend != "merge":  # fused together with those that are, it adds as it does to unfused ones
+        fusing.check_beside_fused(pipe, erasure)
     processor.check_beside(getattr(pipe, "unet", None), erasure)
     twins.refuse_same_edit(pipe, erasure)
     components = _components(pipe)

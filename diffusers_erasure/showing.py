@@ -70,6 +70,9 @@ def rows_of(config: "ErasureConfig", sizes: dict[str, int], source: str | None =
     more = len(config.layers) - MOST_LAYERS
     rows += [("", f"and {more} more layers")] if more > 0 else []
     rows += [(name, size_text(size)) for name, size in sorted(sizes.items())]
+    if config.stock is not None and any(layer.file != config.stock.file for layer in config.layers):
+        same = "the same edit" if config.stock.is_exact else "an edit that comes near it"
+        rows.append(("stock diffusers", f"{same}, by the LoRA in {config.stock.file}"))
     if config.published_strength != 1:
         rows.append(("strength 1 is", f"{config.published_strength:g} of the original"))
     rows += [("read from", source)] if source else []

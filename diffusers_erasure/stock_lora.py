@@ -5,10 +5,11 @@ other LoRA is measured against that change where there is one.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .artifact import Erasure
 from .assembling import as_json, plain, rounded
@@ -16,6 +17,7 @@ from .base_model import component
 from .errors import ErasureCompatibilityError, ErasureInputError
 from .layers import layer_kind
 from .layers.lora_keys import lora_layers
+from .layers.text_map import POOLED, POOLED_READER, ROWS
 from .low_rank import DOWN, UP, Factors, norm, pad_rank, written
 from .schema import LORA_FILE, LayerSpec, Stock
 from .settings import Number, Range, Whole
@@ -90,6 +92,48 @@ def _given(state_dict: Mapping[str, torch.Tensor], pipe: Any) -> dict[str, Facto
             factors = layer.tensors[site + DOWN].double(), layer.tensors[site + UP].double()
             found[f"{layer.component}.{site}"] = factors
     return found
+
+
+def summed_stock_lora(erasure: Erasure, parts: Sequence[Erasure]) -> Erasure:
+    """Give a sum of maps the sum of the LoRAs that its parts carry, where each carries one that is the same edit.
+
+    No weight is read: sum B A = W sum D^T A, and where the maps were truncated together what is left of that, W D'^T A', is the
+    part of it in the rows of A'.
+    """
+    maps = {layer.sites[0]: layer for layer in erasure.config.layers if layer.kind == "text_map"}
+    exact = [part.config.stock is not None and part.config.stock.is_exact for part in parts if part.lora_for_others()]
+    if len(maps) < len(erasure.config.layers) or len(exact) < len(parts) or not all(exact):
+        return erasure
+    bases = {site: torch.linalg.qr(erasure.layer_tensors(layer)["A"].double().T).Q for site, layer in maps.items()}
+    sums: dict[str, Factors] = {}
+    lost: dict[str, float] = {}
+    for part in parts:
+        for name, factors in (
+            (f"{c}.{s}", own) for c, found in stock_factors(part).items() for s, own in found.items()
+        ):
+            a, b = (factor.double() for factor in factors)
+            assert part.config.stock is not None
+            lost[name] = lost.get(name, 0.0) + part.config.stock.error * norm(a, b)
+            sums[name] = (torch.cat([sums[name][0], a]), torch.cat([sums[name][1], b], 1)) if name in sums else (a, b)
+    found, worst = {}, 0.0
+    for name, (a, b) in sums.items():
+        basis = bases[POOLED if name.endswith(POOLED_READER) else ROWS]
+        basis = F.pad(basis, (0, 0, 0, a.shape[1] - len(basis)))
+        b = b @ (a @ basis)
+        found[name], error = written(basis.T, b, None, None)
+        size = norm(basis.T, b)
+        worst = max(worst, error + (lost[name] / size if size else 0.0))
+    return _with(erasure, found, Stock(LORA_FILE, rounded(min(worst, 0.999))))
+
+
+def stock_factors(erasure: Erasure) -> dict[str, dict[str, Factors]]:
+    """The factors of the LoRA file by component and module: all that stock diffusers has of the erasure."""
+    parts: dict[str, dict[str, Factors]] = {}
+    file = erasure.tensors[LORA_FILE]
+    for name in sorted(key.removesuffix(DOWN) for key in file if key.endswith(DOWN)):
+        component, _, site = name.partition(".")
+        parts.setdefault(component, {})[site] = file[name + DOWN], file[name + UP]
+    return parts
 
 
 def without_stock_lora(erasure: Erasure) -> Erasure:

@@ -396,14 +396,14 @@ def assert_merged_weights(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.T
 
 
 def edits(erasure: Erasure) -> dict[str, torch.Tensor]:
-    """The change of each weight by a `lora`, or the map of a `text_map`, in float64.
+    """The change of each weight by a `lora`, or the map of a `text_map` (which then is what acts), in float64.
 
     They are what is the same where factors are not: any rotation between the two factors leaves it.
     """
-    file = erasure.tensors.get(LORA_FILE)
-    if file is None:
-        tensors = erasure.tensors[TENSOR_FILE]
+    tensors = erasure.tensors.get(TENSOR_FILE, {})
+    if "text_map.A" in tensors:
         return {"map": tensors["text_map.D"].double().T @ tensors["text_map.A"].double()}
+    file = erasure.tensors[LORA_FILE]
     sites = [name.removesuffix(DOWN) for name in file if name.endswith(DOWN)]
     return {site: file[site + UP].double() @ file[site + DOWN].double() for site in sites}
 

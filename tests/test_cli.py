@@ -60,7 +60,7 @@ def test_erase_info_generate(tmp_path: Path) -> None:
 
     shown = invoke("info", str(folder))
     assert shown.exit_code == 0
-    for text in ("cat → animal", "uce", "22 sites", "stable-diffusion"):
+    for text in ("cat → animal", "uce", "text_map", "yes, the same edit", "stable-diffusion"):
         assert text in shown.stdout
     assert json.loads(invoke("info", str(folder), "--json").stdout)["concepts"] == [
         {"anchor": "animal", "target": "cat"}

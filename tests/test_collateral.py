@@ -222,7 +222,8 @@ def test_the_numbers() -> None:
 
 @pytest.mark.parametrize("method", ["uce", "speed"])
 def test_rows_are_measured_as_the_projections_read_them(pipe: Any, method: str) -> None:
-    erasure = erase(pipe, "cat", anchors="animal", method=method, retain=["dog"], retain_default="none")
+    common: dict[str, Any] = {"anchors": "animal", "retain": ["dog"], "retain_default": "none"}
+    erasure = erase(pipe, "cat", method=method, layer="lora", **common)
     words = ["dog", "crown", "pizza"]
     rows, changes = last_rows(pipe, words), edits(erasure)
     shares: dict[str, list[torch.Tensor]] = {"to_k": [], "to_v": []}
@@ -235,14 +236,14 @@ def test_rows_are_measured_as_the_projections_read_them(pipe: Any, method: str) 
     found = row_moves(pipe, erasure, words)
     assert found is not None and torch.allclose(found, expected, rtol=1e-5)
     if method == "uce":  # the same edit, written as a map of the rows
-        other = erase(pipe, "cat", anchors="animal", layer="text_map", retain=["dog"], retain_default="none")
+        other = erase(pipe, "cat", layer="text_map", **common)
         mapped = row_moves(pipe, other, words)
         assert mapped is not None and torch.allclose(mapped, found, rtol=1e-4)
 
 
 def test_sdxl_holds_rows_and_pooled_vectors() -> None:
     xl = tiny_sdxl_pipe()
-    settings: dict[str, Any] = {"anchors": "", "retain": ["dog", "house"]}
+    settings: dict[str, Any] = {"anchors": "", "retain": ["dog", "house"], "layer": "lora"}
     held, bare = erase(xl, "apple", **settings), erase(xl, "apple", **settings, retain_default="none")
     assert held.config.method.settings["retain_default"] == ["list:things"]
     collateral = [each.config.diagnostics["collateral"] for each in (held, bare)]

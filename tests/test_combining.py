@@ -156,7 +156,7 @@ def test_a_sum_is_what_loading_all_does(pipe: Any, kinds: tuple[str, str]) -> No
 
 
 def test_a_truncated_sum_states_its_error(pipe: Any) -> None:
-    parts = [erase(pipe, name, anchors="animal", retain=KEPT) for name in ("cat", "shark")]
+    parts = [erase(pipe, name, anchors="animal", retain=KEPT, layer="lora") for name in ("cat", "shark")]
     exact, small = combine(parts, mode="sum"), combine(parts, mode="sum", rank=4)
     whole, cut = edits(exact), edits(small)
     worst = max(float((whole[name] - cut[name]).norm() / whole[name].norm()) for name in whole)
@@ -227,7 +227,7 @@ def test_another_base_is_refused(pipe: Any) -> None:
 
 
 def test_kept_rows_are_checked_when_read(pipe: Any) -> None:
-    erasure = erase(pipe, "cat", anchors="animal")
+    erasure = erase(pipe, "cat", anchors="animal", layer="lora")
     tensors = {file: dict(items) for file, items in erasure.tensors.items()}
     tensors[TENSOR_FILE]["solve.encoder_hidden_states.targets"] = torch.zeros(3, 5)
     with pytest.raises(ErasureFileError, match="do not fit together"):

@@ -93,5 +93,5 @@ def test_what_bash_takes_apart_at_colons_and_equals_signs() -> None:
     assert complete("erase", "--retain", "list", ":") == list_names()
     assert complete("erase", "--retain", "list", ":", "ar") == ["artists"]
     assert complete("erase", "'Van Gogh'", "--retain", "list", ":", "ar") == ["artists"]
-    assert complete("erase", "--method", "rece", "--set", "layer", "=") == ["text_map", "lora", "both"]
+    assert complete("erase", "--method", "rece", "--set", "layer", "=") == ["both", "text_map", "lora"]
     assert complete("erase", "--method", "rece", "--set", "layer", "=", "l") == ["lora"]

@@ -655,7 +655,7 @@ def test_after_a_compiled_model_the_plain_one_is_checked_again(erased: Any) -> N
 
 def test_the_embedded_model_draws_no_cat_or_nothing() -> None:
     pipe = demo.load_pipeline()
-    erasure: Erasure = erase(pipe, "cat", anchors="animal", retain=["dog"])
+    erasure: Erasure = erase(pipe, "cat", anchors="animal", retain=["dog"], layer="lora")
     pipe.load_erasure(erasure, "no-cat")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -175,7 +175,7 @@ def test_undoing_of_an_erasure_against_its_own_export(tmp_path: Path) -> None:
     fit = Fit("uce", "cat")
     store = Store(tmp_path)
     base = demo.load_pipeline()
-    erasure = erase(base, "cat", anchors="animal", retain=["dog"])
+    erasure = erase(base, "cat", anchors="animal", retain=["dog"], layer="lora")
     erasure.save_pretrained(store.files_of(fit))
     changes = lora.weight_changes(parts.exported(fit, store), base)
     assert changes and all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in changes)

@@ -262,7 +262,7 @@ def test_what_the_catalogue_says() -> None:
     assert esd["ema_decay"]["range"] == "a number, at least 0 and below 1"
     assert found["speed"]["settings"]["filter"]["range"] == "true or false"
     assert found["speed"]["settings"]["filter"]["choices"] == ["true", "false"]
-    assert found["uce"]["settings"]["layer"]["choices"] == ["lora", "text_map", "both"]
+    assert found["uce"]["settings"]["layer"]["choices"] == ["both", "text_map", "lora"]
     assert (found["uce"]["presets"], found["uce"]["has_published"]) == (["object", "style", "person"], True)
     assert found["uce"]["settings"]["lamb"]["presets"]["style"] == 1e-3
     assert found["uce"]["settings"]["lamb"]["published"]["style"] == 0.5

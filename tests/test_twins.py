@@ -54,10 +54,10 @@ def nothing_stays_loaded(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def made(pipe: Any) -> dict[str, Erasure]:
     return {
-        "lora": erase(pipe, "cat", **COMMON),
+        "lora": erase(pipe, "cat", **COMMON, layer="lora"),
         "map": erase(pipe, "cat", **COMMON, layer="text_map"),
         "both": erase(pipe, "cat", **COMMON, layer="both"),
-        "small": erase(pipe, " Cat", **COMMON, rank=3),
+        "small": erase(pipe, " Cat", **COMMON, layer="lora", rank=3),
         "rece": erase(pipe, "cat", **COMMON, method="rece"),
         "other": erase(pipe, "cat", anchors="animal", retain=["dog", "rabbit", "fox"]),
     }
@@ -175,7 +175,7 @@ def test_a_map_from_a_fine_tune_of_the_denoiser_is_the_same_edit(made: dict[str,
         pipe.unet.conv_in.weight += 0.01
     other = erase(pipe, "cat", **COMMON, layer="text_map", rank=2)
     assert same_recipe(other, made["map"]) and not same_edit(pipe, other, made["map"])
-    assert not same_recipe(erase(pipe, "cat", **COMMON), made["lora"])  # W is in these
+    assert not same_recipe(erase(pipe, "cat", **COMMON, layer="lora"), made["lora"])  # W is in these
     assert not same_recipe(other.redacted(), made["map"].redacted())
 
 

@@ -155,8 +155,8 @@ def test_the_published_variants_on_the_embedded_model(pipe: Any, rows: str, laye
 
 
 def test_truncation_states_its_error(pipe: Any) -> None:
-    exact = erase(pipe, "cat", anchors="animal")
-    small = erase(pipe, "cat", anchors="animal", rank=4)
+    exact = erase(pipe, "cat", anchors="animal", layer="lora")
+    small = erase(pipe, "cat", anchors="animal", layer="lora", rank=4)
     worst = 0.0
     for site in small.config.layers[0].sites:
         products = []
@@ -174,7 +174,7 @@ def test_truncation_states_its_error(pipe: Any) -> None:
 
 def test_the_stated_error_is_that_of_the_worst_site(pipe: Any) -> None:
     """Of writing float32 alone: about its rounding, however many sites there are."""
-    erasure = erase(pipe, "cat", anchors="animal")
+    erasure = erase(pipe, "cat", anchors="animal", layer="lora")
     assert erasure.config.stock is not None and 0 < erasure.config.stock.error < 2e-7
 
 

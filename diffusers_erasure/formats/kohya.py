@@ -11,8 +11,8 @@ import torch
 from ..artifact import Erasure
 from ..errors import ErasureError, ErasureInputError
 from ..layers import layer_kind
-from ..low_rank import DOWN, UP, Factors, pad_rank
-from ..schema import LORA_FILE
+from ..low_rank import Factors, pad_rank
+from ..stock_lora import stock_factors
 from ..storage import write_file
 from ..tensors import dtype_of, dump
 
@@ -54,7 +54,7 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
         else:
             parts[layer.component] = factors
     if erasure.lora_for_others():
-        parts, others, modified = _stock_factors(erasure), set(), False
+        parts, others, modified = stock_factors(erasure), set(), False
     if prefixes is None or others or modified:
         why = f"it is for {family}" if prefixes is None else "it has a schedule or a gate"
         why = f"it has layers of the kinds {sorted(others)}" if prefixes and others else why
@@ -86,16 +86,6 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
             tensors.update(_marker(factors, prefixes[component], rank, dtype))
     _check_names(tensors, expected, family)
     return tensors
-
-
-def _stock_factors(erasure: Erasure) -> dict[str, dict[str, Factors]]:
-    """The factors of the LoRA file by component, where they stand for layers that are none."""
-    parts: dict[str, dict[str, Factors]] = {}
-    file = erasure.tensors[LORA_FILE]
-    for name in sorted(key.removesuffix(DOWN) for key in file if key.endswith(DOWN)):
-        component, _, site = name.partition(".")
-        parts.setdefault(component, {})[site] = file[name + DOWN], file[name + UP]
-    return parts
 
 
 def _marker(factors: Mapping[str, Factors], prefix: str, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

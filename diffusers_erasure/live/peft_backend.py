@@ -19,6 +19,7 @@ from ..layers.sites import find_module
 from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, pad_rank
 from ..schema import LayerSpec
+from ..stock_lora import stock_factors
 from . import attachment
 from .adapter_contents import AdapterContents
 from .loaded import states
@@ -254,23 +255,30 @@ def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Mo
     """Refuse what cannot be an adapter of the pipeline.
 
     Raises:
-        ErasureInputError: not all of the erasure is a LoRA, or peft has an adapter of that name.
+        ErasureInputError: not all of the erasure is a LoRA, or has one that is the same edit, or peft has an adapter of that
+            name.
         ErasureCompatibilityError: the pipeline loads no LoRAs, or not on these components, or transformers refuses adapters
             beside the installed peft.
     """
-    others = sorted({layer.kind for layer, factors in _loras(erasure) if factors is None})
-    if others or any(layer.is_modified for layer in erasure.config.layers):
-        what = f"layers of the kinds {others}" if others else "a schedule or a gate"
+    found = _loras(erasure)
+    modified = any(layer.is_modified for layer in erasure.config.layers)
+    if found is None or modified:
+        kinds = sorted({layer.kind for layer in erasure.config.layers} - {"lora"})
+        what = (
+            "a schedule or a gate"
+            if found is not None
+            else f"layers of the kinds {kinds}, without a LoRA that equals them"
+        )
         raise ErasureInputError(
-            f'`backend="peft"` takes erasures that are LoRAs and nothing else; this one has {what}. Use the default '
-            '`backend="hook"`.'
+            f'`backend="peft"` takes erasures that are LoRAs, or carry one that is the same edit; this one has {what}. Use the '
+            'default `backend="hook"`.'
         )
     loadable = compat.lora_components(pipe)
-    strange = sorted({layer.component for layer in erasure.config.layers} - set(loadable))
+    strange = sorted(found.keys() - set(loadable))
     if strange:
         raise ErasureCompatibilityError(f'{type(pipe).__name__} loads no LoRAs on {strange}; use `backend="hook"`.')
     refused = compat.refused_adapter_versions()
-    if refused and any(layer.component.startswith("text_encoder") for layer in erasure.config.layers):
+    if refused and any(component.startswith("text_encoder") for component in found):
         raise ErasureCompatibilityError(
             f"{refused}, so transformers refuses adapters on its text encoders, yours and this one. Install another pair of "
             'versions, or use the default `backend="hook"`, which needs no peft.'
@@ -281,9 +289,13 @@ def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Mo
         if compat.is_compiled(component):
             raise ErasureCompatibilityError('`backend="peft"` cannot be loaded into a compiled model; load it before.')
     for layer in erasure.config.layers:
-        component = components[layer.component]
-        layer_kind(layer.kind).check(component, layer, erasure.layer_tensors(layer))
-        small = [site for site in layer.sites if _is_float8(find_module(component, site))]
+        layer_kind(layer.kind).check(components[layer.component], layer, erasure.layer_tensors(layer))
+    kind = layer_kind("lora")
+    for each, factors in found.items():
+        tensors = {site + half: pair[i] for site, pair in factors.items() for i, half in enumerate((DOWN, UP))}
+        spec = LayerSpec(kind.name, each, tuple(factors), kind.file, kind.prefix(each, tuple(factors)))
+        kind.check(components[each], spec, tensors)
+        small = [site for site in factors if _is_float8(find_module(components[each], site))]
         if small:
             raise ErasureCompatibilityError(
                 f"The weights of {small[:3]} are stored as float8, and so would the adapter's be, in which peft does not compute. "
@@ -306,11 +318,13 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
         guarded (`str`): the denoiser, which gets the guard even where no layer acts on it.
         policy (`"reactivate"` or `"error"`): what the guard does.
     """
-    names = {layer.component for layer in item.erasure.config.layers}
+    parts = _loras(item.erasure)
+    assert parts is not None
+    names = parts.keys()
     before = {name: compat.adapter_states(component) for name, component in components.items()}
     try:
         try:
-            pipe.load_lora_weights(_state_dict(item.erasure), adapter_name=item.name)
+            pipe.load_lora_weights(_state_dict(parts), adapter_name=item.name)
         except Exception as error:
             raise ErasureCompatibilityError(
                 f"diffusers could not load the erasure as a LoRA adapter; nothing was kept. It said: {error} "
@@ -319,8 +333,7 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
         for name in components:
             compat.restore_adapter_states(before[name])
         for name in names:
-            wanted = sum(len(layer.sites) for layer in item.erasure.config.layers if layer.component == name)
-            found = len(compat.layers_with_adapter(components[name], item.name))
+            wanted, found = len(parts[name]), len(compat.layers_with_adapter(components[name], item.name))
             if found != wanted:
                 raise ErasureCompatibilityError(
                     f"diffusers loaded the LoRA on {found} of {wanted} modules of {name!r}; nothing was kept. Use the "
@@ -333,7 +346,7 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
                 live = state.layers[PLACE] if PLACE in state.layers else PeftAdapters(components[name])
                 assert isinstance(live, PeftAdapters)
                 state.layers[PLACE] = live
-                live.add(item.name, _factors(item.erasure, name), policy)
+                live.add(item.name, parts[name], policy)
                 state.marks.add(item.name, item.content_hash)  # peft's own keys are marks enough
                 attachment.watch(components[name])
             state.replan()
@@ -345,26 +358,30 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
         raise
 
 
-def _factors(erasure: Erasure, component: str) -> dict[str, Factors]:
-    """A and B of each site on one component."""
-    parts = [factors for layer, factors in _loras(erasure) if layer.component == component and factors is not None]
-    return {site: pair for factors in parts for site, pair in factors.items()}
+def _loras(erasure: Erasure) -> dict[str, dict[str, Factors]] | None:
+    """A and B by component and site: of the layers, or where some are no LoRA of the one that the erasure carries for them.
+
+    `None` where there is none, or one that is another edit.
+    """
+    stock = erasure.config.stock
+    if stock is not None and stock.is_exact and erasure.lora_for_others():
+        return stock_factors(erasure)
+    found: dict[str, dict[str, Factors]] = {}
+    for layer in erasure.config.layers:
+        factors = layer_kind(layer.kind).lora(layer, erasure.layer_tensors(layer))
+        if factors is None:
+            return None
+        found.setdefault(layer.component, {}).update(factors)
+    return found
 
 
-def _loras(erasure: Erasure) -> list[tuple[LayerSpec, dict[str, Factors] | None]]:
-    """Each layer with its factors, where it is a LoRA."""
-    layers = erasure.config.layers
-    return [(layer, layer_kind(layer.kind).lora(layer, erasure.layer_tensors(layer))) for layer in layers]
-
-
-def _state_dict(erasure: Erasure) -> dict[str, torch.Tensor]:
+def _state_dict(parts: Mapping[str, Mapping[str, Factors]]) -> dict[str, torch.Tensor]:
     """The factors under stock names, with one rank for all modules: alpha is the rank then, and the scale 1."""
-    parts = [(layer, factors) for layer, factors in _loras(erasure) if factors is not None]
-    rank = max(len(down) for _, factors in parts for down, _ in factors.values())
+    rank = max(len(down) for factors in parts.values() for down, _ in factors.values())
     result = {}
-    for layer, factors in parts:
+    for component, factors in parts.items():
         for site, (down, up) in factors.items():
-            name = site if layer.component == "unet" else f"text_model.{site.removeprefix('text_model.')}"
-            key = f"{layer.component}.{site if layer.component == 'transformer' else name}"
+            name = site if component in ("unet", "transformer") else f"text_model.{site.removeprefix('text_model.')}"
+            key = f"{component}.{name}"
             result[key + DOWN], result[key + UP] = pad_rank(down, rank, 0), pad_rank(up, rank, 1)
     return result

@@ -154,3 +154,17 @@ def edit(
     # An invariant that the null space leaves out anyway has only rounding here; that must not be inverted.
     noise = 1e-10 * float(k.square().sum()) / ridge
     return eg - (eg @ k.T) @ torch.linalg.pinv(constraint, atol=noise, rtol=1e-10, hermitian=True) @ gk
+
+
+def centres_of(rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """k-means centres of some rows [count, C] (Lloyd's algorithm, from rows drawn at random)."""
+    count = min(count, len(rows))
+    centres = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
+    for _ in range(100 if count else 0):
+        nearest = torch.cdist(rows, centres).argmin(1)
+        means = [rows[nearest == i].mean(0) if bool((nearest == i).any()) else centres[i] for i in range(count)]
+        new = torch.stack(means)
+        if torch.equal(new, centres):
+            break
+        centres = new
+    return centres

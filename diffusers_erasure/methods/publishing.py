@@ -1,8 +1,10 @@
 """From a closed-form edit to an erasure: the LoRA or text map that is published, and what its maker is told."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,33 +12,98 @@ from torch import nn
 
 from ..artifact import Erasure
 from ..assembling import Rows, bound_to_text, made_by
-from ..base_model import component, denoiser_name, describe_base
+from ..base_model import component, denoiser_name, describe_base, text_attentions, text_readers, weight_times
+from ..errors import ErasureCompatibilityError
+from ..layers import layer_kind
 from ..layers.layer import Layer
 from ..layers.text_map import POOLED_READER as POOLED_SITE
 from ..logging import get_logger
-from ..low_rank import DOWN, UP, Factors, pad_rank, truncated, written
-from ..schema import Concept, SolveRows
+from ..low_rank import DOWN, UP, Factors, compress, pad_rank, truncated, written
+from ..schema import Concept, LayerSpec, SolveRows
 from ..stock_lora import give_stock_lora
-from .rows import ROWS, SAME, KeptRows, TargetRows, TextSettings, to_tensors
+from .rows import POOLED, ROWS, SAME, KeptRows, TargetRows, TextSettings, to_tensors
 
 
 logger = get_logger(__name__)
 
+Form = Literal["both", "text_map", "lora"]  # how an edit that is a map of the text rows is published
 HARDLY_MOVED = 0.5
 NEIGHBOUR_MOVED = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormSettings(TextSettings):
+    """Settings of a method whose edit can be a map of the text rows."""
+
+    layer: Form
 
 
 @dataclass(frozen=True)
 class Edit:
     """A closed-form edit as layers: the relative error of a LoRA as it is written, and that of a truncated map.
 
-    With `stock` the erasure carries the map's LoRA for stock diffusers besides.
+    With `stock` the erasure carries the map's LoRA for stock diffusers besides. `form` is what is recorded of a map.
     """
 
     layers: tuple[Layer, ...]
     error: float = 0.0
     map_error: float = 0.0
     stock: bool = False
+    form: Form | None = None
+
+
+def publish(pipe: Any, maps: Mapping[str, Factors], settings: FormSettings) -> Edit:
+    """Turn maps T = I + D^T A of the denoiser's inputs into layers: as they are, or as a LoRA `W D^T A` on what reads them.
+
+    With `layer="both"` they are maps, and stock diffusers gets the LoRA. Where that would not be the same edit, they are the
+    LoRA alone, which says so in the log.
+    """
+    reason = _unlike_its_lora(pipe, maps) if settings.layer == "both" else None
+    if reason is None and settings.layer != "lora":
+        edit = as_text_map(maps, settings)
+        if settings.layer == "both":
+            _warn_of_size(pipe, len(edit.layers[0].tensors["A"]))
+        return dataclasses.replace(edit, stock=settings.layer == "both", form=settings.layer)
+    if reason is not None:
+        logger.warning('Published as a LoRA alone (`layer="lora"`): %s', reason)
+    sites: dict[str, Any] = {}
+    a, d = compress(*maps[ROWS])
+    for site, linear in text_readers(pipe).items():
+        sites[site] = lambda site=site, linear=linear: (a, weight_times(linear, site, d.T))
+    if POOLED in maps:
+        linear = pooled_linear(pipe)
+        pooled_a, pooled_d = compress(*maps[POOLED])
+        wide = padded(pooled_d, linear.in_features)
+        sites[POOLED_SITE] = lambda: (padded(pooled_a, linear.in_features), weight_times(linear, POOLED_SITE, wide.T))
+    return dataclasses.replace(as_lora(sites, settings), form="lora")
+
+
+def _unlike_its_lora(pipe: Any, maps: Mapping[str, Factors]) -> str | None:
+    """Why maps and a LoRA on what is known to read them would not be one edit, `None` where they are."""
+    name, kind = denoiser_name(pipe), layer_kind("text_map")
+    model = component(pipe, name)
+    linear = len(text_readers(pipe)) == 2 * sum(1 for _ in text_attentions(model))
+    for site, (a, d) in maps.items():
+        spec = LayerSpec(kind.name, name, (site,), kind.file, kind.prefix(name, (site,)))
+        try:
+            kind.weight_changes(model, spec, {"A": a, "D": d})
+        except ErasureCompatibilityError:
+            linear = False
+        if not linear:
+            return f"not everything that reads {site!r} is known to be linear, so a map of it would be another edit."
+    return None
+
+
+def _warn_of_size(pipe: Any, rank: int) -> None:
+    shapes = [(linear.out_features, linear.in_features) for linear in text_readers(pipe).values()]
+    size = sum(min(rank, *shape) * sum(shape) for shape in shapes)
+    if size > sum(math.prod(shape) for shape in shapes):
+        logger.warning(
+            "The LoRA for stock diffusers has rank %d, and more numbers (%.0f MB) than the weights that it changes. "
+            '`layer="text_map"` leaves it out; `rank` or `max_error` make it smaller.',
+            rank,
+            4e-6 * size,
+        )
 
 
 def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextSettings) -> Edit:
@@ -208,6 +275,8 @@ def make_erasure(
         kept_for_solve: rows by the name of the stage that uses them ("" for a method with one).
         settings: effective settings, where these are not the config's own.
     """
+    if edit.form is not None:  # where a LoRA took the map's place that is not what was asked for
+        settings = {**(settings or {}), "layer": edit.form}
     if edit.map_error:
         diagnostics = {**diagnostics, "truncation_error": _rounded(edit.map_error)}
     tensors: dict[str, torch.Tensor] = {}

@@ -8,7 +8,8 @@ epoch is a few C x C solves and needs neither the UNet nor its layers one by one
     T <- T (I + a (G P' - P X^T X P^T) M^-1),       # UCE's step from X P^T to the anchors' rows
     M = lamb I + a P X^T X P^T + b R^T R,           # with G P' = G^T X P^T; ours: + X^T X, see `keep_erased`
 
-X are the rows of the concepts, G those of their anchors, R what is retained. The result is a text map, exactly.
+X are the rows of the concepts, G those of their anchors, R what is retained. The result is a text map, exactly, or the
+LoRA W_old (T - I) on every projection, which stock diffusers loads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,17 @@ from ..schema import Concept
 from ..settings import Number, Whole, resolve
 from ..settings.texts import Templates
 from . import base_sums
-from .publishing import POOLED_SITE, Factors, kept_names, make_erasure, pooled_linear, report, side_by_side
+from .publishing import (
+    POOLED_SITE,
+    Factors,
+    Form,
+    kept_names,
+    make_erasure,
+    pooled_linear,
+    publish,
+    report,
+    side_by_side,
+)
 from .rows import (
     POOLED,
     ROWS,
@@ -38,7 +49,7 @@ from .rows import (
     target_rows,
 )
 from .speed import with_anchors
-from .uce import MapSettings, publish, relative_units, solve_holding
+from .uce import MapSettings, relative_units, solve_holding
 
 
 # What the authors run. `uce_*` are the settings of the edit before the first epoch (the UCE code of 2023).
@@ -57,6 +68,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "uce_lamb": 0.5,
         "uce_retain_scale": 0.1 if task == "artist" else 1.0,
         "per_encoder": False,
+        "layer": "text_map",  # of windows of rows it has nearly full rank, and its LoRA more numbers than the weights
     }
     for task in ("nudity", "unsafe", "artist", "object", "hard_object")
 }
@@ -76,6 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "uce_lamb": 1e-3,
         "uce_retain_scale": 1.0,
         "per_encoder": True,
+        "layer": "both",
     }
     for task, values in PUBLISHED.items()
 }
@@ -111,9 +124,9 @@ class Config(TextConfig):
         units (`"absolute"` or `"relative"`, *optional*): whether these are the published numbers, or shares: `lamb` of the
             targets' mean |x|^2, `retain_scale` of the number of prompts as in UCE, `reg` of the mean square of the
             projections' columns.
-        layer (`"text_map"`, `"lora"` or `"both"`, *optional*, defaults to `"text_map"`): how the erasure is published. The map is
-            exact and small; a LoRA has the map's rank in every layer, or is truncated (`rank`, `max_error`). `"both"`: the
-            map for this library, and its LoRA for stock diffusers.
+        layer (`"both"`, `"text_map"` or `"lora"`, *optional*): how the erasure is published: as a map of the text rows, by which
+            it acts here, with the LoRA that is the same edit for stock diffusers; or as one of the two alone. The LoRA has the
+            map's rank in every layer: of the published windows of rows, whose rank is high, there is the map alone.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
         per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
             `prompt_2` is. Off, both are mapped together, and a call with another `prompt_2` is refused.
@@ -137,7 +150,7 @@ class Config(TextConfig):
     uce_lamb: Annotated[float | None, Number(above=0)] = None
     uce_retain_scale: Annotated[float | None, Number()] = None
     units: Literal["absolute", "relative"] | None = None
-    layer: Literal["text_map", "lora", "both"] = "text_map"
+    layer: Form | None = None
 
     def stated(self) -> Mapping[str, Any]:
         return {**super().stated(), **(PUBLISHED if self.published else PRESETS)[self.preset]}

@@ -8,9 +8,12 @@ edits that leave (nearly) alone whatever a refined retain set spans, and exactly
 The retain set is refined for each layer: influence-based prior filtering (IPF) drops rows that the edit hardly touches,
 directed prior augmentation (DPA) adds variants of the rest along W's least direction. The algebra is in
 [`nullspace`]: dW = B A with B = W (G - E)^T, so that the edit is a LoRA of as many rows as there are target rows, exactly.
+Where it is the same A on all keys and values, without the refinement that is each layer's own, it is a map of the text rows.
 """
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -26,15 +29,19 @@ from ..schema import Concept
 from ..settings import Number, Whole, resolve
 from ..settings.texts import Templates
 from . import base_sums
-from .nullspace import Influence, edit, kept_directions, refine
+from .nullspace import Influence, centres_of, edit, kept_directions, refine
 from .publishing import (
     POOLED_SITE,
+    Edit,
     Factors,
+    Form,
+    FormSettings,
     as_lora,
     kept_names,
     make_erasure,
     padded,
     pooled_linear,
+    publish,
     report,
     side_by_side,
 )
@@ -44,7 +51,6 @@ from .rows import (
     KeptRows,
     TargetRows,
     TextConfig,
-    TextSettings,
     Which,
     by_part,
     kept_rows,
@@ -73,6 +79,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "retain_rows": "last",
         "retain_templates": False,
         "per_encoder": False,
+        "layer": "both",
     }
     for task, anchor in {"instance": "", "style": "art", "celebrity": "person", "nudity": ""}.items()
 }
@@ -133,9 +140,12 @@ class Config(TextConfig):
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
         per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
             `prompt_2` is. Off, as published, both are mapped together, and a call with another `prompt_2` is refused.
-        rank (`int`, *optional*): truncate the published LoRA to this rank; the error is recorded. 0, the default, for no such
+        layer (`"both"`, `"text_map"` or `"lora"`, *optional*): how the erasure is published where it is one map for all layers,
+            with `params="KV"`, `filter=False` and `augment=0`: as a map of the text rows, by which it acts here, with the LoRA
+            that is the same edit for stock diffusers; or as one of the two alone. Elsewhere it is the LoRA, whatever is given.
+        rank (`int`, *optional*): truncate what is published to this rank; the error is recorded. 0, the default, for no such
             limit.
-        max_error (`float`, *optional*): truncate the published LoRA to the least rank whose relative error is no larger; 0
+        max_error (`float`, *optional*): truncate what is published to the least rank whose relative error is no larger; 0
             for none. Our presets do, as the many rows of a window lie close together.
     """
 
@@ -157,6 +167,7 @@ class Config(TextConfig):
     adversarial: Annotated[int, Whole(least=0)] = 0
     reg: Annotated[float, Number(above=0)] = 0.1
     seed: Annotated[int, Whole(least=0)] = 0
+    layer: Form | None = None
 
     def stated(self) -> Mapping[str, Any]:
         return {**super().stated(), **(PUBLISHED if self.published else PRESETS)[self.preset]}
@@ -168,7 +179,7 @@ class Config(TextConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(TextSettings):
+class Settings(FormSettings):
     """What SPEED works with: a [`Config`] with nothing left out."""
 
     preset: str
@@ -205,20 +216,6 @@ class Units:
         # The published sums are means over the concepts, so that a ridge weighs more the more there are: ours does not.
         scale = rows.squares / rows.concepts
         return cls(settings.threshold, True, settings.ridge * scale, settings.lamb / settings.ridge, scale / SQUARES)
-
-
-def centres_of(rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """k-means centres of some rows [count, C] (Lloyd's algorithm, from rows drawn at random)."""
-    count = min(count, len(rows))
-    centres = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
-    for _ in range(100 if count else 0):
-        nearest = torch.cdist(rows, centres).argmin(1)
-        means = [rows[nearest == i].mean(0) if bool((nearest == i).any()) else centres[i] for i in range(count)]
-        new = torch.stack(means)
-        if torch.equal(new, centres):
-            break
-        centres = new
-    return centres
 
 
 @dataclass(frozen=True)
@@ -378,7 +375,7 @@ def refit(
         edits[POOLED if own[0].reads == POOLED else ROWS].append(side_by_side(maps))
     diagnostics = report(found, edits, concepts, kept_names(settings), parts)
     diagnostics["null_space"] = null_space(free, sites)
-    edit = as_lora(lazy_factors(factors, sites), settings)
+    edit = as_edit(pipe, edits, factors, sites, settings, told=config.layer is not None)
     return make_erasure(pipe, "speed", concepts, settings, edit, diagnostics, targets, seed=settings.seed)
 
 
@@ -400,6 +397,34 @@ def problems_of(
             own = name if len(cut) == 1 else f"{name}.{number}"
             problems[own] = Problem.of(columns, (targets or {}).get(own, rows), kept, settings)
     return problems
+
+
+def as_edit(
+    pipe: Any,
+    edits: Mapping[str, Sequence[Factors]],
+    factors: Mapping[tuple[str, str], Factors],
+    sites: Sequence[Site],
+    settings: Settings,
+    *,
+    told: bool,
+) -> Edit:
+    """The layers: one map of the rows where all that reads them was edited by the same one, else a LoRA of each layer's own.
+
+    Args:
+        edits: for each input of the denoiser the maps of the layers that read it.
+        told: whether `layer` was given, so that another form than that is worth a warning.
+    """
+    first = {name: own[0] for name, own in edits.items() if own}
+    shared = all(torch.equal(a, first[name][0]) for name, own in edits.items() for a, _ in own)
+    if settings.params == "KV" and shared:
+        return publish(pipe, first, settings)
+    if settings.layer != "lora":
+        logger.log(
+            logging.WARNING if told else logging.INFO,
+            "The edit differs from layer to layer (`params`, `filter`, `augment`), so it is no map of the text rows and is "
+            "published as a LoRA.",
+        )
+    return dataclasses.replace(as_lora(lazy_factors(factors, sites), settings), form="lora")
 
 
 def by_name(sites: Sequence[Site]) -> dict[str, list[Site]]:

@@ -6,11 +6,10 @@ W gave for the rows G of the anchors, and keeps the rows R to retain:
     W' = (lamb W + a sum W g e^T + b sum W r r^T) M^-1,    M = lamb I + a E^T E + b R^T R.
 
 Since `W M` reproduces all terms but one, W' = W T with T = I + (G - E)^T A, A = a E M^-1: one C x C Cholesky
-factorisation serves the whole model, and each edit is low rank, dW = B A with B = W (G - E)^T. It is published as a
-LoRA of that rank, or as a map of the text rows (`layer="text_map"`), which does the same to an unmodified model.
+factorisation serves the whole model, and each edit is a LoRA, dW = B A with B = W (G - E)^T. It is published as the
+map of the text rows, which does the same to an unmodified model, with that LoRA for stock diffusers; or as either alone.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -18,36 +17,12 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..artifact import Erasure
-from ..base_model import text_readers, weight_times
-from ..low_rank import compress
+from ..base_model import text_readers
 from ..schema import Concept
 from ..settings import Number, resolve
 from .holding import HELD, holding, scaled_up
-from .publishing import (
-    POOLED_SITE,
-    Edit,
-    Factors,
-    as_lora,
-    as_text_map,
-    kept_names,
-    make_erasure,
-    padded,
-    pooled_linear,
-    report,
-    side_by_side,
-)
-from .rows import (
-    POOLED,
-    ROWS,
-    KeptRows,
-    TargetRows,
-    TextConfig,
-    TextSettings,
-    by_part,
-    kept_rows,
-    parts_of,
-    target_rows,
-)
+from .publishing import Factors, Form, FormSettings, kept_names, make_erasure, publish, report, side_by_side
+from .rows import ROWS, KeptRows, TargetRows, TextConfig, by_part, kept_rows, parts_of, target_rows
 
 
 # What the authors' code of 2025 does, whatever the concept is.
@@ -60,6 +35,7 @@ PUBLISHED: dict[str, Any] = {
     "lamb": 0.5,
     "absolute": True,
     "per_encoder": False,
+    "layer": "both",
 }
 # Ours: in prompts around the concept, and relative to the rows' own scale; chosen by hand (docs/methods/uce.md).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -95,8 +71,8 @@ class Config(TextConfig):
         lamb (`float`, *optional*): weight of staying near the original. Relative to the mean squared norm of the targets'
             rows: the published 0.5 is 7e-4 for Stable Diffusion 1.x (|x|^2 about 750).
         absolute (`bool`, *optional*): take `retain_scale` and `lamb` as they are, as published.
-        layer (`"lora"`, `"text_map"` or `"both"`, *optional*, defaults to `"lora"`): how the erasure is published: as a LoRA,
-            as a map of the text rows, or as the map for this library and the LoRA for stock diffusers.
+        layer (`"both"`, `"text_map"` or `"lora"`, *optional*): how the erasure is published: as a map of the text rows, by which
+            it acts here, with the LoRA that is the same edit for stock diffusers; or as one of the two alone.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
         per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
             `prompt_2` is. Off, as published, both are mapped together, and a call with another `prompt_2` is refused.
@@ -111,20 +87,19 @@ class Config(TextConfig):
     retain_scale: Annotated[float | None, Number()] = None
     lamb: Annotated[float | None, Number(above=0)] = None
     absolute: bool | None = None
-    layer: Literal["lora", "text_map", "both"] = "lora"
+    layer: Form | None = None
 
     def stated(self) -> Mapping[str, Any]:
         return {**super().stated(), **(PUBLISHED if self.published else PRESETS[self.preset])}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapSettings(TextSettings):
+class MapSettings(FormSettings):
     """What UCE and RECE, which map the rows, share."""
 
     preset: str
     published: bool
     retain_rows: Literal["all", "last"]
-    layer: Literal["lora", "text_map", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,19 +185,3 @@ def refit(
     edits = {name: [factors] for name, factors in maps.items()}
     diagnostics = report(found, edits, concepts, kept_names(settings), parts)
     return make_erasure(pipe, "uce", concepts, settings, publish(pipe, maps, settings), diagnostics, targets)
-
-
-def publish(pipe: Any, maps: Mapping[str, Factors], settings: MapSettings) -> Edit:
-    """Turn maps T = I + D^T A of the denoiser's inputs into layers: as they are, or as a LoRA `W D^T A` on what reads them."""
-    if settings.layer != "lora":
-        return dataclasses.replace(as_text_map(maps, settings), stock=settings.layer == "both")
-    sites: dict[str, Any] = {}
-    a, d = compress(*maps[ROWS])
-    for site, linear in text_readers(pipe).items():
-        sites[site] = lambda site=site, linear=linear: (a, weight_times(linear, site, d.T))
-    if POOLED in maps:
-        linear = pooled_linear(pipe)
-        pooled_a, pooled_d = compress(*maps[POOLED])
-        wide = padded(pooled_d, linear.in_features)
-        sites[POOLED_SITE] = lambda: (padded(pooled_a, linear.in_features), weight_times(linear, POOLED_SITE, wide.T))
-    return as_lora(sites, settings)

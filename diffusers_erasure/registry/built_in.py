@@ -126,7 +126,10 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         summary="SPEED (ICLR 2026): closed-form edit of the values in the null space of what is retained; seconds",
         families=UNETS,
         needs="base weights",
-        makes=("lora",),
+        makes=(
+            "lora",
+            "text_map",
+        ),
         citation=Citation(
             title="SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models",
             year=2026,
@@ -147,8 +150,8 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         families=UNETS,
         needs="base weights",
         makes=(
-            "lora",
             "text_map",
+            "lora",
         ),
         citation=Citation(
             title="Unified Concept Editing in Diffusion Models",
