@@ -29,6 +29,7 @@ from .sites import Place, Site, SiteEdit, SiteLayer, attention_of, find_site, ne
 
 
 MAX_RANK = 4096
+MOST_SCALES = 16  # sets of strengths that are held ready for one product
 READERS = (".attn2.to_k", ".attn2.to_v")  # what reads the text rows of a UNet
 
 
@@ -114,7 +115,6 @@ class TextProduct(nn.Module):
     """
 
     down: torch.Tensor  # [R of all, C]
-    owner: torch.Tensor  # the column of each rank, [R of all]
 
     def __init__(
         self,
@@ -128,11 +128,8 @@ class TextProduct(nn.Module):
         self.factors = Factors([(None, 0, column) for column in columns.values()], device)
         every = [(columns[name], part.down) for each in parts for (name, _), part in each.items()]
         live_buffer(self, "down", torch.cat([down for _, down in every]), device, dtype)
-        self.several = len(columns) > 1
-        if self.several:
-            ranks = torch.tensor([len(down) for _, down in every])
-            owner = torch.tensor([column for column, _ in every]).repeat_interleave(ranks)
-            live_buffer(self, "owner", owner, device, torch.int64)
+        self.owner = [column for column, down in every for _ in range(len(down))]  # the column of each rank
+        self.scales: dict[Any, torch.Tensor] = {}
         first = 0
         for edit in edits:
             edit.text = self, first
@@ -149,10 +146,22 @@ class TextProduct(nn.Module):
 
     def forward(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
         reduced = F.linear(rows, self.down.to(rows.device, rows.dtype))
-        factors = self.factors(now, rows.device, len(rows))
-        if factors is None:
-            return reduced
-        return reduced * spread(factors, self.owner if self.several else None, reduced.ndim, -1).to(reduced.dtype)
+        return reduced if now.ones else reduced * self.factors.for_rows(self._scales(now, reduced), now, len(rows))
+
+    def _scales(self, now: Pass, reduced: torch.Tensor) -> torch.Tensor:
+        """The strengths by rank, [1 or B, ..., R of all]: made once for each set of them, as that takes more than using them."""
+        key = now.strengths, reduced.device, reduced.dtype, reduced.ndim
+        found = self.scales.get(key)
+        if found is None:
+            if now.values is None:
+                found = now.strengths[:, self.owner]
+            else:
+                found = torch.tensor([now.values[column] for column in self.owner])[None]
+            found = found.to(reduced.device, reduced.dtype).reshape(len(found), *(1,) * (reduced.ndim - 2), -1)
+            for old in list(self.scales)[: -(MOST_SCALES - 1)]:
+                self.scales.pop(old, None)
+            self.scales[key] = found
+        return found
 
 
 class AddDelta(Place):
