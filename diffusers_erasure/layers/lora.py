@@ -89,6 +89,7 @@ class LowRankDelta(SiteEdit):
 
     def _reduced(self, hidden_states: torch.Tensor, now: Pass) -> torch.Tensor:
         """What the factors `down` make of the input, times strengths, schedules and gates: [B, ..., R]."""
+        # In a graph each module for itself: its place in the product would keep alike blocks from sharing one.
         if self.text is not None and not torch.compiler.is_compiling():
             product, first = self.text
             whole = product.of(hidden_states, now)

@@ -46,7 +46,7 @@ def attach(components: Mapping[str, nn.Module], guarded: Iterable[str], item: Lo
     with changing_alone(components[name] for name in names):
         try:
             for name in names:
-                ensure_state(components[name]).loaded[item.name] = item
+                ensure_state(components[name]).add(item)
             attach_layers(components, item)
             changed = [ensure_state(components[name]) for name in names]
             for state, plan in [(state, state.planned()) for state in changed]:
@@ -130,7 +130,7 @@ def detach(components: Iterable[nn.Module], name: str) -> None:
             state = state_of(component)
             if state is not None and name in state.loaded:
                 detach_layers(component, name)
-                del state.loaded[name]
+                state.drop(name)
                 state.replan()
                 tidy(component)
         reset_compiled(components)

@@ -206,7 +206,8 @@ def _attach(new: nn.Module, items: list[Loaded]) -> None:
     own = attachment.ensure_state(new)
     for item in items:
         backend = "hook" if item.backend == BACKEND else item.backend  # what processors do, hooks do
-        own.loaded[item.name] = twin = dataclasses.replace(item, backend=backend)
+        twin = dataclasses.replace(item, backend=backend)
+        own.add(twin)
         attachment.attach_layers({NAME: new}, twin)
     own.replan()
 

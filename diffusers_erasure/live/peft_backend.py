@@ -341,7 +341,7 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
                 )
         for name in sorted({*names, guarded}):
             state = attachment.ensure_state(components[name])
-            state.loaded[item.name] = item
+            state.add(item)
             if name in names:
                 live = state.layers[PLACE] if PLACE in state.layers else PeftAdapters(components[name])
                 assert isinstance(live, PeftAdapters)

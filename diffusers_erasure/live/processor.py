@@ -142,7 +142,7 @@ class ActEraseAttnProcessor(nn.Module):
     @classmethod
     def _attach(cls, bare: Any, item: Loaded) -> dict[str, Any]:
         state = attachment.ensure_state(bare)
-        state.loaded[item.name] = item
+        state.add(item)
         state.layers[PLACE] = live = ProcessorPatches(state.conditions, bare, item.name)
         for index, layer in enumerate(item.erasure.config.layers):
             live.attach(bare, (item.name, index), layer, item.erasure.layer_tensors(layer), None)

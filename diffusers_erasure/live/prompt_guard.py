@@ -16,8 +16,10 @@ import torch
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInactiveError
+from ..layers.locks import Lock
 from . import second_prompt
 from .loaded import states
+from .requests import Block, trusts_prompts, within
 from .state import Loaded, state_of
 
 
@@ -27,15 +29,12 @@ _Key = tuple[int, bytes]
 
 
 class PromptRecord:
-    """What one erasure with layers on text encoders knows of rows: which were encoded without it, and whom it trusts."""
+    """What one erasure with layers on text encoders knows of rows: which were encoded without it."""
 
     def __init__(self) -> None:
         self.rows: OrderedDict[_Key, None] = OrderedDict()  # by what they are known again, the oldest first
-        self.trusted = 0
+        self.lock = Lock()
         guard_all()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"rows": self.rows, "trusted": 0}  # a copy is in nobody's block
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -43,16 +42,23 @@ class PromptRecord:
 
     def note(self, rows: Iterable[_Key]) -> None:
         """Remember rows that were encoded without the erasure."""
-        for row in rows:
-            self.rows[row] = None
-            self.rows.move_to_end(row)
-        while len(self.rows) > SEEN * len(_DTYPES):
-            self.rows.popitem(last=False)
+        with self.lock.held():
+            for row in rows:
+                self.rows[row] = None
+                self.rows.move_to_end(row)
+            while len(self.rows) > SEEN * len(_DTYPES):
+                self.rows.popitem(last=False)
 
     def forget(self, rows: Iterable[_Key]) -> None:
         """Drop rows that the erased encoder gives too."""
-        for row in rows:
-            self.rows.pop(row, None)
+        with self.lock.held():
+            for row in rows:
+                self.rows.pop(row, None)
+
+    def knows(self, rows: Iterable[_Key]) -> bool:
+        """Whether any of these rows was encoded without the erasure."""
+        with self.lock.held():
+            return any(row in self.rows for row in rows)
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # to which rows may be cast before they are given back
@@ -145,12 +151,12 @@ def _check(pipe: Any, item: Loaded, given: dict[str, Any]) -> None:
             )
     if not given:
         return
-    if not item.prompts.rows.keys().isdisjoint(_keys(list(given.values()), (torch.float32,))):
+    if item.prompts.knows(_keys(list(given.values()), (torch.float32,))):
         raise ErasureInactiveError(
             f"{list(given)} hold rows that were encoded while the erasure {item.name!r} was disabled or at strength 0. Encode "
             "them again with it on, or give `prompt`."
         )
-    if not item.prompts.trusted:
+    if not trusts_prompts(pipe):
         raise ErasureInactiveError(
             f"{list(given)} were given, so {encoders} will not run, and the erasure {item.name!r} on them would not act. Give "
             "`prompt`; or, where the embeddings were encoded with the erasure on, call the pipeline within "
@@ -195,12 +201,5 @@ def prompt_embeds_are_erased(pipe: Any) -> Iterator[None]:
 
     Rows that a pipeline is known to have encoded without it are refused all the same.
     """
-    acting, off = _on_text(pipe)
-    items = acting + off
-    for item in items:
-        item.prompts.trusted += 1
-    try:
+    with within(Block(pipe, trusted=True)):
         yield
-    finally:
-        for item in items:
-            item.prompts.trusted -= 1

@@ -53,6 +53,7 @@ class Block(Frame):
         exact (`dict`, *optional*): the strengths of all erasures that act; none of the others does.
         strengths (`dict`, *optional*): those of some erasures; the others keep theirs.
         training (`bool`, *optional*): weights may be trained through erasures.
+        trusted (`bool`, *optional*): text rows from outside were encoded with the erasures on.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class Block(Frame):
         exact: Mapping[str, Strength] | None = None,
         strengths: Mapping[str, Strength] | None = None,
         training: bool = False,
+        trusted: bool = False,
     ) -> None:
         super().__init__(pipe, modules)
-        self.exact, self.strengths, self.training = exact, dict(strengths or {}), training
+        self.exact, self.strengths = exact, dict(strengths or {})
+        self.training, self.trusted = training, trusted
         self.had = {
             (id(module), name) for module in self.modules for name in self.strengths if name in _loaded(module)
         }
@@ -152,6 +155,13 @@ def view(component: nn.Module, state: "ErasureModules") -> View:
         elif not disabled:
             strengths.update(block.strengths_on(component, plan))
     return View(plan, strengths, disabled, training)
+
+
+def trusts_prompts(pipe: Any) -> bool:
+    """Whether text rows from outside are trusted here, for any of a pipeline's components."""
+    modules = [compat.unwrap_compiled(module) for module in components(pipe).values()]
+    blocks = [frame for frame in frames() if isinstance(frame, Block) and frame.trusted]
+    return any(block.covers(module) for block in blocks for module in modules)
 
 
 def changed(component: nn.Module, state: "ErasureModules") -> None:

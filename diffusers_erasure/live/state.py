@@ -72,6 +72,14 @@ class ErasureModules(nn.Module):
         (component,) = self.source
         return component
 
+    def add(self, item: Loaded) -> None:
+        """List an erasure; who goes through what is listed meanwhile, in another thread, has it as it was."""
+        self.loaded = {**self.loaded, item.name: item}
+
+    def drop(self, name: str) -> None:
+        """List it no more."""
+        self.loaded = {key: item for key, item in self.loaded.items() if key != name}
+
     def live(self) -> Iterator[LiveLayer]:
         """By what erasures act here."""
         for layer in self.layers.values():
