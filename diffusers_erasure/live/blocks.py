@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..artifact import Erasure
-from ..base_model import denoiser_name
-from .attachment import Loaded, attach, counted, detach
+from .attachment import counted
 from .fusing import changing
-from .loaded import components, states
+from .loaded import states
 
 
 @contextmanager
@@ -33,29 +31,3 @@ def training_through_erasures(pipe: Any) -> Iterator[None]:
     """
     with counted(lambda: states(pipe).values(), "training_allowed"):
         yield
-
-
-@contextmanager
-def alone(pipe: Any, erasure: Erasure) -> Iterator[None]:
-    """Within the block an erasure acts on the denoiser and no other does. Goes within [`erasures_disabled`]."""
-    parts = components(pipe)
-    name = "being measured"
-    attach(parts, [denoiser_name(pipe)], Loaded(name, erasure, 1.0, {}, ""))
-    own = list(states(pipe).values())
-    disabled = [state.disabled for state in own]
-    others = {id(item): item for state in own for key, item in state.loaded.items() if key != name}
-    strengths = {key: item.strength for key, item in others.items()}
-    try:
-        for item in others.values():
-            item.strength = 0.0
-        for state in own:
-            state.disabled = 0
-            state.fold()
-        yield
-    finally:
-        for key, item in others.items():
-            item.strength = strengths[key]
-        for state, count in zip(own, disabled, strict=True):
-            state.disabled = count
-            state.fold()
-        detach(parts.values(), name)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Trained:
 
 
 class Trainer:
-    """Trains a student by a method's objective; the pipeline is afterwards as it was.
+    """Trains a student by a method's objective; the pipeline is only read, but for what the run may release.
 
     Args:
         pipe: the base model.
@@ -143,7 +143,7 @@ class Trainer:
         config = self.config
         with ExitStack() as stack:
             prompts = self._encode() if self.earlier is None else self.earlier.prompts
-            stack.enter_context(self._others_away())
+            self._release()
             network = stack.enter_context(
                 in_training(
                     self.pipe,
@@ -347,27 +347,17 @@ class Trainer:
         wanted = [prompt for example in (*self.examples, *self.retained) for prompt in example.prompts.values()]
         return Prompts(self.pipe, [*wanted, *self.sample_prompts], self.size[0] * self.pixels)
 
-    @contextmanager
-    def _others_away(self) -> Iterator[None]:
-        """Text encoders and VAE leave the accelerator's memory; for good, where the run may release them."""
-        names = ("text_encoder", "text_encoder_2", "vae", "image_encoder", "safety_checker")
-        found = {name: getattr(self.pipe, name, None) for name in names}
-        models = {name: model for name, model in found.items() if isinstance(model, torch.nn.Module)}
-        if self.run.release:
-            for name in models:
-                if name != "vae" or not self.run.sample_every:
-                    self.pipe.register_modules(**{name: None})
-            yield
+    def _release(self) -> None:
+        """Take text encoders and VAE out of the pipeline, where the run may: nothing else makes room for the training.
+
+        To move them and bring them back would take them from whoever draws with the pipeline meanwhile.
+        """
+        if not self.run.release:
             return
-        places = {model: compat.execution_device(model) for model in models.values()}
-        moved = {model: device for model, device in places.items() if device.type != "cpu"}
-        for model in moved:
-            model.to("cpu")
-        try:
-            yield
-        finally:
-            for model, device in moved.items():
-                model.to(device)
+        for name in ("text_encoder", "text_encoder_2", "vae", "image_encoder", "safety_checker"):
+            drawing = name == "vae" and self.run.sample_every
+            if isinstance(getattr(self.pipe, name, None), torch.nn.Module) and not drawing:
+                self.pipe.register_modules(**{name: None})
 
     def _bar(self, what: str, total: int, done: int) -> tqdm:
         hidden = not self.run.progress or not self.accelerator.is_local_main_process
