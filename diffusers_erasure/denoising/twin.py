@@ -44,7 +44,7 @@ def twin_of(model: nn.Module) -> Any | None:
         would go on calling the original's; or it holds what cannot be copied.
     """
     model = compat.unwrap_compiled(model)
-    if compat.is_offloaded(model) or any("forward" in vars(part) for part in model.modules()):
+    if compat.is_offloaded(model) or any(map(_is_replaced, model.modules())):
         logger.debug("No twin of %s: it is offloaded, or a `forward` in it was replaced.", type(model).__name__)
         return None
     state: Any = compat.child(model, ERASURES)
@@ -109,6 +109,11 @@ def _without_adapters(twin: Any, state: Any) -> None:
         processor: Any = compat.child(part, "processor")
         if processor is not None and _ours(processor):
             part.set_processor(processor.found[0])
+
+
+def _is_replaced(part: nn.Module) -> bool:
+    """Whether something else than its class's `forward` computes a module; `torch.compile`'s wrapper has one of its own."""
+    return "forward" in vars(part) and compat.unwrap_compiled(part) is part
 
 
 def _is_method_of(parts: set[nn.Module], hook: Any) -> bool:
