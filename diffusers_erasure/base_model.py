@@ -6,7 +6,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,20 +127,46 @@ class Sample:
     dtype: torch.dtype
 
 
-def _sample(owner: nn.Module, name: str, parameter: torch.Tensor, count: int) -> Sample:
+def _flat(owner: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+    """The values of a parameter that are sampled, in a row; `None` where they cannot be read."""
     tensor: torch.Tensor | None = parameter.detach()
     if parameter.device.type == "meta":
         tensor = compat.offloaded_tensor(owner, name)
     packed = type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point
     if tensor is None or (packed and parameter.device.type != "meta"):
-        return Sample(owner, name, [], torch.full((count,), torch.nan), torch.float32)
-    flat = _sampled_rows(owner, tensor).reshape(-1)
+        return None
+    return _sampled_rows(owner, tensor).reshape(-1)
+
+
+def _picked(flats: Sequence[torch.Tensor], count: int) -> list[tuple[list[int], torch.Tensor]]:
+    """Positions spread evenly over each of several vectors, and the values there, float32 on the CPU."""
     # Plain numbers: for a handful of samples they are faster than four tensor operations.
-    positions = [(2 * i + 1) * flat.numel() // (2 * count) for i in range(count)]
-    dtype = flat.dtype
-    flat = flat.float() if dtype.itemsize < 2 else flat  # float8 has no indexing
-    values = flat.index_select(0, torch.tensor(positions, device=flat.device)).to(torch.float32)
-    return Sample(owner, name, positions, values.cpu(), dtype)
+    positions = [[(2 * i + 1) * flat.numel() // (2 * count) for i in range(count)] for flat in flats]
+    devices = dict.fromkeys(flat.device for flat in flats)  # each is given its positions in one copy
+    places = {
+        device: iter(
+            torch.tensor(
+                [p for flat, own in zip(flats, positions, strict=True) if flat.device == device for p in own],
+                device=device,
+            ).split(count)
+        )
+        for device in devices
+    }
+    values = []
+    for flat in flats:
+        readable = flat.float() if flat.dtype.itemsize < 2 else flat  # float8 has no indexing
+        values.append(readable.index_select(0, next(places[flat.device])).to(torch.float32))
+    return list(zip(positions, read_together(values), strict=True))
+
+
+def read_together(vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Vectors of one dtype on the CPU. Each read waits for an accelerator, so it is one for all that lie on the same one."""
+    found: dict[int, torch.Tensor] = {}
+    for device in dict.fromkeys(vector.device for vector in vectors):
+        own = [i for i, vector in enumerate(vectors) if vector.device == device]
+        joined = torch.cat([vectors[i] for i in own]).cpu()
+        found.update(zip(own, joined.split([len(vectors[i]) for i in own]), strict=True))
+    return [found[i] for i in range(len(vectors))]
 
 
 def sampled_values(model: nn.Module, *, as_fused: bool = False) -> list[Sample]:
@@ -154,12 +180,18 @@ def sampled_values(model: nn.Module, *, as_fused: bool = False) -> list[Sample]:
     parameters = sorted(compat.base_parameters(model), key=lambda item: item[0])
     count = max(1, SAMPLES // max(1, len(parameters)))
     before = {} if as_fused else originals(compat.unwrap_compiled(model))
-    samples = []
-    for _, owner, local, tensor in parameters[:: max(1, len(parameters) // SAMPLES)]:
+    chosen, flats = parameters[:: max(1, len(parameters) // SAMPLES)], []
+    for _, owner, local, tensor in chosen:
         if (owner, local) in before:
             tensor = nn.Parameter(before[owner, local], requires_grad=False)
-        samples.append(_sample(owner, local, tensor, count))
-    return samples
+        flats.append(_flat(owner, local, tensor))
+    picked = iter(_picked([flat for flat in flats if flat is not None], count))
+    return [
+        Sample(owner, local, [], torch.full((count,), torch.nan), torch.float32)
+        if flat is None
+        else Sample(owner, local, *next(picked), flat.dtype)
+        for (_, owner, local, _), flat in zip(chosen, flats, strict=True)
+    ]
 
 
 def _shapes(model: nn.Module) -> list[tuple[str, list[int | str]]]:
@@ -462,20 +494,3 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]
         tensor = compat.offloaded_tensor(owner, local) if parameter.device.type == "meta" else parameter.detach()
         packed = type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point
         yield name, None if packed else tensor
-
-
-def checksum(weights: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
-    """A checksum over the bits of some tensors, from the sums of every row and every column; `None` where one of them is."""
-    digest = hashlib.sha256()
-    for name, tensor in weights:
-        if tensor is None:
-            return None
-        matrix = tensor.detach().reshape(tensor.shape[0] if tensor.ndim > 1 else 1, -1).contiguous()
-        matrix = matrix if matrix.data_ptr() % 8 == 0 else matrix.clone()
-        # Eight bytes at once where a row can be cut so; a hundred times faster than hashing the bytes themselves.
-        bits = matrix.view(torch.uint8)
-        bits = bits.view(torch.int64) if bits.shape[1] % 8 == 0 else bits
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for dimension in (0, 1):
-            digest.update(bits.sum(dimension, dtype=torch.int64).cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Text rows: what the text encoders of a base model make of prompts, as its pipeline would feed them to the denoiser."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import cache, compat
-from .base_model import checksum, component, describe_model, describe_tokenizer, family_of, named_weights
+from .base_model import component, describe_model, describe_tokenizer, family_of, named_weights, read_together
 from .errors import ErasureCompatibilityError, ErasureInputError
 
 
@@ -174,6 +174,25 @@ def _full(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str], penultimat
     chunk = tokenizer(list(prompts), padding="max_length", return_tensors="pt")
     mask = chunk.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
     return _forward(encoder, chunk.input_ids.tolist(), mask, penultimate)[0]
+
+
+def checksum(weights: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
+    """A checksum over the bits of some tensors, from the sums of every row and every column; `None` where one of them is."""
+    digest, heads, sums = hashlib.sha256(), [], []
+    for name, tensor in weights:
+        if tensor is None:
+            return None
+        matrix = tensor.detach().reshape(tensor.shape[0] if tensor.ndim > 1 else 1, -1).contiguous()
+        matrix = matrix if matrix.data_ptr() % 8 == 0 else matrix.clone()
+        # Eight bytes at once where a row can be cut so; a hundred times faster than hashing the bytes themselves.
+        bits = matrix.view(torch.uint8)
+        bits = bits.view(torch.int64) if bits.shape[1] % 8 == 0 else bits
+        heads.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sums += [bits.sum(dimension, dtype=torch.int64) for dimension in (0, 1)]
+    read = [each.numpy().tobytes() for each in read_together(sums)]
+    for head, columns, rows in zip(heads, read[::2], read[1::2], strict=True):
+        digest.update(head + columns + rows)
+    return digest.hexdigest()
 
 
 _known: ContextVar[dict[int, str | None] | None] = ContextVar("known fingerprints", default=None)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from .. import cache
-from ..base_model import checksum, plain_weight, readable_weight
+from ..base_model import plain_weight, readable_weight
+from ..encoding import checksum
 
 
 def _key(linears: Mapping[str, nn.Linear], widths: Iterable[int | str]) -> Callable[[], list[str | None]]:

@@ -11,7 +11,7 @@ from torch import nn
 from .. import compat
 from ..base_model import component
 from ..denoising.prompts import Prompts
-from ..denoising.sampler import Sampler
+from ..denoising.sampler import Sampler, placed
 from ..denoising.twin import private
 from ..errors import ErasureInputError
 from .student import Student
@@ -84,8 +84,8 @@ class Network:
         self, module: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]
     ) -> torch.Tensor:
         device, dtype = self.unet.device, self.unet.dtype
-        timesteps = timesteps.to(device)
-        scaled = self.sampler.model_input(latents.to(device), timesteps).to(dtype)
+        timesteps = placed(timesteps, device)
+        scaled = self.sampler.model_input(placed(latents, device), timesteps).to(dtype)
         arguments = self.prompts.batch(prompts, device, dtype)
         return module(scaled, timesteps, return_dict=False, **arguments)[0].float()
 
