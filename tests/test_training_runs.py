@@ -123,10 +123,10 @@ def test_stopped_while_the_pool_is_filled(pipe: Any, tmp_path: Path) -> None:
             1,
             1,
             1,
-        ]  # 32 trajectories are there, so that one chunk is missing, and two steps are read at the end
+        ]  # 32 trajectories are there, so that one chunk is missing, and two steps follow
         patch.setattr(loop.Trainer, "_everywhere", asked)
         resumed = make(pipe, "student", tmp_path, resume=True, trajectories=40, steps=2)
-    assert len(chunks) == 5 and resumed.to_files() == expected
+    assert len(chunks) == 6 and resumed.to_files() == expected
 
 
 def test_a_lost_pool_is_drawn_again(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
