@@ -91,7 +91,8 @@ class Pretended(TorchFunctionMode):
     def _index(self, index: Any) -> None:
         for each in index if isinstance(index, tuple) else (index,):
             if isinstance(each, torch.Tensor) and self._is_there(each):
-                self.counts["mask"] += each.dtype == torch.bool
+                if each.dtype == torch.bool:
+                    self.counts["mask"] += 1
             elif isinstance(each, list) or (isinstance(each, torch.Tensor) and each.ndim):
                 self.counts["blocking copy"] += 1
 
