@@ -27,7 +27,7 @@ def test_what_is_counted() -> None:
         assert found.device == DEVICE and mode.counts == {"copy": 1} and total(mode.counts) == 0
         for number, wait in enumerate(
             (
-                lambda: float(found.sum()),
+                lambda: float(found.detach().sum()),
                 lambda: found.sum().item(),
                 lambda: bool(found.isfinite().all()),
                 lambda: found.cpu(),
@@ -55,10 +55,11 @@ def test_a_step_of_training_waits_for_nothing(pipe: Any, name: str) -> None:
     assert sum(found.values()) * READ_EVERY == 1, found
 
 
-def test_a_fit_of_uce_reads_what_it_computes_with(pipe: Any) -> None:
+def test_a_fit_of_uce_reads_what_it_computes_with(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each weight of the projections once, and else two fingerprints, a checksum and some lists of rows, however long."""
+    monkeypatch.setenv("DIFFUSERS_ERASURE_CACHE", str(tmp_path))
     found = waits_of_a_fit(pipe, "cpu", "cat", "dog")
-    assert found["read"] <= len(text_readers(pipe)) + 8, found
+    assert found["read"] <= len(text_readers(pipe)) + 10, found
 
 
 def test_losses_are_read_before_anything_is_saved(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
