@@ -82,6 +82,12 @@ def forward_hooks(module: nn.Module) -> list[tuple[int, Any]]:
     return [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
 
 
+def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """A module's own tables of hooks of all kinds, and of what is noted about these, by their numbers."""
+    endings = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+    return [each for name, each in vars(module).items() if name.endswith(endings) and isinstance(each, dict)]
+
+
 def drop_forward_hooks(module: nn.Module, numbers: Iterable[int]) -> None:
     """Take hooks off by their numbers: those of a copied module have no handle of their own."""
     for number in numbers:

@@ -122,14 +122,14 @@ def _lengths(fed: Sequence[tuple[Any, Sequence[str]]]) -> list[int]:
 
 
 def _forward(encoder: nn.Module, ids: list[list[int]], mask: torch.Tensor | None, penultimate: bool) -> Any:
-    """One pass: rows [B, L, c] and the projected, pooled vector [B, p] (`None` where the encoder has none)."""
+    """One pass: rows [B, L, c] and the projected, pooled vector [B, p] (`None` where the encoder has none), where the encoder is."""
     device = compat.execution_device(encoder)
     tokens = torch.tensor(ids, device=device)
     mask = None if mask is None else mask.to(device)
     result = encoder(tokens, attention_mask=mask, output_hidden_states=penultimate)
     rows = result.hidden_states[-2] if penultimate else result[0]
     pooled = getattr(result, "text_embeds", None)
-    return rows.to("cpu", torch.float64), None if pooled is None else pooled.to("cpu", torch.float64)
+    return rows, pooled
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:
@@ -164,8 +164,9 @@ def _short(
     for indices in _by_length(ids):
         rows, vectors = _forward(encoder, [ids[i] for i in indices], None, penultimate)
         last = -1 if causal else -2
-        found.update(zip(indices, vectors if pooled else rows[:, last], strict=True))
-    return torch.stack([found[i] for i in range(len(prompts))])
+        # Not a view, which would hold all rows; and read in the end, as each read waits for an accelerator.
+        found.update(zip(indices, vectors if pooled else rows[:, last].clone(), strict=True))
+    return torch.stack([found[i] for i in range(len(prompts))]).to("cpu", torch.float64)
 
 
 @torch.no_grad()
@@ -174,7 +175,7 @@ def _full(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str], penultimat
     token_ids(tokenizer, prompts)
     chunk = tokenizer(list(prompts), padding="max_length", return_tensors="pt")
     mask = chunk.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-    return _forward(encoder, chunk.input_ids.tolist(), mask, penultimate)[0]
+    return _forward(encoder, chunk.input_ids.tolist(), mask, penultimate)[0].to("cpu", torch.float64)
 
 
 _known: ContextVar[dict[int, str | None] | None] = ContextVar("known fingerprints", default=None)

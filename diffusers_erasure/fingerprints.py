@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -309,7 +309,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]
 
 def checksum(weights: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
     """A checksum over the bits of some tensors, from the sums of every row and every column; `None` where one of them is."""
-    digest = hashlib.sha256()
+    digest, heads, sums = hashlib.sha256(), [], []
     for name, tensor in weights:
         if tensor is None:
             return None
@@ -318,7 +318,19 @@ def checksum(weights: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
         # Eight bytes at once where a row can be cut so; a hundred times faster than hashing the bytes themselves.
         bits = matrix.view(torch.uint8)
         bits = bits.view(torch.int64) if bits.shape[1] % 8 == 0 else bits
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for dimension in (0, 1):
-            digest.update(bits.sum(dimension, dtype=torch.int64).cpu().numpy().tobytes())
+        heads.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sums += [bits.sum(dimension, dtype=torch.int64) for dimension in (0, 1)]
+    read = [each.numpy().tobytes() for each in read_together(sums)]
+    for head, columns, rows in zip(heads, read[::2], read[1::2], strict=True):
+        digest.update(head + columns + rows)
     return digest.hexdigest()
+
+
+def read_together(vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Vectors of one dtype on the CPU. Each read waits for an accelerator, so it is one for all that lie on the same one."""
+    found: dict[int, torch.Tensor] = {}
+    for device in dict.fromkeys(vector.device for vector in vectors):
+        own = [i for i, vector in enumerate(vectors) if vector.device == device]
+        joined = torch.cat([vectors[i] for i in own]).cpu()
+        found.update(zip(own, joined.split([len(vectors[i]) for i in own]), strict=True))
+    return [found[i] for i in range(len(vectors))]

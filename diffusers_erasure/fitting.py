@@ -42,7 +42,8 @@ def erase(
 ) -> Erasure:
     """Make an erasure of one or more concepts.
 
-    The pipeline is only read: nothing is attached, and erasures that are loaded into it are off meanwhile.
+    The pipeline is only read: nothing is attached, and erasures that are loaded into it are off meanwhile. Methods that run
+    the denoiser do so with a private twin of it, which has the same weights in the same memory.
 
     Args:
         pipe ([`DiffusionPipeline`]): the base model.
@@ -60,7 +61,8 @@ def erase(
         training ([`TrainingRun`], *optional*): for methods that train, and for `"acterase"`: checkpoints, resuming, progress
             and (where it trains) sample images.
         compare (`bool`, *optional*, defaults to `True`): after the fit, measure how far the words of a shipped list moved. For
-            methods that train this costs several hundred passes of the denoiser for one image.
+            methods that train this costs several hundred passes of the denoiser for one image. Ctrl-C ends the comparison
+            alone, and the erasure is returned without it.
         settings: the method's own settings.
 
     Returns:
@@ -112,7 +114,8 @@ def erase(
         )
     check_family(entry.declared, pipe)
     with erasures_disabled(pipe), one_fit():
-        collateral = Collateral(pipe, names, replaced, task, ahead=resumable) if compare else None
+        shown = training is None or training.progress
+        collateral = Collateral(pipe, names, replaced, task, ahead=resumable, progress=shown) if compare else None
         erasure = entry.fit(pipe, concepts, config, *([training] if resumable else []))
         if not isinstance(erasure, Erasure):
             raise ErasureInputError(

@@ -101,7 +101,7 @@ def test_a_batch_of_three_teachers_is_three_passes(pipe: Any) -> None:
     rows = [("a cat",) * 3, ("",) * 3, ("a dog", "a cat", "")]
     with Opened(pipe, ("a cat", "a dog")) as network:
         calls = []
-        handle = pipe.unet.register_forward_hook(lambda *a: calls.append(1))
+        handle = network.unet.register_forward_hook(lambda *a: calls.append(1))
         together = network.teacher_rows(latents, timesteps, rows)
         assert len(calls) == 1
         handle.remove()

@@ -109,7 +109,7 @@ def test_stopped_while_the_pool_is_filled(pipe: Any, tmp_path: Path) -> None:
     expected = make(pipe, "student", trajectories=40, steps=2).to_files()
     everywhere, chunks = loop.Trainer._everywhere, []
 
-    def asked(self: Any, loss: torch.Tensor, interrupt: Any) -> tuple[float, bool]:
+    def asked(self: Any, loss: torch.Tensor, interrupt: Any) -> tuple[list[float], bool]:
         chunks.append(1)
         return everywhere(self, loss, interrupt)[0], len(chunks) == 2
 
@@ -119,7 +119,11 @@ def test_stopped_while_the_pool_is_filled(pipe: Any, tmp_path: Path) -> None:
             make(pipe, "student", tmp_path, trajectories=40, steps=2)
     with pytest.MonkeyPatch.context() as patch:
         chunks.clear()
-        chunks += [1, 1, 1]  # 32 trajectories are there, so that one chunk is missing, and two steps follow
+        chunks += [
+            1,
+            1,
+            1,
+        ]  # 32 trajectories are there, so that one chunk is missing, and two steps follow
         patch.setattr(loop.Trainer, "_everywhere", asked)
         resumed = make(pipe, "student", tmp_path, resume=True, trajectories=40, steps=2)
     assert len(chunks) == 6 and resumed.to_files() == expected
@@ -274,15 +278,14 @@ def test_a_second_signal_stops_at_once_and_sigterm_exits(pipe: Any, tmp_path: Pa
             interrupt.stop()
         assert stopped.value.code == 143
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    drawn, save = images(pipe), loop.Trainer._everywhere
+    drawn, loss = images(pipe), loop.Trainer._loss
     with pytest.MonkeyPatch.context() as patch:
 
-        def asked(self: Any, loss: torch.Tensor, interrupt: Any) -> tuple[float, bool]:
-            if float(loss):  # not while the pool is filled
-                signal.raise_signal(signal.SIGTERM)
-            return save(self, loss, interrupt)
+        def asked(self: Any, step: Any) -> torch.Tensor:
+            signal.raise_signal(signal.SIGTERM)
+            return loss(self, step)
 
-        patch.setattr(loop.Trainer, "_everywhere", asked)
+        patch.setattr(loop.Trainer, "_loss", asked)
         with pytest.raises(SystemExit):
             make(pipe, folder=tmp_path, every=1000)
     assert (tmp_path / "checkpoint-0000001.safetensors").exists() and equal(images(pipe), drawn)

@@ -1,6 +1,7 @@
 """What an erasure does to everything else: how far the words of shipped lists moved, told after every fit."""
 
 import dataclasses
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from ..errors import ErasureError
 from ..lists import names_any, read_list
 from ..lists.defaults import LISTS
 from ..logging import get_logger
-from .predictions import Predictions
+from ..runs.interrupts import Interrupt, noted
+from .predictions import Predictions, StoppedError
 from .rows import row_moves
 from .telling import told
 
@@ -37,10 +39,19 @@ class Collateral:
         targets, anchors (sequence of `str`): words that name one are not compared.
         task (`str`): the kind of concept: `"object"`, `"style"` or `"person"`.
         ahead (`bool`): encode what predictions need now, as the fit may release the text encoders.
+        progress (`bool`, *optional*, defaults to `True`): show a bar while predictions are compared.
     """
 
-    def __init__(self, pipe: Any, targets: Sequence[str], anchors: Sequence[str], task: str, ahead: bool) -> None:
-        self.pipe, self.targets, self.lists = pipe, list(targets), LISTS[task]
+    def __init__(
+        self,
+        pipe: Any,
+        targets: Sequence[str],
+        anchors: Sequence[str],
+        task: str,
+        ahead: bool,
+        progress: bool = True,
+    ) -> None:
+        self.pipe, self.targets, self.lists, self.progress = pipe, list(targets), LISTS[task], progress
         named = [name for name in (*targets, *anchors) if name.strip()]
         words = dict.fromkeys(word for name in self.lists for word in read_list(name))
         try:
@@ -54,11 +65,27 @@ class Collateral:
         self.predictions = self._predictions() if ahead and self.words else None
 
     def added_to(self, erasure: Erasure) -> Erasure:
-        """The erasure with the numbers among its diagnostics; warns of what moved far. It goes within `erasures_disabled`."""
+        """The erasure with the numbers among its diagnostics; warns of what moved far. It goes within `erasures_disabled`.
+
+        The first Ctrl-C ends the comparison and nothing else: a fit that is done is worth more. SIGTERM ends the process.
+        """
         if not self.words:
             return erasure
-        found = None if self.ahead else self._by_rows(erasure)
-        found = found or self._by_predictions(erasure)
+        with noted() as interrupt:
+            try:
+                found = None if self.ahead else self._by_rows(erasure)
+                found = found or self._by_predictions(erasure, interrupt)
+            except StoppedError:
+                found = None
+        if interrupt.signal == signal.SIGTERM:
+            interrupt.stop()
+        if interrupt.signal is not None:
+            logger.warning(
+                "Interrupted: the erasure is made and kept. %s `compare=False` leaves the comparison out.",
+                f"What it does to the {len(self.words)} words of {', '.join(self.lists)} was not compared."
+                if found is None
+                else "The comparison was done by then.",
+            )
         if found is None:
             return erasure
         diagnostics = {**erasure.config.diagnostics, "collateral": found}
@@ -77,13 +104,13 @@ class Collateral:
         compared = torch.tensor([word in own for word in self.listed])
         return told(self.words, moves[compared], self.lists, BY_ROWS, ROWS_MOVED)
 
-    def _by_predictions(self, erasure: Erasure) -> dict[str, Any] | None:
+    def _by_predictions(self, erasure: Erasure, interrupt: Interrupt) -> dict[str, Any] | None:
         predictions = self.predictions if self.ahead else self._predictions()
         denoises = all(layer.component == "unet" for layer in erasure.config.layers)
         if predictions is None or not denoises:
             return None
         try:
-            moves = predictions.moves(erasure)
+            moves = predictions.moves(erasure, interrupt)
         except (ErasureError, torch.OutOfMemoryError) as error:
             _not_compared(error)
             return None
@@ -91,7 +118,7 @@ class Collateral:
 
     def _predictions(self) -> Predictions | None:
         try:
-            return Predictions(self.pipe, self.words, self.targets)
+            return Predictions(self.pipe, self.words, self.targets, self.progress)
         except ErasureError as error:
             _not_compared(error)
             return None

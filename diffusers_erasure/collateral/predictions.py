@@ -1,16 +1,23 @@
 """How far the denoiser's predictions moved, for erasures that do not act on text rows alone: those that were trained."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from tqdm.auto import tqdm
 
 from .. import compat
 from ..artifact import Erasure
 from ..base_model import component
 from ..denoising.prompts import Prompts, nearest
 from ..denoising.sampler import SAMPLE, Pairs, Predict, Sampler, trajectories
-from ..live.blocks import alone
+from ..denoising.twin import twin_of
+from ..errors import ErasureCompatibilityError
+from ..live.attachment import Loaded, attach, detach
+from ..runs.interrupts import Interrupt
 
 
 CONTEXT = "a {}"
@@ -18,6 +25,10 @@ STEPS, TRAJECTORIES = 4, 2  # noisy latents of a word: so many on the way of eac
 NEAR, SPREAD = 20, 20  # words that are looked at: the nearest to the targets, and others evenly spaced in the list
 MOST_TARGETS = 4
 BATCH = 8
+
+
+class StoppedError(Exception):
+    """The comparison was asked to stop."""
 
 
 def looked_at(pipe: Any, words: Sequence[str], targets: Sequence[str]) -> list[str]:
@@ -36,10 +47,11 @@ class Predictions:
         pipe ([`DiffusionPipeline`]): the base model, its text encoders still there: prompts are encoded now.
         words (sequence of `str`): the words.
         targets (sequence of `str`): the concepts that are erased.
+        progress (`bool`, *optional*, defaults to `False`): show a bar.
     """
 
-    def __init__(self, pipe: Any, words: Sequence[str], targets: Sequence[str]) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: Any, words: Sequence[str], targets: Sequence[str], progress: bool = False) -> None:
+        self.pipe, self.progress = pipe, progress
         self.words = looked_at(pipe, words, targets)
         self.texts = [CONTEXT.format(word) for word in (*targets[:MOST_TARGETS], *self.words)]
         unet = component(pipe, "unet")
@@ -48,16 +60,22 @@ class Predictions:
         self.prompts = Prompts(pipe, self.texts, self.size[0] * getattr(pipe, "vae_scale_factor", 8))
 
     @torch.no_grad()
-    def moves(self, erasure: Erasure) -> torch.Tensor:
+    def moves(self, erasure: Erasure, interrupt: Interrupt | None = None) -> torch.Tensor:
         """For each word |e' - e|, over noisy latents of it, as a share of that of the targets: float64 [N].
 
         Latents lie on the base's own way from noise to picture, without guidance. Where the targets moved less far than
         from their own predictions to the empty prompt's, that is taken for the whole: an edit that does next to nothing
         moves nothing far.
+
+        All passes are those of a twin of the UNet, in which no other erasure acts.
+
+        Raises:
+            StoppedError: a signal came.
+            ErasureCompatibilityError: the UNet can have no twin, as it is offloaded.
         """
-        unet = component(self.pipe, "unet")
-        training = unet.training
-        unet.eval()
+        unet = twin_of(component(self.pipe, "unet"))
+        if unet is None:
+            raise ErasureCompatibilityError("the UNet is offloaded, cached or cast layer by layer.")
         sampler = Sampler(self.pipe.scheduler.config, STEPS)
         shape = (unet.config.in_channels, *self.size)
         noise = torch.stack([sampler.noise(0, ("collateral", i), shape) for i in range(TRAJECTORIES)])
@@ -65,21 +83,27 @@ class Predictions:
         def predict(
             latents: torch.Tensor, timesteps: torch.Tensor, rows: Sequence[Sequence[str]]
         ) -> list[torch.Tensor]:
-            return [self._call(unet, sampler, latents, timesteps, row) for row in rows]
+            found = []
+            for row in rows:
+                if interrupt is not None and interrupt.signal is not None:
+                    raise StoppedError
+                found.append(self._call(unet, sampler, latents, timesteps, row))
+                bar.update()
+            return found
 
         batches = [self.texts[start : start + BATCH] for start in range(0, len(self.texts), BATCH)]
         asked = [[text for text in texts for _ in range(TRAJECTORIES)] for texts in batches]
-        try:
+        hidden = not self.progress or int(os.environ.get("LOCAL_RANK", "0")) > 0
+        passes = len(sampler) * (2 * len(batches) + 1)
+        with tqdm(total=passes, desc="comparing", disable=hidden, dynamic_ncols=True) as bar:
             base = [
                 trajectories(predict, sampler, noise.repeat(len(texts), 1, 1, 1), {SAMPLE: repeated}, 1.0, (SAMPLE,))
                 for texts, repeated in zip(batches, asked, strict=True)
             ]
             count = len(self.texts) - len(self.words)  # of targets, all in the first batch
             whole = self._change(predict, sampler, base[0], [""] * len(asked[0]))[:count]
-            with alone(self.pipe, erasure):
+            with _attached(unet, erasure):
                 found = [self._change(predict, sampler, *each) for each in zip(base, asked, strict=True)]
-        finally:
-            unet.train(training)
         total = torch.cat(found)
         return total[count:] / torch.maximum(total[:count], whole).mean().clamp_min(1e-300)
 
@@ -100,3 +124,14 @@ class Predictions:
         scaled = sampler.model_input(latents.to(device), times).to(unet.dtype)
         arguments = self.prompts.batch(texts, device, unet.dtype)
         return unet(scaled, times, return_dict=False, **arguments)[0].float()
+
+
+@contextmanager
+def _attached(unet: nn.Module, erasure: Erasure) -> Iterator[None]:
+    """Within the block an erasure acts on a UNet. Without a text encoder beside it: all prompts are encoded."""
+    name = "being compared"
+    attach({"unet": unet}, ["unet"], Loaded(name, erasure, 1.0, {}, ""))
+    try:
+        yield
+    finally:
+        detach([unet], name)  # now, as what is attached is freed only when cycles are looked for

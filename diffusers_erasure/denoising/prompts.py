@@ -45,18 +45,32 @@ class Prompts:
                     pooled.append(found[3 if negative else 2][0].cpu())
         self.rows = torch.stack(rows)
         self.pooled = torch.stack(pooled) if xl else None
+        self.there: tuple[Any, dict[str, torch.Tensor]] = None, {}  # what the UNet is called with, where it is
 
     def batch(self, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """What the UNet is called with for these prompts, one a sample."""
+        if self.there[0] != (device, dtype):
+            self.there = (device, dtype), self._moved(device, dtype)
+        known = self.there[1]
         chosen = [self.index[prompt] for prompt in prompts]
-        arguments: dict[str, Any] = {"encoder_hidden_states": self.rows[chosen].to(device, dtype)}
+
+        def picked(name: str) -> torch.Tensor:  # one by one, as nothing has to be copied for that
+            return torch.stack([known[name][i] for i in chosen])
+
+        arguments: dict[str, Any] = {"encoder_hidden_states": picked("rows")}
         if self.pooled is not None:
-            sizes = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]], device=device, dtype=dtype)
-            arguments["added_cond_kwargs"] = {
-                "text_embeds": self.pooled[chosen].to(device, dtype),
-                "time_ids": sizes.repeat(len(chosen), 1),
-            }
+            sizes = known["sizes"].repeat(len(chosen), 1)
+            arguments["added_cond_kwargs"] = {"text_embeds": picked("pooled"), "time_ids": sizes}
         return arguments
+
+    def _moved(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """All of it on a device, once: a copy in each step would be waited for."""
+        found = {"rows": self.rows.to(device, dtype)}
+        if self.pooled is not None:
+            found["pooled"] = self.pooled.to(device, dtype)
+            size = [self.size, self.size, 0, 0, self.size, self.size]
+            found["sizes"] = torch.tensor([size], device=device, dtype=dtype)
+        return found
 
 
 def nearest(pipe: Any, prompts: Sequence[str], targets: Sequence[str], count: int) -> list[str]:

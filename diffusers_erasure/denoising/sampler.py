@@ -26,6 +26,13 @@ def generator_for(seed: int, *what: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device: from the CPU's memory by way of pinned memory where there is such a thing, so that nothing waits."""
+    if tensor.device.type != "cpu" or device.type == "mps":
+        return tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 class Sampler:
     """Deterministic DDIM over N timesteps, for ε- and v-prediction.
 
@@ -104,7 +111,7 @@ def trajectories(
             latents.append(x)
             break
         outputs = predict(x, timestep.expand(len(x)), rows)
-        x = x.to(outputs[0].device)
+        x = placed(x, outputs[0].device)
         latents.append(x)
         for role in keep:
             found[role].append(outputs[place[role]])
@@ -128,18 +135,23 @@ def partial(
         noise: [B, C, H, W].
         taken: k of each latent, from 0 to N - 1.
         prompts: one a latent.
+
+    Returns:
+        `torch.Tensor`: [B, C, H, W], float32, where the predictions are.
     """
-    x = noise.float().clone()
-    steps = torch.tensor(list(taken))
-    for index in range(int(steps.max()) if len(steps) else 0):
-        going = (steps > index).nonzero().flatten().tolist()
+    x = list(noise.float())  # one by one: to pick from a tensor by numbers, an accelerator is given these, and waits
+    for index in range(max(taken, default=0)):
+        going = [i for i, count in enumerate(taken) if count > index]
         own = tuple(prompts[i] for i in going)
         rows = [own] if guidance_scale == 1 else [own, ("",) * len(going)]
-        outputs = predict(x[going], sampler.timesteps[index].expand(len(going)), rows)
+        batch = torch.stack([x[i] for i in going])
+        outputs = predict(batch, sampler.timesteps[index].expand(len(going)), rows)
         place = {SAMPLE: 0, EMPTY: len(rows) - 1}
-        moved = sampler.step(guided(outputs, place, guidance_scale), index, x[going].to(outputs[0].device))
-        x[going] = moved.to(x.device)
-    return x
+        x = [placed(each, outputs[0].device) for each in x]
+        batch = placed(batch, outputs[0].device)
+        for i, each in zip(going, sampler.step(guided(outputs, place, guidance_scale), index, batch), strict=True):
+            x[i] = each
+    return torch.stack(x)
 
 
 def guided(outputs: Sequence[torch.Tensor], place: Mapping[str, int], guidance_scale: float) -> torch.Tensor:

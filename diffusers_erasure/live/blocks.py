@@ -4,15 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ..artifact import Erasure
-from ..base_model import denoiser_name
 from ..errors import ErasureInputError
-from .attachment import attach, changing_alone, detach
+from .attachment import changing_alone
 from .fusing import changing, fused_names
 from .loaded import components, known, loaded, states
 from .plans import Strength
 from .requests import Block, within
-from .state import Loaded
 
 
 @contextmanager
@@ -92,18 +89,6 @@ def training_through_erasures(pipe: Any) -> Iterator[None]:
     """
     with _told(pipe, "training"), within(Block(pipe, training=True)):
         yield
-
-
-@contextmanager
-def alone(pipe: Any, erasure: Erasure) -> Iterator[None]:
-    """Within the block an erasure acts on the denoiser and no other does. Goes within [`erasures_disabled`]."""
-    name = "being measured"
-    attach(components(pipe), [denoiser_name(pipe)], Loaded(name, erasure, 0.0, {}, ""))
-    try:
-        with within(Block(pipe, exact={name: 1.0})):
-            yield
-    finally:
-        detach(components(pipe).values(), name)
 
 
 def valid_strength(value: Any) -> float:

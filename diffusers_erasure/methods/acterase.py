@@ -29,6 +29,7 @@ from ..assembling import bound_to_text, made_by
 from ..base_model import component, describe_base, plain_weight
 from ..denoising.prompts import Prompts
 from ..denoising.sampler import EMPTY, SAMPLE, Sampler, guided
+from ..denoising.twin import private
 from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
 from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from ..layers.layer import Layer
@@ -181,7 +182,7 @@ def importance(moments: Moments, site: str, columns: torch.Tensor | None) -> tor
 
 
 class Calibration:
-    """Denoises pairs of prompts, and sums what is seen.
+    """Denoises pairs of prompts, and sums what is seen: in a private twin of the UNet, where it can have one.
 
     Args:
         pipe: the base model.
@@ -191,7 +192,7 @@ class Calibration:
 
     def __init__(self, pipe: Any, settings: Settings, pairs: Sequence[Sequence[Pair]]) -> None:
         self.settings, self.pairs = settings, pairs
-        self.unet = component(pipe, "unet")
+        self.unet = private(component(pipe, "unet"))
         self.modules = find_sites(self.unet, settings)
         self.sampler = Sampler(pipe.scheduler.config, settings.num_inference_steps)
         steps = len(self.sampler)

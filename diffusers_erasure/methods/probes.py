@@ -1,5 +1,6 @@
 """Observing a model while a method runs it: nothing is changed, and the hooks are gone when the block ends."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,15 +16,16 @@ See = Callable[[str, torch.Tensor], None]
 
 class _Observe:
     def __init__(self, name: str, see: See) -> None:
-        self.name, self.see = name, see
+        self.name, self.see, self.thread = name, see, threading.get_ident()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.see(self.name, (args[0] if args else kwargs["input"]).detach())
+        if threading.get_ident() == self.thread:
+            self.see(self.name, (args[0] if args else kwargs["input"]).detach())
 
 
 @contextmanager
 def inputs_seen(component: nn.Module, modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """Within the block `see(name, input)` is called whenever one of the modules is.
+    """Within the block `see(name, input)` is called whenever one of the modules is, by the thread that entered it.
 
     A feed-forward that is chunked calls its modules several times in a pass, with a part of the input each time.
 

@@ -22,8 +22,8 @@ class TrainingRun:
         sample_every (`int`, *optional*): steps between sample images.
         sample_prompts (sequence of `str`, *optional*): their prompts; the concepts and the first retained prompts by default.
         release (`bool`, *optional*, defaults to `False`): take the text encoders (and, without sample images, the VAE) out
-            of the pipeline for good, as soon as they are not needed any more. Otherwise an accelerator's memory is freed
-            of them during the training, and they come back.
+            of the pipeline for good, as soon as they are not needed any more, which frees memory; from then on the pipeline
+            cannot draw. Otherwise nothing is moved, and other threads can draw with the pipeline meanwhile.
         progress (`bool`, *optional*, defaults to `True`): show a bar.
     """
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ logger = get_logger(__name__)
 
 CONCEPTS, RETAINED = "concepts", "retained"  # the two sources of noisy latents
 HELD_NEAREST, MOST_HELD = 16, 64  # entries of default lists that are trained on: for each target, and for all
+READ_EVERY = 10  # steps after which the losses are read, at the latest
 NEAR_TEMPLATES = 2  # further templates for the retained prompts that are nearest to a target
 
 
@@ -62,7 +63,7 @@ class Trained:
 
 
 class Trainer:
-    """Trains a student by a method's objective; the pipeline is afterwards as it was.
+    """Trains a student by a method's objective; the pipeline is only read, but for what the run may release.
 
     Args:
         pipe: the base model.
@@ -143,7 +144,7 @@ class Trainer:
         config = self.config
         with ExitStack() as stack:
             prompts = self._encode() if self.earlier is None else self.earlier.prompts
-            stack.enter_context(self._others_away())
+            self._release()
             network = stack.enter_context(
                 in_training(
                     self.pipe,
@@ -177,7 +178,6 @@ class Trainer:
                     step = self._draw(state, (number, part), total, own)
                     loss = self._loss(step)
                     losses.append(loss.detach())
-                    self._check(torch.stack(losses).mean(), number)
                     self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(network.parameters, config.max_grad_norm)
             state.optimizer.step()
@@ -185,9 +185,12 @@ class Trainer:
             state.optimizer.zero_grad(set_to_none=True)
             if state.ema is not None:
                 state.ema.step(network.parameters)
-            mean, asked = self._everywhere(torch.stack(losses).mean(), interrupt)
-            state.losses.append(mean)
-            bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
+            state.unread.append(torch.stack(losses).mean())
+            # Several processes agree about an end where they read their losses.
+            asked = self.accelerator.num_processes == 1 and interrupt.signal is not None
+            if asked or self._is_read(state.step):
+                asked = self._read(state, interrupt)
+                bar.set_postfix(loss=f"{state.losses[-1]:.4g}", refresh=False)
             bar.update()
             self._after(state, asked, interrupt)
         bar.close()
@@ -205,10 +208,30 @@ class Trainer:
             retained = state.sources[RETAINED].draw(what, total, own, lambda: state.network.teacher_rows)
         return Step(state.network, drawn, retained)
 
-    def _check(self, loss: torch.Tensor, number: int) -> None:
-        """See that the loss is finite, before the weights are touched."""
-        if math.isfinite(float(reduce(loss, "mean"))):
-            return
+    def _is_read(self, step: int) -> bool:
+        """Whether the losses are read after a step: before anything is saved, drawn or told, and every few steps."""
+        run = self.run
+        often = (READ_EVERY, run.checkpoint_every, *([run.sample_every] if run.sample_every else []))
+        return step == self.steps or any(step % each == 0 for each in often) or self._is_told(step)
+
+    def _is_told(self, step: int) -> bool:
+        return step % max(READ_EVERY, self.steps // 20) == 0
+
+    def _read(self, state: State, interrupt: Interrupt) -> bool:
+        """Read the losses that nobody has read; return whether a process was asked to stop.
+
+        Raises:
+            ErasureTrainingError: one is not finite. Nothing of it was saved.
+        """
+        found, asked = self._everywhere(torch.stack(state.unread), interrupt)
+        state.unread = []
+        for loss in found:
+            if not math.isfinite(loss):
+                self._refuse(state.step)
+            state.losses.append(loss)
+        return asked
+
+    def _refuse(self, number: int) -> None:
         good = self.checkpoints.steps() if self.checkpoints else []
         raise ErasureTrainingError(
             f"The loss of step {number + 1} is not finite. "
@@ -216,11 +239,11 @@ class Trainer:
             + "Check that the base model draws what it should in this dtype; if so, lower `learning_rate`, or train in float32."
         )
 
-    def _everywhere(self, loss: torch.Tensor, interrupt: Interrupt) -> tuple[float, bool]:
-        """The mean loss over all processes, and whether one of them was asked to stop."""
-        both = torch.stack([loss.float(), torch.tensor(float(interrupt.signal is not None), device=loss.device)])
-        mean = reduce(both, "mean")
-        return float(mean[0]), float(mean[1]) > 0
+    def _everywhere(self, losses: torch.Tensor, interrupt: Interrupt) -> tuple[list[float], bool]:
+        """Losses [n], their means over all processes, and whether one of these was asked to stop; in one read."""
+        asked = losses.new_full((1,), float(interrupt.signal is not None), dtype=torch.float32)
+        *means, stop = reduce(torch.cat([losses.float(), asked]), "mean").tolist()
+        return means, stop > 0
 
     def _after(self, state: State, asked_to_stop: bool, interrupt: Interrupt) -> None:
         """Sample images, checkpoints and an end between two steps."""
@@ -233,7 +256,7 @@ class Trainer:
         done = step == self.steps
         if step % run.checkpoint_every == 0 or asked_to_stop or done:
             self._save(state)
-        if step % max(1, self.steps // 20) == 0:
+        if self._is_told(step):
             logger.info("Step %d of %d, loss %.4g.", step, self.steps, state.losses[-1])
         if asked_to_stop and not done:
             self._stop(state, interrupt)
@@ -300,7 +323,7 @@ class Trainer:
             while not source.is_full:
                 most = source.count - source.drawn_times
                 bar.update(source.extend(state.network.teacher_rows, self.accelerator, most))
-                _, asked = self._everywhere(torch.zeros((), device=self.device), interrupt)
+                _, asked = self._everywhere(torch.zeros(1, device=self.device), interrupt)
                 if asked:
                     self._save_pools(state)
                     logger.warning(
@@ -347,27 +370,17 @@ class Trainer:
         wanted = [prompt for example in (*self.examples, *self.retained) for prompt in example.prompts.values()]
         return Prompts(self.pipe, [*wanted, *self.sample_prompts], self.size[0] * self.pixels)
 
-    @contextmanager
-    def _others_away(self) -> Iterator[None]:
-        """Text encoders and VAE leave the accelerator's memory; for good, where the run may release them."""
-        names = ("text_encoder", "text_encoder_2", "vae", "image_encoder", "safety_checker")
-        found = {name: getattr(self.pipe, name, None) for name in names}
-        models = {name: model for name, model in found.items() if isinstance(model, torch.nn.Module)}
-        if self.run.release:
-            for name in models:
-                if name != "vae" or not self.run.sample_every:
-                    self.pipe.register_modules(**{name: None})
-            yield
+    def _release(self) -> None:
+        """Take text encoders and VAE out of the pipeline, where the run may: nothing else makes room for the training.
+
+        To move them and bring them back would take them from whoever draws with the pipeline meanwhile.
+        """
+        if not self.run.release:
             return
-        places = {model: compat.execution_device(model) for model in models.values()}
-        moved = {model: device for model, device in places.items() if device.type != "cpu"}
-        for model in moved:
-            model.to("cpu")
-        try:
-            yield
-        finally:
-            for model, device in moved.items():
-                model.to(device)
+        for name in ("text_encoder", "text_encoder_2", "vae", "image_encoder", "safety_checker"):
+            drawing = name == "vae" and self.run.sample_every
+            if isinstance(getattr(self.pipe, name, None), torch.nn.Module) and not drawing:
+                self.pipe.register_modules(**{name: None})
 
     def _bar(self, what: str, total: int, done: int) -> tqdm:
         hidden = not self.run.progress or not self.accelerator.is_local_main_process

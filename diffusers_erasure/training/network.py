@@ -11,7 +11,8 @@ from torch import nn
 from .. import compat
 from ..base_model import component
 from ..denoising.prompts import Prompts
-from ..denoising.sampler import Sampler
+from ..denoising.sampler import Sampler, placed
+from ..denoising.twin import private
 from ..errors import ErasureInputError
 from .student import Student
 
@@ -20,7 +21,7 @@ class Network:
     """A frozen UNet with a student in float32; made by [`in_training`].
 
     Args:
-        unet: the UNet, the student in it.
+        unet: a UNet that nobody else draws with, the student in it.
         student ([`Student`]): what is trained.
         parameters: its parameters by name.
         prompts ([`Prompts`]): encoded prompts.
@@ -83,8 +84,8 @@ class Network:
         self, module: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]
     ) -> torch.Tensor:
         device, dtype = self.unet.device, self.unet.dtype
-        timesteps = timesteps.to(device)
-        scaled = self.sampler.model_input(latents.to(device), timesteps).to(dtype)
+        timesteps = placed(timesteps, device)
+        scaled = self.sampler.model_input(placed(latents, device), timesteps).to(dtype)
         arguments = self.prompts.batch(prompts, device, dtype)
         return module(scaled, timesteps, return_dict=False, **arguments)[0].float()
 
@@ -104,7 +105,7 @@ def check_trainable(pipe: Any) -> None:
     if compat.is_offloaded(unet):
         raise ErasureInputError(
             "The UNet is offloaded, but training needs it in memory. Load the pipeline without offloading, or call "
-            "`pipe.remove_all_hooks()`; the text encoders and the VAE are moved away while training."
+            "`pipe.remove_all_hooks()`. With `TrainingRun(release=True)` the text encoders and the VAE leave the memory."
         )
     if unet.dtype == torch.float16:
         raise ErasureInputError(
@@ -122,8 +123,11 @@ def in_training(
     accelerator: Accelerator,
     gradient_checkpointing: bool,
 ) -> Iterator[Network]:
-    """Put a student into the pipeline's UNet while a block runs; afterwards the UNet is as it was, bit for bit."""
-    unet = component(pipe, "unet")
+    """Put a student into a private twin of the pipeline's UNet while a block runs.
+
+    Where there can be no twin it is put into the UNet itself, which is afterwards as it was, bit for bit.
+    """
+    unet = private(component(pipe, "unet"))
     wanted = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
     had_checkpointing, was_training, attributes = unet.is_gradient_checkpointing, unet.training, set(vars(unet))
     unet.requires_grad_(False).eval()

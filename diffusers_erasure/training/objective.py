@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from ..denoising.sampler import placed
 from ..schema import Concept
 from .network import Network
 from .pool import Drawn, Example
@@ -41,7 +42,7 @@ class Step:
             outputs = self.network.teacher_rows(drawn.latents, drawn.timesteps, unknown)
             found = dict(zip(unknown, outputs, strict=True))
         device = self.network.unet.device
-        return [drawn.known[role].to(device) if role in drawn.known else found[rows[role]] for role in roles]
+        return [placed(drawn.known[role], device) if role in drawn.known else found[rows[role]] for role in roles]
 
     def student(self) -> torch.Tensor:
         """The student's predictions for the role `"student"`, with gradients; one forward pass with the retained prompts."""
@@ -49,7 +50,8 @@ class Step:
             latents, timesteps = self.drawn.latents, self.drawn.timesteps
             prompts = self._prompts(STUDENT, self.drawn)
             if self.retained is not None:
-                latents = torch.cat([latents, self.retained.latents])
+                device = self.network.unet.device
+                latents = torch.cat([placed(each, device) for each in (latents, self.retained.latents)])
                 timesteps = torch.cat([timesteps, self.retained.timesteps])
                 prompts += self._prompts(RETAIN, self.retained)
             self._student = self.network.student(latents, timesteps, prompts)

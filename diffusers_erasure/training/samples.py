@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .. import compat
 from ..base_model import component
 from ..denoising.sampler import SAMPLE, Sampler, trajectories
 from ..logging import get_logger
@@ -48,9 +49,7 @@ def write_samples(
 @torch.no_grad()
 def _decoded(pipe: Any, latents: torch.Tensor) -> list[Any]:
     vae = component(pipe, "vae")
-    place = vae.device
-    vae.to(latents.device)  # it is away while the training lasts
+    latents = latents.to(compat.execution_device(vae))
     scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
     images = [vae.decode(each[None].to(vae.dtype)).sample.float().cpu() for each in scaled]
-    vae.to(place)
     return list(pipe.image_processor.postprocess(torch.cat(images), output_type="pil"))

@@ -33,11 +33,12 @@ class State:
         )
         self.ema = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
         self.losses: list[float] = []
+        self.unread: list[torch.Tensor] = []  # of the last steps, where the network is: to read one is to wait for it
 
     @property
     def step(self) -> int:
         """Optimiser steps so far."""
-        return len(self.losses)
+        return len(self.losses) + len(self.unread)
 
     def factors(self, which: str) -> dict[str, torch.Tensor]:
         """The parameters of the `"student"` or of its `"ema"` by name, float32, on the CPU."""
@@ -93,7 +94,7 @@ class State:
     def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Take what [`saved`] gave."""
         device = self.network.unet.device
-        self.losses = tensors["losses"].tolist()
+        self.losses, self.unread = tensors["losses"].tolist(), []
         with torch.no_grad():
             for name, parameter in self.network.factors.items():
                 parameter.copy_(tensors[f"student.{name}"])

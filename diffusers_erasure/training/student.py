@@ -49,8 +49,9 @@ class LoraStudent:
     def inside(self, unet: Any) -> Iterator[dict[str, nn.Parameter]]:
         """See [`Student`]; `site.lora_A.weight` [r, in] and `site.lora_B.weight` [out, r] (convolutions: 4-d)."""
         try:
-            # Exact names: an ending could match other modules too.
-            with torch.random.fork_rng(devices=[]):  # peft draws first values, which are then set from the seed
+            # peft draws first values. On the meta device these take nothing from the generator of the process, by which others
+            # may be drawing, and they are then set from the seed. Exact names: an ending could match other modules too.
+            with torch.device("meta"):
                 unet.add_adapter(
                     LoraConfig(
                         r=self.rank,
@@ -63,11 +64,12 @@ class LoraStudent:
             factors: dict[str, nn.Parameter] = {}
             for site in self.sites:
                 layer = unet.get_submodule(site)
-                down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-                values = torch.randn(down.shape, generator=generator_for(self.seed, "lora", site)) / self.rank
-                down.data = values.to(down.device)
-                up.data = torch.zeros(up.shape, device=up.device)
-                factors[site + DOWN], factors[site + UP] = down, up
+                down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+                device = next(compat.base_layer(layer).parameters()).device
+                values = torch.randn(down.weight.shape, generator=generator_for(self.seed, "lora", site)) / self.rank
+                down.weight = nn.Parameter(values.to(device))
+                up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
+                factors[site + DOWN], factors[site + UP] = down.weight, up.weight
             yield factors
         finally:
             compat.delete_adapter(unet, ADAPTER)
