@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import compat
+from ..layers.sites import Site
 from ..logging import get_logger
 
 
@@ -135,6 +136,8 @@ def _numbers(of_erasures: set[nn.Module]) -> Iterator[int]:
         elif isinstance(value, dict | list | tuple):
             for each in value.values() if isinstance(value, dict) else value:
                 yield from held(each)
+        elif isinstance(value, Site):
+            yield value.handle.id
 
     for part in of_erasures:
         for value in list(vars(part).values()):
