@@ -23,13 +23,12 @@ from .buffers import PartKey, Tensors, live_buffer
 from .changes import WeightChange, double
 from .kind import LayerKind, Summand
 from .layer import Layer
-from .modifiers import Conditions, Factors, Modifier, spread
+from .modifiers import Conditions, Factors, Modifier, RankScales, spread
 from .passing import Pass, kept_for
 from .sites import Place, Site, SiteEdit, SiteLayer, attention_of, find_site, next_number
 
 
 MAX_RANK = 4096
-MOST_SCALES = 16  # sets of strengths that are held ready for one product
 READERS = (".attn2.to_k", ".attn2.to_v")  # what reads the text rows of a UNet
 
 
@@ -129,8 +128,7 @@ class TextProduct(nn.Module):
         self.factors = Factors([(None, 0, column) for column in columns.values()], device)
         every = [(columns[name], part.down) for each in parts for (name, _), part in each.items()]
         live_buffer(self, "down", torch.cat([down for _, down in every]), device, dtype)
-        self.owner = [column for column, down in every for _ in range(len(down))]  # the column of each rank
-        self.scales: dict[Any, torch.Tensor] = {}
+        self.scales = RankScales([column for column, down in every for _ in range(len(down))], device)
         first = 0
         for edit in edits:
             edit.text = self, first
@@ -143,26 +141,13 @@ class TextProduct(nn.Module):
         """
         if now.rows is None:
             now.rows = rows
-        return kept_for(now, self, rows, lambda: self(rows, now)) if now.rows is rows else None
+        if now.rows is not rows or torch.is_grad_enabled():  # with gradients it would be made again for each module
+            return None
+        return kept_for(now, self, rows, lambda: self(rows, now))
 
     def forward(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
         reduced = F.linear(rows, self.down.to(rows.device, rows.dtype))
-        return reduced if now.ones else reduced * self.factors.for_rows(self._scales(now, reduced), now, len(rows))
-
-    def _scales(self, now: Pass, reduced: torch.Tensor) -> torch.Tensor:
-        """The strengths by rank, [1 or B, ..., R of all]: made once for each set of them, as that takes more than using them."""
-        key = now.strengths, reduced.device, reduced.dtype, reduced.ndim
-        found = self.scales.get(key)
-        if found is None:
-            if now.values is None:
-                found = now.strengths[:, self.owner]
-            else:
-                found = torch.tensor([now.values[column] for column in self.owner])[None]
-            found = found.to(reduced.device, reduced.dtype).reshape(len(found), *(1,) * (reduced.ndim - 2), -1)
-            for old in list(self.scales)[: -(MOST_SCALES - 1)]:
-                self.scales.pop(old, None)
-            self.scales[key] = found
-        return found
+        return reduced if now.ones else reduced * self.factors.for_rows(self.scales(now, reduced), now, len(rows))
 
 
 class AddDelta(Place):

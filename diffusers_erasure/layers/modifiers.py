@@ -21,6 +21,7 @@ from .gate import Gate
 from .passing import Here, Pass
 
 
+MOST_SCALES = 16  # sets of strengths that are held ready at one place
 PER_THOUSAND = ("FluxTransformer2DModel",)  # denoisers whose timestep is t / 1000
 
 
@@ -67,7 +68,7 @@ class Conditions(nn.Module):
         self.here = Here()
         live_buffer(self, "defaults", torch.zeros(0), torch.device("cpu"), torch.float32)
         self.traced = Pass((), {}, self.defaults[None], None, self.defaults[None])
-        self.trained: Pass | None = None  # the last one with gradients, for blocks that are recomputed on the way back
+        self.trained: Pass | None = None  # the last one in training, by whatever thread
         self.scale = 1.0  # from the denoiser's timesteps to those of the training
         self.gates = nn.ModuleDict()  # as children, so that they move with the model
         self.names: dict[PartKey, str] = {}  # there they must have no dots
@@ -85,11 +86,12 @@ class Conditions(nn.Module):
     @property
     def now(self) -> Pass:
         """The pass that is under way."""
+        here = self.here
+        if here.now is not None:
+            return here.now
         if torch.compiler.is_compiling():
-            return self.traced if self.here.now is None else self.here.now
-        if self.here.now is None and self.beside is not None:
-            return self.beside()
-        return self.here.now or self.traced
+            return self.traced if here.back is None else here.back
+        return self.traced if self.beside is None else self.beside()
 
     def watch(self, component: nn.Module) -> None:
         """Read timestep and text of each pass from now on.
@@ -242,17 +244,54 @@ class Factors(nn.Module):
         Raises:
             ErasureInputError: it differs by row, and the tensor has other rows than the pass.
         """
-        if len(factors) in (1, rows) or rows == 1:
+        if len(factors) == 1 or len(factors) == rows:
             return factors
-        one_time = now.timestep is None or torch.as_tensor(now.timestep).numel() == 1
-        if now.values is not None and one_time and not self.gated:
-            return factors[:1]  # one for all
         if rows % len(factors) == 0:  # several rows for each picture, such as the frames of a video
             return factors.repeat_interleave(rows // len(factors), 0)
+        one_time = now.timestep is None or torch.as_tensor(now.timestep).numel() == 1
+        if now.uniform and one_time and not self.gated:
+            return factors[:1]  # one for all
         raise ErasureInputError(
             f"An erasure acts by the strength, timestep or prompt of each of {len(factors)} rows, but a module got {rows}: it is "
             "chunked along the batch. Chunk along the tokens: `unet.enable_forward_chunking(chunk_size, dim=1)`."
         )
+
+
+class RankScales(nn.Module):
+    """Strengths as factors of what low-rank factors `down` give: made once for each set of strengths, which is used often.
+
+    Args:
+        owner (sequence of `int`): the column of each rank among a pass's strengths.
+        device (`torch.device`): where it is kept.
+    """
+
+    owner: torch.Tensor  # [R]
+
+    def __init__(self, owner: Sequence[int], device: torch.device) -> None:
+        super().__init__()
+        self.columns = tuple(owner)
+        live_buffer(self, "owner", torch.tensor(self.columns), device, torch.int64)
+        self.known: dict[Any, torch.Tensor] = {}
+
+    def forward(self, now: Pass, reduced: torch.Tensor) -> torch.Tensor:
+        """Factors for a tensor [B, ..., R], [1 or B, ..., R], of its dtype. Not in graphs."""
+        key = now.strengths, reduced.device, reduced.dtype, reduced.ndim
+        found = self.known.get(key)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                if now.values is None:
+                    found = now.strengths.index_select(1, self.owner.to(now.strengths.device))
+                else:
+                    found = torch.tensor([now.values[column] for column in self.columns])[None]
+                found = found.to(reduced.device, reduced.dtype).reshape(len(found), *(1,) * (reduced.ndim - 2), -1)
+            if not compat.is_capturing():  # what is made then belongs to the graph
+                for old in list(self.known)[: 1 - MOST_SCALES]:
+                    self.known.pop(old, None)
+                self.known[key] = found
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "known": {}}
 
 
 def bins_at(timestep: torch.Tensor, bins: torch.Tensor | int, span: torch.Tensor | float) -> torch.Tensor:

@@ -29,15 +29,16 @@ class Pass:
         names: the erasures that act, for at least one row.
         edits: what they do, by the number of the place (see [`Place`]).
         strengths: one column for each of `names`: float32 [1, names], or [B, names] where they differ by picture.
-        values: the strengths as numbers, where they are the same for all rows.
+        values: the strengths as numbers, where they are the same for all rows. No graph may look at them.
+        uniform: whether they are.
         whole: one column for each erasure that is loaded, float32 [B, loaded]: what compiled graphs read.
         older: the edits of all erasures that are loaded, where the pass belongs to a request that began before a change.
         timestep, scale: as the denoiser was given it, and the factor to the timesteps of the training.
         text: the rows that the denoiser was given.
         gates: their values [B], once asked for.
-        looked: what was looked up by the timestep.
+        looked: what was found in this pass and holds for more than one module.
         rows: the text rows that the first of their readers was given.
-        kept: results of earlier passes of the thread, see [`kept_for`].
+        kept: results of earlier passes of the thread, see [`kept_for`]; `None` outside of a request.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class Pass:
     ) -> None:
         self.names, self.edits, self.older = names, edits, older
         self.strengths, self.values, self.whole = strengths, values, whole
+        self.uniform = values is not None
         self.ones = values is not None and all(value == 1 for value in values)
-        self.kept: dict[Any, list[Kept]] = {} if kept is None else kept
+        self.kept = kept
         self.timestep: Any = None
         self.scale = 1.0
         self.text: torch.Tensor | None = None
         self.gates: dict[PartKey, torch.Tensor] = {}
-        self.looked: dict[Any, torch.Tensor] = {}
+        self.looked: dict[Any, Any] = {}
         self.rows: torch.Tensor | None = None
 
     def read(self, timestep: Any, scale: float, text: Any) -> None:
@@ -104,6 +106,7 @@ class Here(threading.local):
     """What the calling thread is doing on one component. A copy, or a pickle, is in no thread's pass."""
 
     now: Pass | None = None
+    back: Pass | None = None  # the last one in training, for blocks that are recomputed on the way back
     off = training = 0  # blocks that the thread is in: what a graph knows of them
     kept: dict[Any, list["Kept"]] | None = None  # of the passes before, as long as `of` is what acts
     of: Any = None
@@ -122,31 +125,48 @@ class Here(threading.local):
 
     def end(self) -> None:
         """A request is over: nothing is held for it any longer."""
-        self.now = self.kept = self.of = None
+        self.now = self.back = self.kept = self.of = None
 
 
 class Kept:
     """A result that depends on text rows and strengths alone.
 
-    Rows are known again as the very object with nothing written into it since, never by an address: a freed one may come
-    again. In `inference_mode` writes are not counted, and nothing is kept.
+    Rows are known again as the very object with nothing written into it since, never by an address alone: a freed one may
+    come again.
     """
 
     def __init__(self, rows: torch.Tensor, version: int, strengths: torch.Tensor, value: torch.Tensor) -> None:
-        self.rows, self.version, self.strengths, self.value = weakref.ref(rows), version, strengths, value
+        self.rows, self.strengths, self.value = weakref.ref(rows), strengths, value
+        self.version = version, rows.data_ptr()  # another storage under the same object counts no version
 
     def is_of(self, rows: torch.Tensor, version: int, strengths: torch.Tensor) -> bool:
         """Whether the result is that of these rows and strengths."""
-        return self.rows() is rows and self.version == version and self.strengths is strengths
+        same = self.rows() is rows and self.strengths is strengths
+        return same and self.version == (version, rows.data_ptr())
 
 
 def kept_for(now: Pass, key: Any, rows: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `compute` gives, or gave in an earlier pass of the run: it depends on `rows` and on the pass's strengths alone."""
-    version = compat.version_of(rows)
-    if version is None or torch.is_grad_enabled():
+    """What `compute` gives, or gave before in the pass or, within a request, in an earlier pass of the thread.
+
+    It depends on `rows` and on the pass's strengths alone. In `inference_mode`, where writes into rows are not counted, it
+    holds for the pass; with gradients for nothing.
+    """
+    if torch.is_grad_enabled():
         return compute()
-    key = key, torch.is_autocast_enabled(rows.device.type)
-    own = now.kept.setdefault(key, [])
+    here = now.looked.get(key)
+    if here is not None and here[0] is rows:
+        return here[1]
+    value = _kept(now, key, rows, compute)
+    now.looked[key] = rows, value
+    return value
+
+
+def _kept(now: Pass, key: Any, rows: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    version = compat.version_of(rows)
+    if version is None or now.kept is None:
+        return compute()
+    kind = rows.device.type
+    own = now.kept.setdefault((key, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)), [])
     for each in own:
         if each.is_of(rows, version, now.strengths):
             return each.value

@@ -132,6 +132,10 @@ class Place:
         self.number = next_number()
         self.whole: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a part of a component does nothing; the state of a whole one gives its places back what they have."""
+        return {**vars(self), "whole": None}
+
     def at_work(self) -> tuple[Any, Pass]:
         """What is done here in this pass (`None`: nothing), and the pass."""
         now = self.conditions.now

@@ -24,7 +24,7 @@ from .buffers import PartKey, Tensors, live_buffer, placement
 from .changes import WeightChange, double
 from .kind import LayerKind, Summand
 from .layer import Layer
-from .modifiers import Conditions, Modifier, spread
+from .modifiers import Conditions, Modifier, RankScales, spread
 from .passing import Pass, kept_for
 from .sites import Place, SiteEdit, SiteLayer
 
@@ -76,6 +76,8 @@ class TextMap(SiteEdit):
         if self.several:
             owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
             live_buffer(self, "owner", owner, device, torch.int64)
+        columns_of = [columns[name] for (name, _), part in parts.items() for _ in range(len(part.read))]
+        self.scales = RankScales(columns_of, device)
         live_buffer(self, "read", torch.cat([part.read for part in parts.values()]), device, dtype)
         live_buffer(self, "write", torch.cat([part.write for part in parts.values()]), device, dtype)
 
@@ -88,11 +90,16 @@ class TextMap(SiteEdit):
     def forward(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
         # The hook on the denoiser fires before offload brings these buffers over, hence `to`.
         read, write = self.read.to(rows.device, rows.dtype), self.write.to(rows.device, rows.dtype)
-        reduced, factors = F.linear(rows, read), self.factors(now, rows.device, len(rows))
-        if factors is not None:
+        reduced = F.linear(rows, read)
+        if not self.factors.modified and not torch.compiler.is_compiling():
+            if not now.ones:
+                reduced = reduced * self.factors.for_rows(self.scales(now, reduced), now, len(rows))
+        elif (factors := self.factors(now, rows.device, len(rows))) is not None:
             owner = self.owner if self.several else None
             reduced = reduced * spread(factors, owner, reduced.ndim, -1).to(reduced.dtype)
-        return rows + F.linear(reduced, write.T)
+        if reduced.dtype != rows.dtype:  # under autocast
+            return rows + F.linear(reduced, write.T)
+        return torch.addmm(rows.flatten(0, -2), reduced.flatten(0, -2), write).view(rows.shape)
 
 
 class MapInput(Place):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .attachment import Loaded
 
 Strength = float | tuple[float, ...]  # one for all pictures of a batch, or one for each
-MOST = 8  # sets of erasures, of a plan, for which what they do is held ready
+MOST = 16  # sets of erasures, of a plan, for which what they do is held ready
 
 
 class Plan:
@@ -56,7 +56,7 @@ class Plan:
                     found = {}
                     for layer, parts in self.parts if names else ():
                         found.update(layer.build(parts, names))
-                    for other in [each for each in self.ready if each != self.names][MOST - 2 :]:
+                    for other in [each for each in self.ready if each != self.names][: 2 - MOST]:
                         del self.ready[other]
                     self.ready[names] = found
         return found

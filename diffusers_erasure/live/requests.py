@@ -157,6 +157,11 @@ def view(component: nn.Module, state: "ErasureModules") -> View:
     return View(plan, strengths, disabled, training)
 
 
+def within_request(component: nn.Module) -> bool:
+    """Whether the caller is within a call of a pipeline that has a component."""
+    return any(isinstance(frame, Request) and frame.covers(component) for frame in frames())
+
+
 def trusts_prompts(pipe: Any) -> bool:
     """Whether text rows from outside are trusted here, for any of a pipeline's components."""
     modules = [compat.unwrap_compiled(module) for module in components(pipe).values()]

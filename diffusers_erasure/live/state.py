@@ -64,6 +64,8 @@ class ErasureModules(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.conditions.beside = self.beside
+        self._hold(self.plan.whole)
+        self._hold_defaults(self.conditions.defaults.device)
         compat.watch_hooks()  # of a pickle, in a process that has loaded no erasure
 
     @property
@@ -113,10 +115,14 @@ class ErasureModules(nn.Module):
         for request in self.requests.all() if weights_changed else ():
             request.plans[id(self.component)] = plan
         device = next((parameter.device for parameter in self.component.parameters()), torch.device("cpu"))
-        device = torch.device("cpu") if device.type == "meta" else device
-        defaults = torch.tensor(list(plan.strengths.values()), dtype=torch.float32)
-        live_buffer(self.conditions, "defaults", defaults, device, torch.float32)
+        self._hold_defaults(torch.device("cpu") if device.type == "meta" else device)
         self._changed()
+
+    def _hold_defaults(self, device: torch.device) -> None:
+        """The strengths that are set, as a live tensor: for captured graphs, and for those within larger ones."""
+        defaults = torch.tensor(list(self.plan.strengths.values()), dtype=torch.float32)
+        live_buffer(self.conditions, "defaults", defaults, device, torch.float32)
+        self.conditions.traced.whole = self.conditions.defaults[None]
 
     def _hold(self, whole: Mapping[int, Any]) -> None:
         """Make what all that is loaded does the component's own, and what graphs read."""
@@ -152,8 +158,8 @@ class ErasureModules(nn.Module):
         rows, device = (1, torch.device("cpu")) if first is None else (len(first), first.device)
         now = self._pass(view, rows, device)
         self.conditions.read(now, args, kwargs)
-        if torch.is_grad_enabled():
-            self.conditions.trained = now
+        if torch.is_grad_enabled() and view.training:
+            self.conditions.trained = self.conditions.here.back = now
         return view, now
 
     def beside(self) -> Pass:
@@ -177,11 +183,12 @@ class ErasureModules(nn.Module):
             strengths, known = self.tensors.of(values, 1, device), numbers
         else:
             strengths, known = self.tensors.of(values, rows, device), None
-        kept = self.conditions.here.kept_of(plan)
+        kept = self.conditions.here.kept_of(plan) if requests.within_request(self.component) else None
         return Pass(names, plan.of(names), strengths, known, whole, older, kept)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ErasureModules":
         super()._apply(fn, recurse)
+        self._hold_defaults(self.conditions.defaults.device)  # a cast has rounded them
         self.plan.forget()
         return self
 
