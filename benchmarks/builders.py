@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffusers_erasure import Erasure
+from diffusers_erasure.layers.activation import BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
 from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.schema import BaseModel
@@ -103,6 +104,16 @@ def sd_pipeline(unet: Any, text_encoder: Any, tokenizer: Any, vae: Any = None) -
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def twin(pipe: Any) -> Any:
+    """A Stable Diffusion pipeline of the same components for another thread: only its scheduler, which keeps count of steps, is its own."""
+    from diffusers import StableDiffusionPipeline
+
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    made = StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def make_pipeline(smoke: bool = False, unet: Any = None) -> Any:
@@ -258,3 +269,16 @@ def random_erasure(
             if names:
                 layers.append(Layer(kind, tuple(names), tensors, component, derived_from))
     return Erasure.from_layers(layers, base=base, **told)
+
+
+def random_activation(unet: Any, timesteps: int, seed: int = 0, density: float = 0.05) -> Erasure:
+    """Random masks of a density, and random means, on all feed-forwards of a UNet: an `activation` erasure."""
+    generator = torch.Generator().manual_seed(seed)
+    sites = {name: part.in_features for name, part in unet.named_modules() if f".{name}".endswith(FEED_FORWARD)}
+    tensors = {TIMESTEPS: torch.linspace(999, 0, timesteps + 1)[:-1], BLEND: torch.ones(1)}
+    for site, width in sites.items():
+        mask = torch.rand(timesteps, width, generator=generator) < density
+        tensors[site + MASK] = pack(mask)
+        tensors[site + MEANS] = torch.randn(int(mask.sum()), generator=generator)
+    layer = Layer("activation", tuple(sites), tensors)
+    return Erasure.from_layers([layer], base=BaseModel("stable-diffusion"), concepts="a concept")

@@ -9,19 +9,19 @@ with one that is the same at all timesteps and fused, with DuMo's network in its
 50 timesteps are counted on a UNet of one block, whose graphs have the same parts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.builders import SMALL_UNET, UNetOnly, make_unet, share_weights
+from benchmarks.builders import SMALL_UNET, UNetOnly, make_unet, random_activation, share_weights
 from benchmarks.command import add_unet_arguments, finish, print_table, start, timed_arguments, unet_settings
 from benchmarks.timing import interleave_calls, ratios, spread, summary
 from benchmarks.unet_step import BATCH, TOKENS, inputs
 from diffusers_erasure import Erasure, fuse_erasures, load_erasure
-from diffusers_erasure.layers.activation import BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
+from diffusers_erasure.layers.activation import FEED_FORWARD
 from diffusers_erasure.layers.encoder_copy import channels, empty_copy
 from diffusers_erasure.layers.epr import fresh_tensors, skip_sites
 from diffusers_erasure.layers.layer import Layer
@@ -29,26 +29,8 @@ from diffusers_erasure.schema import BaseModel
 
 
 VARIANTS = ("activation", "folded", "full", "controlnet", "compact")
-DENSITY, STEPS = 0.05, 50
+STEPS = 50
 FULL_SIZE = 64
-
-
-def of_one_layer(kind: str, sites: Sequence[str], tensors: dict[str, torch.Tensor]) -> Erasure:
-    """An erasure of one layer on the UNet."""
-    layer = Layer(kind, tuple(sites), tensors)
-    return Erasure.from_layers([layer], base=BaseModel("stable-diffusion"), concepts="a concept")
-
-
-def activation(unet: Any, timesteps: int, seed: int = 0) -> Erasure:
-    """Random masks of a density, and random means, on all feed-forwards."""
-    generator = torch.Generator().manual_seed(seed)
-    sites = {name: part.in_features for name, part in unet.named_modules() if f".{name}".endswith(FEED_FORWARD)}
-    tensors = {TIMESTEPS: torch.linspace(999, 0, timesteps + 1)[:-1], BLEND: torch.ones(1)}
-    for site, width in sites.items():
-        mask = torch.rand(timesteps, width, generator=generator) < DENSITY
-        tensors[site + MASK] = pack(mask)
-        tensors[site + MEANS] = torch.randn(int(mask.sum()), generator=generator)
-    return of_one_layer("activation", tuple(sites), tensors)
 
 
 @torch.no_grad()
@@ -66,7 +48,8 @@ def skip(unet: Any, form: str) -> Erasure:
     for name, value in tensors.items():
         if name.startswith("zero."):
             value.fill_(1e-4)
-    return of_one_layer("skip", skip_sites(len(channels(unet)) - 1), tensors)
+    layer = Layer("skip", tuple(skip_sites(len(channels(unet)) - 1)), tensors)
+    return Erasure.from_layers([layer], base=BaseModel("stable-diffusion"), concepts="a concept")
 
 
 @torch.no_grad()
@@ -81,10 +64,10 @@ def made(base: Any, variant: str) -> Any:
                 part.weight, part.bias = (
                     nn.Parameter(p.clone(), requires_grad=False) for p in (part.weight, part.bias)
                 )
-        load_erasure(UNetOnly(unet), activation(unet, 1))
+        load_erasure(UNetOnly(unet), random_activation(unet, 1))
         fuse_erasures(UNetOnly(unet))
         return unet
-    load_erasure(UNetOnly(unet), activation(unet, STEPS) if variant == "activation" else skip(unet, variant))
+    load_erasure(UNetOnly(unet), random_activation(unet, STEPS) if variant == "activation" else skip(unet, variant))
     return unet
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from benchmarks.unet_layers import activation
+from benchmarks.builders import random_activation
 from diffusers_erasure import Erasure, demo, with_gate, with_schedule
 from diffusers_erasure.base_model import text_readers
 from diffusers_erasure.layers.layer import Layer
@@ -45,7 +44,7 @@ def erasures() -> dict[str, Erasure]:
     return {
         "lora": made("lora"),
         "text_map": made("text_map", "text_map", ()),
-        "activation": activation(pipe.unet, 10),
+        "activation": random_activation(pipe.unet, 10),
         "skip": Erasure.from_layers([skip], base=pipe, concepts="skip", method="random"),
         "scheduled": with_schedule(made("scheduled"), [2.0, 0.0] * 10),
         "gated": with_gate(made("gated", size=1.0), pipe, "a cat", tokens=True),
@@ -67,14 +66,6 @@ def serving(kinds: Sequence[str] = KINDS, strength: float = 1.0) -> Any:
     for kind in kinds:
         pipe.load_erasure(erasures()[kind], kind, strength=strength)
     return pipe
-
-
-def twin(pipe: Any) -> Any:
-    """A pipeline of the same components for another thread: it needs a scheduler of its own, erasures or not."""
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    made = StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.builders import twin
 from diffusers_erasure import demo, erase
 from tests.helpers import equal, far, tree
 from tests.serving import (
@@ -26,7 +27,6 @@ from tests.serving import (
     erasures,
     mixed,
     serving,
-    twin,
 )
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.builders import twin
 from diffusers_erasure import ErasureInputError, ErasureNotFoundError, demo
 from tests.helpers import equal, far
-from tests.serving import KINDS, ON_UNET, Request, at_once, erasures, serving, twin
+from tests.serving import KINDS, ON_UNET, Request, at_once, erasures, serving
 
 
 TOLERANCE = 4096 * torch.finfo(torch.float32).eps
