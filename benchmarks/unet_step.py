@@ -1,12 +1,13 @@
 """What a loaded erasure adds to one step of the UNet, against the bare UNet and against a stock LoRA of the same rank.
 
-    python -m benchmarks.unet_step [--size 64] [--ranks 1 4 16] [--counts 1 10]
+    python -m benchmarks.unet_step [--size 64] [--ranks 1 4 64] [--counts 1 10]
     python -m benchmarks.unet_step --device cuda --compile
 
-Kernels and FLOPs are counted exactly, on the meta device and always at `--size`; times are medians of ratios round by
-round. The erasure is random: a `lora` on the 32 `to_k` and `to_v` of the cross-attentions, or a `text_map`; the stock
-LoRA is the same file, loaded by `unet.load_lora_adapter`. An erasure's work is on the 77 text rows and does not depend
-on `--size`, so a ratio at a small size is an upper bound of that at a larger one.
+Kernels (dispatched operations but for views) and FLOPs are counted exactly, on the meta device and always at `--size`; kernels
+in the first step of a run and in a later one. Times are medians of ratios round by round, of runs of one step. The erasure is
+random: a `lora` on the 32 `to_k` and `to_v` of the cross-attentions, a `text_map`, or an `activation` (5 % of the units of the
+16 feed-forwards, 50 timesteps); the stock LoRA is the same file, loaded by `unet.load_lora_adapter`. The work of the first two
+is on the 77 text rows and does not depend on `--size`, so a ratio at a small size is an upper bound of that at a larger one.
 
 "alone" is the time of the 32 projections with what the variant adds to them, less that of the bare ones: on a loaded
 machine it tells more than the difference of two long steps.
@@ -20,10 +21,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.builders import UNetOnly, make_unet, random_erasure, share_weights
+from benchmarks.builders import UNetOnly, make_unet, random_activation, random_erasure, share_weights
 from benchmarks.command import add_unet_arguments, finish, print_table, start, timed_arguments, unet_settings
 from benchmarks.timing import interleave_calls, ratios, spread, summary
 from diffusers_erasure import load_erasure
@@ -33,7 +35,9 @@ from diffusers_erasure.schema import LORA_FILE
 
 
 BATCH, TOKENS = 2, 77
-VARIANTS = ("lora", "text_map", "stock")
+STEPS = 3  # of a run whose kernels are counted
+TIMESTEPS = 50  # of an `activation`
+RANKED, UNRANKED = ("lora", "text_map", "stock"), ("activation",)
 
 
 class CountKernels(TorchDispatchMode):
@@ -49,10 +53,28 @@ class CountKernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def attach(unet: Any, like: Any, variant: str, rank: int, count: int) -> None:
+class Run(DiffusionPipeline):
+    """What a request is to erasures, the call of a pipeline; of this one nothing but steps."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet)
+
+    @torch.no_grad()
+    def __call__(self, step: Callable[[], Any], steps: int = 1, after: Callable[[], None] = lambda: None) -> None:
+        for _ in range(steps):
+            step()
+            after()
+
+
+def attach(unet: Any, like: Any, variant: str, rank: int | None, count: int) -> None:
     """Load `count` erasures made for a UNet that is not on the meta device, or the LoRAs of their files in the stock way."""
     sites = [f"unet.{name}" for name in text_readers(UNetOnly(like))]
     for index in range(count):
+        if variant == "activation":
+            load_erasure(UNetOnly(unet), random_activation(like, TIMESTEPS, seed=index), f"erasure{index}")
+            continue
+        assert rank is not None
         kind = "text_map" if variant == "text_map" else "lora"
         erasure = random_erasure(UNetOnly(like), kind, sites, rank, seed=index, size=0.01, concepts="a concept")
         if variant != "stock":
@@ -77,20 +99,30 @@ def inputs(unet: Any, size: int, device: str, dtype: torch.dtype) -> dict[str, t
 
 
 @torch.no_grad()
-def count(meta_unet: Any, like: Any, variant: str | None, rank: int, number: int, size: int) -> tuple[int, int]:
-    """Kernels and FLOPs of one step, counted on the meta device."""
+def count(
+    meta_unet: Any, like: Any, variant: str | None, rank: int | None, number: int, size: int
+) -> tuple[int, int, int]:
+    """Kernels of the first and of a later step of a run, and FLOPs of a step, counted on the meta device."""
     unet = share_weights(meta_unet)
     if variant is not None:
         attach(unet, like, variant, rank, number)
         unet.to("meta")
-    batch = inputs(unet, size, "meta", torch.float32)
-    with FlopCounterMode(display=False) as flops, CountKernels() as kernels:
-        unet(**batch)
-    return kernels.count, flops.get_total_flops()
+    step = partial(unet, **inputs(unet, size, "meta", torch.float32))
+    seen = [0]
+    with CountKernels() as kernels:
+        Run(unet)(step, STEPS, lambda: seen.append(kernels.count))
+    first, *later = (after - before for before, after in zip(seen, seen[1:], strict=False))
+    if len(set(later)) != 1:
+        raise AssertionError(f"{variant}: steps after the first have {later} kernels.")
+    with FlopCounterMode(display=False) as flops:
+        Run(unet)(step)
+    return first, later[0], flops.get_total_flops()
 
 
-def formula(unet: Any, variant: str, rank: int, number: int) -> int:
-    """FLOPs that a variant adds by the shapes: two products of each row with factors of rank r."""
+def formula(unet: Any, variant: str, rank: int | None, number: int) -> int:
+    """FLOPs that a variant adds by the shapes: two products of each row with factors of rank r; an `activation` has no products."""
+    if rank is None:
+        return 0
     shapes = [(linear.in_features, linear.out_features) for linear in text_readers(UNetOnly(unet)).values()]
     if variant == "text_map":
         shapes = [(unet.config.cross_attention_dim, unet.config.cross_attention_dim)]
@@ -125,57 +157,62 @@ def main() -> None:
     """The command line."""
     parser = timed_arguments(__doc__)
     add_unet_arguments(parser)
-    parser.add_argument("--ranks", type=int, nargs="+", help="ranks of an erasure; 1 4 16 by default")
+    parser.add_argument("--ranks", type=int, nargs="+", help="ranks of an erasure; 1 4 64 by default")
     parser.add_argument("--counts", type=int, nargs="+", help="numbers of erasures loaded; 1 10 by default")
     parser.add_argument("--compile", action="store_true", help="time compiled steps too; minutes each on a CPU")
     parser.add_argument("--no-steps", action="store_true", help="count, and time the projections alone")
     options = parser.parse_args()
     start(options)
     smoke, device, dtype, size, repeats = unet_settings(options)
-    ranks = options.ranks or ([4] if smoke else [1, 4, 16])
+    ranks = options.ranks or ([4] if smoke else [1, 4, 64])
     counts = options.counts or ([1, 2] if smoke else [1, 10])
     meta, base = make_unet(smoke, device="meta"), make_unet(smoke, device, dtype)
-    bare_kernels, bare_flops = count(meta, base, None, 0, 0, size)
+    bare_first, bare_later, bare_flops = count(meta, base, None, None, 0, size)
     rows: list[dict[str, Any]] = []
     batch = inputs(base, size, device, dtype)
-    steps: dict[str, Callable[[], Any]] = {"bare": partial(base, **batch)}
+    steps: dict[str, Callable[[], Any]] = {"bare": partial(Run(base), partial(base, **batch))}
     alone: dict[str, Callable[[], Any]] = {"bare": projections(base, batch["encoder_hidden_states"])}
     compiled_steps: dict[str, Callable[[], Any]] = {}
     if options.compile:
-        compiled_steps["bare"] = partial(compiled(share_weights(base)), **batch)
-    for rank in ranks:
-        for number in counts:
-            for variant in VARIANTS:
-                name = f"{variant} r{rank} x{number}"
-                kernels, flops = count(meta, base, variant, rank, number, size)
-                rows.append(
-                    {
-                        "name": name,
-                        "variant": variant,
-                        "rank": rank,
-                        "erasures": number,
-                        "added_kernels": kernels - bare_kernels,
-                        "added_flops": flops - bare_flops,
-                        "formula_flops": formula(meta, variant, rank, number),
-                    }
-                )
-                unet = share_weights(base)
-                attach(unet, base, variant, rank, number)
-                alone[name] = projections(unet, batch["encoder_hidden_states"])
-                steps[name] = partial(unet, **batch)
-                if options.compile:
-                    compiled_steps[name] = partial(compiled(unet), **batch)
+        compiled_steps["bare"] = partial(Run(base), partial(compiled(share_weights(base)), **batch))
+    cases: list[tuple[str, int | None, int]] = [
+        *((variant, rank, number) for rank in ranks for number in counts for variant in RANKED),
+        *((variant, None, number) for number in counts for variant in UNRANKED),
+    ]
+    for variant, rank, number in cases:
+        name = f"{variant} x{number}" if rank is None else f"{variant} r{rank} x{number}"
+        first, later, flops = count(meta, base, variant, rank, number, size)
+        rows.append(
+            {
+                "name": name,
+                "variant": variant,
+                "rank": rank,
+                "erasures": number,
+                "added_kernels_first": first - bare_first,
+                "added_kernels": later - bare_later,
+                "added_flops": flops - bare_flops,
+                "formula_flops": formula(meta, variant, rank, number),
+            }
+        )
+        unet = share_weights(base)
+        attach(unet, base, variant, rank, number)
+        if variant in RANKED:
+            alone[name] = projections(unet, batch["encoder_hidden_states"])
+        steps[name] = partial(Run(unet), partial(unet, **batch))
+        if options.compile:
+            compiled_steps[name] = partial(Run(unet), partial(compiled(unet), **batch))
 
     numbers: dict[str, Any] = {
         "settings": {"size": size, "batch": BATCH, "tokens": TOKENS, "dtype": str(dtype), "repeats": repeats},
-        "bare": {"kernels": bare_kernels, "flops": bare_flops},
+        "bare": {"kernels_first": bare_first, "kernels": bare_later, "flops": bare_flops},
         "rows": rows,
     }
     times = interleave_calls(alone, 5 * repeats, device)
     numbers["bare"]["projections_s"] = summary(times["bare"])
     for row in rows:
-        own = [a - b for a, b in zip(times[row["name"]], times["bare"], strict=True)]
-        row["alone_s"] = summary(own)
+        if row["name"] in times:
+            own = [a - b for a, b in zip(times[row["name"]], times["bare"], strict=True)]
+            row["alone_s"] = summary(own)
     for key, functions in (("step", steps), ("compiled", compiled_steps)):
         if options.no_steps or not functions:
             continue
@@ -183,24 +220,26 @@ def main() -> None:
         numbers["bare"][f"{key}_s"] = summary(times["bare"])
         for row in rows:
             own = times[row["name"]]
-            stock = times[f"stock r{row['rank']} x{row['erasures']}"]
             row[key] = {"seconds": summary(own), "ratio": ratios(own, times["bare"])}
-            row[key]["over_stock"] = ratios(own, stock)
+            stock = times.get(f"stock r{row['rank']} x{row['erasures']}")
+            if stock is not None:
+                row[key]["over_stock"] = ratios(own, stock)
 
-    print(f"\nBare step, {BATCH}x{size}x{size}, {dtype}: {bare_kernels} kernels, {bare_flops / 1e12:.4g} TFLOPs")
+    print(f"\nBare step, {BATCH}x{size}x{size}, {dtype}: {bare_later} kernels, {bare_flops / 1e12:.4g} TFLOPs")
     for key in ("step_s", "compiled_s", "projections_s"):
         if key in numbers["bare"]:
             print(f"  {key.removesuffix('_s')}: {spread(numbers['bare'][key], 2, 1e3)} ms")
     print_table(
         "Added to a step (alone: median [quartiles])",
-        ("variant, rank, loaded", "kernels", "MFLOPs", "of the step", "alone, ms"),
+        ("variant, rank, loaded", "kernels, first step", "later", "MFLOPs", "of the step", "alone, ms"),
         (
             (
                 row["name"],
+                f"+{row['added_kernels_first']}",
                 f"+{row['added_kernels']}",
                 f"+{row['added_flops'] / 1e6:.1f}",
                 f"{row['added_flops'] / bare_flops:.5%}",
-                spread(row["alone_s"], 2, 1e3),
+                spread(row["alone_s"], 2, 1e3) if "alone_s" in row else "",
             )
             for row in rows
         ),
@@ -211,7 +250,14 @@ def main() -> None:
             print_table(
                 f"Time of a {'compiled ' if key == 'compiled' else ''}step as a ratio: median [quartiles]",
                 ("variant, rank, loaded", "to the bare step", "to the stock LoRA"),
-                ((row["name"], spread(row[key]["ratio"]), spread(row[key]["over_stock"])) for row in timed_rows),
+                (
+                    (
+                        row["name"],
+                        spread(row[key]["ratio"]),
+                        spread(row[key]["over_stock"]) if "over_stock" in row[key] else "",
+                    )
+                    for row in timed_rows
+                ),
             )
             worst = statistics.median([r[key]["ratio"]["median"] for r in timed_rows if r["variant"] != "stock"])
             print(f"Median over the erasures' variants: {worst:.3f}")
