@@ -95,6 +95,19 @@ def test_unet_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_serving(tmp_path: Path) -> None:
+    numbers = run("serving", tmp_path, "--erasures", "text_map")
+    assert [(row["variant"], row["threads"]) for row in numbers["rows"]] == [
+        (variant, threads) for variant in ("un-erased", "erased") for threads in (0, 1, 4)
+    ]
+    for row in numbers["rows"]:
+        assert all(set(row[key]) == SUMMARY for key in ("seconds", "per_second", "over_loop", "over_unerased"))
+        assert row["threads"] or row["over_loop"]["median"] == 1.0
+    assert [row["variant"] for row in numbers["batches"]] == ["un-erased", "erased"]
+    assert all(set(row["over_singly"]) == set(row["over_unerased"]) == SUMMARY for row in numbers["batches"])
+
+
+@pytest.mark.slow
 def test_unet_layers(tmp_path: Path) -> None:
     numbers = run("unet_layers", tmp_path)
     rows = {row["variant"]: row for row in numbers["rows"]}
