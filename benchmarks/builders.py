@@ -107,11 +107,15 @@ def sd_pipeline(unet: Any, text_encoder: Any, tokenizer: Any, vae: Any = None) -
 
 
 def twin(pipe: Any) -> Any:
-    """A Stable Diffusion pipeline of the same components for another thread: only its scheduler, which keeps count of steps, is its own."""
+    """A Stable Diffusion pipeline of the same models for another thread.
+
+    Its own are the scheduler, which keeps count of steps, and the tokenizer, which is set to how each call pads and truncates.
+    """
     from diffusers import StableDiffusionPipeline
 
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    made = StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False)
+    own = {"scheduler": scheduler, "tokenizer": copy.deepcopy(pipe.tokenizer)}
+    made = StableDiffusionPipeline(**{**pipe.components, **own}, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     return made
 

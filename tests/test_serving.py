@@ -328,7 +328,7 @@ def test_requests_of_an_event_loop(own_pool: bool) -> None:
 
 def test_others_load_and_unload_all_the_time() -> None:
     """Nothing raises, and nothing is left behind; what a request began with is its own affair."""
-    pipe = demo.load_pipeline()
+    pipe, made = demo.load_pipeline(), erasures()
     plain = Request().draw(pipe)
     before = tree(pipe)
     kinds = ("lora", "text_map", "skip", "gated")
@@ -337,7 +337,7 @@ def test_others_load_and_unload_all_the_time() -> None:
     def churn(kind: str) -> int:
         mine, count = twin(pipe), 0
         while not done.is_set() or count < 3:
-            mine.load_erasure(erasures()[kind], kind, strength=0.5)
+            mine.load_erasure(made[kind], kind, strength=0.5)
             assert kind in names_of(mine)
             mine.set_erasures(kind, 1.0)
             mine.unload_erasure(kind)

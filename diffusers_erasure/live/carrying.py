@@ -99,11 +99,12 @@ def _run_job(
 
 
 def _run_thread(
-    values: Sequence[tuple[ContextVar[Any], Any, Any]], run: Callable[[], None], put_back: Callable[[], None]
+    values: list[tuple[ContextVar[Any], Any, Any]], run: Callable[[], None], put_back: Callable[[], None]
 ) -> None:
     """Be the `run` of a thread. The value of the starting thread, or none, stands for no choice of the thread's own."""
     put_back()
     new = [(each, changed) for each, value, changed in values if each.get(value) is value]
+    values.clear()  # a thread may live long, and its value may hold less
     _run_job(new, run)
 
 

@@ -5,6 +5,7 @@ innermost. A request, which is a call of a pipeline, keeps the erasures and stre
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from torch import nn
 from .. import compat
 from ..errors import ErasureNotFoundError
 from ..schema import COMPONENTS
+from .carrying import carry
 from .plans import Plan, Strength, View
 from .turnstile import quiet
 
@@ -100,30 +102,32 @@ class Request(Frame):
         return self.plans.get(id(component), present)
 
 
-# Each with whether it ends for the caller when its block does: for threads that were started within.
-Frames = tuple[tuple[Frame, bool], ...]
+# A thread that was started within blocks may live longer than they do. It holds nothing of them, and they end for it too.
+Frames = tuple[Frame | weakref.ReferenceType[Frame], ...]
 _frames: ContextVar[Frames] = ContextVar("erasure requests", default=())
 
 
 def for_threads(frames: Frames) -> Frames:
-    """What a thread inherits that is started here: it may live longer than the blocks, which then no longer hold for it."""
-    return tuple((frame, True) for frame, _ in frames)
-
-
-def variable() -> ContextVar[Frames]:
-    """The context variable, for what carries it along."""
-    return _frames
+    """What a thread inherits that is started here."""
+    return tuple(weakref.ref(each) if isinstance(each, Frame) else each for each in frames)
 
 
 def frames() -> list[Frame]:
     """The blocks and requests that the caller is in, from the outermost to the innermost."""
-    return [frame for frame, ends in _frames.get() if frame.open or not ends]
+    found: list[Frame] = []
+    for each in _frames.get():
+        if isinstance(each, Frame):
+            found.append(each)
+        elif (frame := each()) is not None and frame.open:
+            found.append(frame)
+    return found
 
 
 @contextmanager
 def within(frame: Frame) -> Iterator[None]:
-    """A block of code within a frame."""
-    token = _frames.set((*_frames.get(), (frame, False)))
+    """A block of code within a frame, and what is handed to other threads there."""
+    carry(_frames, for_threads)
+    token = _frames.set((*_frames.get(), frame))
     try:
         yield
     finally:
