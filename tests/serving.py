@@ -46,7 +46,7 @@ def erasures() -> dict[str, Erasure]:
         "text_map": made("text_map", "text_map", ()),
         "activation": random_activation(pipe.unet, 10),
         "skip": Erasure.from_layers([skip], base=pipe, concepts="skip", method="random"),
-        "scheduled": with_schedule(made("scheduled"), [2.0, 0.0] * 10),
+        "scheduled": with_schedule(made("scheduled", size=1.0), [2.0, 0.0] * 10),
         "gated": with_gate(made("gated", size=1.0), pipe, "a cat", tokens=True),
         "text encoder": made("text encoder", sites=TEXT_SITES, size=1.0),
     }

@@ -12,9 +12,8 @@ from ..layers.buffers import PartKey
 from ..layers.gate import Gate
 from ..layers.modifiers import Conditions, Modifier
 from ..schema import LayerSpec
-from . import requests, saving
+from . import requests, saving, turnstile
 from .state import CHILD, ErasureModules, Guard, GuardAfter, Loaded, state_of, states
-from .turnstile import held
 
 
 @contextmanager
@@ -25,8 +24,8 @@ def changing_alone(components: Iterable[nn.Module], block: requests.Block | None
         components (iterable of `nn.Module`): the components.
         block ([`Block`], *optional*): of which all passes may go through; by default only those of the calling thread may.
     """
-    states = [state for state in map(state_of, components) if state is not None]
-    with held([state.turnstile for state in states], requests.frames(), block):
+    bare = [compat.unwrap_compiled(component) for component in components]
+    with turnstile.held(map(turnstile.of, bare), requests.frames(), block):
         yield
 
 
@@ -139,7 +138,7 @@ def detach(components: Iterable[nn.Module], name: str) -> None:
 def tidy(component: nn.Module) -> None:
     """Remove the hooks of what is loaded no more, unless a request that began with it is under way."""
     state = state_of(component)
-    if state is None or state.requests.keep_older(compat.unwrap_compiled(component), state.plan):
+    if state is None or state.keeps_older():
         return
     for layer in state.live():
         layer.tidy()
@@ -159,15 +158,14 @@ def tidy(component: nn.Module) -> None:
 
 def end_request(request: requests.Request) -> None:
     """A call of a pipeline is over: what was held for it alone goes."""
+    requests.over(request)
     for component in request.modules:
         state = state_of(component)
         if state is None:
             continue
         state.conditions.here.end()
         state.turnstile.leave()  # of a pass that broke off
-        older = request.plan_of(component, state.plan) not in (state.plan, requests.EMPTY)
-        state.requests.end(request)
-        if older and not state.requests.keep_older(component, state.plan):
+        if request.plan_of(component, state.plan) is not state.plan and not state.keeps_older():
             with changing_alone([component]):
                 tidy(component)
 

@@ -5,20 +5,22 @@ innermost. A request, which is a call of a pipeline, keeps the erasures and stre
 """
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .. import compat
-from ..errors import ErasureNotFoundError
+from ..errors import ErasureInputError, ErasureNotFoundError
 from ..schema import COMPONENTS
+from . import turnstile
 from .carrying import carry
 from .plans import Plan, Strength, View
-from .turnstile import quiet
 
 
 if TYPE_CHECKING:
@@ -100,6 +102,19 @@ class Request(Frame):
     def plan_of(self, component: nn.Module, present: Plan) -> Plan:
         """What was loaded on a component; the present plan on one that came later."""
         return self.plans.get(id(component), present)
+
+
+_under_way: dict[int, Request] = {}
+
+
+def under_way(component: nn.Module) -> list[Request]:
+    """The requests on a component that have begun, also before it had its first erasure, and are not over."""
+    return [each for each in list(_under_way.values()) if id(component) in each.plans]
+
+
+def over(request: Request) -> None:
+    """A request is no longer under way."""
+    _under_way.pop(id(request), None)
 
 
 # A thread that was started within blocks may live longer than they do. It holds nothing of them, and they end for it too.
@@ -188,17 +203,29 @@ def extend(component: nn.Module, new: nn.Module) -> None:
 
 
 @contextmanager
-def request(pipe: Any, states: Callable[[Any], Mapping[str, "ErasureModules"]]) -> Iterator[Request]:
-    """A call of a pipeline begins, and ends with the block."""
+def request(
+    pipe: Any, states: Callable[[Any], Mapping[str, "ErasureModules"]], pictures: int | None = None
+) -> Iterator[Request]:
+    """A call of a pipeline for so many pictures (`None` where that is not known) begins, and ends with the block.
+
+    Raises:
+        ErasureInputError: strengths are given by picture, for more or fewer pictures.
+    """
     frame = Request(pipe)
-    with quiet([state.turnstile for state in states(pipe).values()], frames()):
+    with turnstile.quiet(map(turnstile.of, frame.modules), frames()):
         by_name = states(pipe)
         for name, module in components(pipe).items():
             state = by_name.get(name)
             bare = compat.unwrap_compiled(module)
-            frame.plans[id(bare)] = EMPTY if state is None else view(bare, state).plan
-            if state is not None:
-                state.requests.add(frame)
+            held = None if state is None else view(bare, state)
+            frame.plans[id(bare)] = EMPTY if held is None else held.plan
+            for erasure, strength in held.strengths.items() if held is not None else ():
+                if isinstance(strength, tuple) and pictures not in (None, len(strength)):
+                    raise ErasureInputError(
+                        f"{len(strength)} strengths are given for {erasure!r}, but {pictures} pictures are asked for. Give one for each "
+                        "picture (prompts times `num_images_per_prompt`), or one number for all."
+                    )
+        _under_way[id(frame)] = frame
     with within(frame):
         yield frame
 
@@ -211,7 +238,7 @@ def wrapped(
     def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def requested(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with request(self, states) as frame:
+            with request(self, states, pictures_of(call, self, *args, **kwargs)) as frame:
                 try:
                     return call(self, *args, **kwargs)
                 finally:
@@ -220,6 +247,22 @@ def wrapped(
         return requested
 
     return wrap
+
+
+def pictures_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int | None:
+    """How many pictures a pipeline is called for; `None` where its arguments do not say."""
+    try:
+        given = inspect.signature(call).bind(*args, **kwargs).arguments
+    except TypeError:  # the call says it itself
+        return None
+    given |= given.get("kwargs", {})  # of a modular pipeline
+    prompts, rows = given.get("prompt"), given.get("prompt_embeds")
+    each = given.get("num_images_per_prompt", given.get("num_videos_per_prompt")) or 1
+    if isinstance(prompts, str):
+        return int(each)
+    if isinstance(prompts, list | tuple):
+        return len(prompts) * int(each)
+    return len(rows) * int(each) if isinstance(rows, torch.Tensor) else None
 
 
 def components(pipe: Any) -> dict[str, nn.Module]:

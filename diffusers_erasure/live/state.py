@@ -15,12 +15,11 @@ from ..layers.buffers import PartKey, live_buffer, set_buffer
 from ..layers.modifiers import Conditions
 from ..layers.passing import Pass
 from ..originals import Kept
-from . import requests
+from . import requests, turnstile
 from .firing import FiringCheck
 from .marks import Marks
 from .plans import Plan, Strength, View
 from .training_rule import trains
-from .turnstile import Turnstile
 
 
 CHILD = "erasure_modules"
@@ -52,8 +51,6 @@ class ErasureModules(nn.Module):
         self.timed: set[PartKey] = set()  # what is attached and asks for the timestep
         self.loaded: dict[str, Loaded] = {}
         self.plan = Plan({}, ())
-        self.turnstile = Turnstile()
-        self.requests = Requests()
         self.tensors = StrengthTensors()
         self.firing = FiringCheck(self)
         self.guards: list[torch.utils.hooks.RemovableHandle] = []
@@ -81,6 +78,11 @@ class ErasureModules(nn.Module):
     def drop(self, name: str) -> None:
         """List it no more."""
         self.loaded = {key: item for key, item in self.loaded.items() if key != name}
+
+    @property
+    def turnstile(self) -> turnstile.Turnstile:
+        """Of the component."""
+        return turnstile.of(self.component)
 
     def live(self) -> Iterator[LiveLayer]:
         """By what erasures act here."""
@@ -112,7 +114,7 @@ class ErasureModules(nn.Module):
         if plan.whole is not self.plan.ready.get(self.plan.names):
             self._hold(plan.whole)
         self.plan = plan
-        for request in self.requests.all() if weights_changed else ():
+        for request in requests.under_way(self.component) if weights_changed else ():
             request.plans[id(self.component)] = plan
         device = next((parameter.device for parameter in self.component.parameters()), torch.device("cpu"))
         self._hold_defaults(torch.device("cpu") if device.type == "meta" else device)
@@ -132,6 +134,12 @@ class ErasureModules(nn.Module):
         for layer in self.live():
             for place in layer.places():
                 place.whole = whole.get(place.number)
+
+    def keeps_older(self) -> bool:
+        """Whether any request that is under way has begun with something else than is there now."""
+        return any(
+            each.plan_of(self.component, self.plan) is not self.plan for each in requests.under_way(self.component)
+        )
 
     def set_strengths(self) -> None:
         """Take over the strengths of what is loaded; the live tensor of them is written in place, for CUDA graphs."""
@@ -247,32 +255,6 @@ def _by_row(pictures: tuple[float, ...], rows: int) -> list[float]:
         f"Strengths are given for {len(pictures)} pictures, but the batch has {rows} rows. Give one strength for each picture of "
         "the batch (prompts times `num_images_per_prompt`), or one number for all."
     )
-
-
-class Requests:
-    """The requests that began with what is on a component, as long as they last. A copy has none."""
-
-    def __init__(self) -> None:
-        self.present: dict[int, requests.Request] = {}
-
-    def __reduce__(self) -> tuple[type["Requests"], tuple[()]]:
-        return Requests, ()
-
-    def add(self, request: requests.Request) -> None:
-        """One begins."""
-        self.present[id(request)] = request
-
-    def end(self, request: requests.Request) -> None:
-        """One is over."""
-        self.present.pop(id(request), None)
-
-    def all(self) -> list[requests.Request]:
-        """Those that are under way."""
-        return list(self.present.values())
-
-    def keep_older(self, component: nn.Module, plan: Plan) -> bool:
-        """Whether any has begun with something else than is there now."""
-        return any(each.plan_of(component, plan) is not plan for each in self.all())
 
 
 class Guard:

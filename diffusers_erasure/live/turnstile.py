@@ -1,12 +1,13 @@
 """Passes of a component and changes to it: a change waits for the passes that are under way, and new passes wait for it.
 
-A pass is short (one step of a request), so nothing waits long. What a request began with it keeps, see `requests.py`.
+A pass is short (one step of a request), so nothing waits long. They take turns: before the next change the passes go that waited
+for the last one. What a request began with it keeps, see `requests.py`.
 """
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from ..logging import get_logger
 
@@ -19,7 +20,7 @@ _under_way: dict[int, int] = {}  # passes by thread, of all components: one with
 
 
 class Turnstile:
-    """Of one component. A copy, or a pickle, has no passes."""
+    """Of one component, whether it has erasures or not: also the first one is loaded by one thread at a time."""
 
     def __init__(self) -> None:
         self.passes: set[int] = set()  # threads whose pass is under way
@@ -27,19 +28,20 @@ class Turnstile:
         self.holder: object = None  # the block, of which all passes may go through
         self.depth = 0
         self.waiting = 0
-
-    def __reduce__(self) -> tuple[type["Turnstile"], tuple[()]]:
-        return Turnstile, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Turnstile":
-        return Turnstile()
+        self.queue: set[int] = set()  # threads whose pass waits
+        self.turn: set[int] = set()  # those of them that go before the next change
 
     def enter(self, inside: Iterable[object]) -> None:
         """A pass begins, as soon as no change holds the component: but for one of the blocks that it is made `inside` of."""
         me = threading.get_ident()
         with _world:
-            while self._held(me, inside) or (self.waiting and me not in _under_way):
-                _world.wait()
+            self.queue.add(me)
+            try:
+                while self._held(me, inside) or (self.waiting and me not in self.turn and me not in _under_way):
+                    _world.wait()
+            finally:
+                self.queue.discard(me)
+                self.turn.discard(me)
             if me not in self.passes:  # a pass that broke off is replaced
                 self.passes.add(me)
                 _under_way[me] = _under_way.get(me, 0) + 1
@@ -68,6 +70,18 @@ class Turnstile:
             del _under_way[thread]
 
 
+_turnstiles: "weakref.WeakKeyDictionary[object, Turnstile]" = weakref.WeakKeyDictionary()
+
+
+def of(component: object) -> Turnstile:
+    """The turnstile of a component, which is not compiled or wrapped."""
+    with _world:
+        found = _turnstiles.get(component)
+        if found is None:
+            found = _turnstiles[component] = Turnstile()
+        return found
+
+
 @contextmanager
 def held(turnstiles: Iterable[Turnstile], inside: Iterable[object], holder: object = None) -> Iterator[None]:
     """Within the block no pass of other threads is under way on some components.
@@ -85,7 +99,7 @@ def held(turnstiles: Iterable[Turnstile], inside: Iterable[object], holder: obje
             each.waiting += 1
         try:
             waited = 0.0
-            while any(each._held(me, inside) or each._busy(me) for each in turnstiles):
+            while any(each._held(me, inside) or each._busy(me) or each.turn - {me} for each in turnstiles):
                 if not _world.wait(1.0):
                     waited += 1.0
                     if waited == PATIENCE:
@@ -108,6 +122,7 @@ def held(turnstiles: Iterable[Turnstile], inside: Iterable[object], holder: obje
                 each.depth -= 1
                 if not each.depth:
                     each.holder = each.thread = None
+                    each.turn |= each.queue
             _world.notify_all()
 
 
