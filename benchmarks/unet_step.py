@@ -4,13 +4,12 @@
     python -m benchmarks.unet_step --device cuda --compile
 
 Kernels (dispatched operations but for views) and FLOPs are counted exactly, on the meta device and always at `--size`; kernels
-in the first step of a run and in a later one. Times are medians of ratios round by round, of runs of one step. The erasure is
+in the first step of a run and in a later one. Times are medians of ratios round by round, of runs of `--steps`. The erasure is
 random: a `lora` on the 32 `to_k` and `to_v` of the cross-attentions, a `text_map`, or an `activation` (5 % of the units of the
 16 feed-forwards, 50 timesteps); the stock LoRA is the same file, loaded by `unet.load_lora_adapter`. The work of the first two
 is on the 77 text rows and does not depend on `--size`, so a ratio at a small size is an upper bound of that at a larger one.
 
-"alone" is the time of the 32 projections with what the variant adds to them, less that of the bare ones: on a loaded
-machine it tells more than the difference of two long steps.
+"host" is a run on the meta device, where nothing is computed: what Python does, by which a GPU's queue is filled.
 """
 
 import statistics
@@ -30,7 +29,6 @@ from benchmarks.command import add_unet_arguments, finish, print_table, start, t
 from benchmarks.timing import interleave_calls, ratios, spread, summary
 from diffusers_erasure import load_erasure
 from diffusers_erasure.base_model import text_readers
-from diffusers_erasure.layers.text_map import TextMap
 from diffusers_erasure.schema import LORA_FILE
 
 
@@ -98,24 +96,25 @@ def inputs(unet: Any, size: int, device: str, dtype: torch.dtype) -> dict[str, t
     }
 
 
-@torch.no_grad()
-def count(
-    meta_unet: Any, like: Any, variant: str | None, rank: int | None, number: int, size: int
-) -> tuple[int, int, int]:
-    """Kernels of the first and of a later step of a run, and FLOPs of a step, counted on the meta device."""
+def on_meta(meta_unet: Any, like: Any, variant: str, rank: int | None, number: int) -> Any:
+    """A UNet on the meta device with what a variant adds."""
     unet = share_weights(meta_unet)
-    if variant is not None:
-        attach(unet, like, variant, rank, number)
-        unet.to("meta")
+    attach(unet, like, variant, rank, number)
+    return unet.to("meta")
+
+
+@torch.no_grad()
+def count(unet: Any, size: int) -> tuple[int, int, int]:
+    """Kernels of the first and of a later step of a run, and FLOPs of the first, counted on the meta device."""
     step = partial(unet, **inputs(unet, size, "meta", torch.float32))
+    with FlopCounterMode(display=False) as flops:
+        Run(unet)(step)  # and what is made once for all runs
     seen = [0]
     with CountKernels() as kernels:
         Run(unet)(step, STEPS, lambda: seen.append(kernels.count))
     first, *later = (after - before for before, after in zip(seen, seen[1:], strict=False))
     if len(set(later)) != 1:
-        raise AssertionError(f"{variant}: steps after the first have {later} kernels.")
-    with FlopCounterMode(display=False) as flops:
-        Run(unet)(step)
+        raise AssertionError(f"Steps after the first have {later} kernels.")
     return first, later[0], flops.get_total_flops()
 
 
@@ -139,19 +138,6 @@ def compiled(unet: Any) -> Callable[..., Any]:
     return torch.compile(own)
 
 
-def projections(unet: Any, rows: torch.Tensor) -> Callable[[], None]:
-    """The 32 projections of the text rows alone, with the text map before them where there is one."""
-    sites = [unet.get_submodule(site) for site in text_readers(UNetOnly(unet))]
-    maps = [module for module in unet.modules() if isinstance(module, TextMap)]
-
-    def run() -> None:
-        mapped = maps[0](rows) if maps else rows
-        for site in sites:
-            site(mapped)
-
-    return run
-
-
 @torch.no_grad()
 def main() -> None:
     """The command line."""
@@ -160,28 +146,32 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", help="ranks of an erasure; 1 4 64 by default")
     parser.add_argument("--counts", type=int, nargs="+", help="numbers of erasures loaded; 1 10 by default")
     parser.add_argument("--compile", action="store_true", help="time compiled steps too; minutes each on a CPU")
-    parser.add_argument("--no-steps", action="store_true", help="count, and time the projections alone")
+    parser.add_argument("--no-steps", action="store_true", help="count, and time the host alone")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="of the runs that are timed (2)")
     options = parser.parse_args()
     start(options)
     smoke, device, dtype, size, repeats = unet_settings(options)
     ranks = options.ranks or ([4] if smoke else [1, 4, 64])
     counts = options.counts or ([1, 2] if smoke else [1, 10])
     meta, base = make_unet(smoke, device="meta"), make_unet(smoke, device, dtype)
-    bare_first, bare_later, bare_flops = count(meta, base, None, None, 0, size)
+    bare_first, bare_later, bare_flops = count(meta, size)
     rows: list[dict[str, Any]] = []
     batch = inputs(base, size, device, dtype)
-    steps: dict[str, Callable[[], Any]] = {"bare": partial(Run(base), partial(base, **batch))}
-    alone: dict[str, Callable[[], Any]] = {"bare": projections(base, batch["encoder_hidden_states"])}
+    empty = inputs(meta, size, "meta", torch.float32)
+    steps: dict[str, Callable[[], Any]] = {"bare": partial(Run(base), partial(base, **batch), options.steps)}
+    hosts: dict[str, Callable[[], Any]] = {"bare": partial(Run(meta), partial(meta, **empty), options.steps)}
     compiled_steps: dict[str, Callable[[], Any]] = {}
     if options.compile:
-        compiled_steps["bare"] = partial(Run(base), partial(compiled(share_weights(base)), **batch))
+        compiled_steps["bare"] = partial(Run(base), partial(compiled(share_weights(base)), **batch), options.steps)
     cases: list[tuple[str, int | None, int]] = [
         *((variant, rank, number) for rank in ranks for number in counts for variant in RANKED),
         *((variant, None, number) for number in counts for variant in UNRANKED),
     ]
     for variant, rank, number in cases:
         name = f"{variant} x{number}" if rank is None else f"{variant} r{rank} x{number}"
-        first, later, flops = count(meta, base, variant, rank, number, size)
+        counted = on_meta(meta, base, variant, rank, number)
+        first, later, flops = count(counted, size)
+        hosts[name] = partial(Run(counted), partial(counted, **empty), options.steps)
         rows.append(
             {
                 "name": name,
@@ -196,27 +186,27 @@ def main() -> None:
         )
         unet = share_weights(base)
         attach(unet, base, variant, rank, number)
-        if variant in RANKED:
-            alone[name] = projections(unet, batch["encoder_hidden_states"])
-        steps[name] = partial(Run(unet), partial(unet, **batch))
+        steps[name] = partial(Run(unet), partial(unet, **batch), options.steps)
         if options.compile:
-            compiled_steps[name] = partial(Run(unet), partial(compiled(unet), **batch))
+            compiled_steps[name] = partial(Run(unet), partial(compiled(unet), **batch), options.steps)
 
     numbers: dict[str, Any] = {
-        "settings": {"size": size, "batch": BATCH, "tokens": TOKENS, "dtype": str(dtype), "repeats": repeats},
+        "settings": {
+            "size": size,
+            "batch": BATCH,
+            "tokens": TOKENS,
+            "dtype": str(dtype),
+            "repeats": repeats,
+            "steps": options.steps,
+        },
         "bare": {"kernels_first": bare_first, "kernels": bare_later, "flops": bare_flops},
         "rows": rows,
     }
-    times = interleave_calls(alone, 5 * repeats, device)
-    numbers["bare"]["projections_s"] = summary(times["bare"])
-    for row in rows:
-        if row["name"] in times:
-            own = [a - b for a, b in zip(times[row["name"]], times["bare"], strict=True)]
-            row["alone_s"] = summary(own)
-    for key, functions in (("step", steps), ("compiled", compiled_steps)):
-        if options.no_steps or not functions:
+    for key, functions in (("host", hosts), ("step", steps), ("compiled", compiled_steps)):
+        if (options.no_steps and key != "host") or not functions:
             continue
-        times = interleave_calls(functions, repeats, device)
+        host = key == "host"
+        times = interleave_calls(functions, 5 * repeats if host else repeats, "cpu" if host else device)
         numbers["bare"][f"{key}_s"] = summary(times["bare"])
         for row in rows:
             own = times[row["name"]]
@@ -226,12 +216,12 @@ def main() -> None:
                 row[key]["over_stock"] = ratios(own, stock)
 
     print(f"\nBare step, {BATCH}x{size}x{size}, {dtype}: {bare_later} kernels, {bare_flops / 1e12:.4g} TFLOPs")
-    for key in ("step_s", "compiled_s", "projections_s"):
+    for key in ("host_s", "step_s", "compiled_s"):
         if key in numbers["bare"]:
             print(f"  {key.removesuffix('_s')}: {spread(numbers['bare'][key], 2, 1e3)} ms")
     print_table(
-        "Added to a step (alone: median [quartiles])",
-        ("variant, rank, loaded", "kernels, first step", "later", "MFLOPs", "of the step", "alone, ms"),
+        "Added to a step",
+        ("variant, rank, loaded", "kernels, first step", "later", "MFLOPs, first", "of the step"),
         (
             (
                 row["name"],
@@ -239,17 +229,17 @@ def main() -> None:
                 f"+{row['added_kernels']}",
                 f"+{row['added_flops'] / 1e6:.1f}",
                 f"{row['added_flops'] / bare_flops:.5%}",
-                spread(row["alone_s"], 2, 1e3) if "alone_s" in row else "",
             )
             for row in rows
         ),
     )
-    for key in ("step", "compiled"):
+    titles = {"host": "{} steps on the meta device", "step": "{} steps", "compiled": "{} compiled steps"}
+    for key, title in titles.items():
         timed_rows = [row for row in rows if key in row]
         if timed_rows:
             print_table(
-                f"Time of a {'compiled ' if key == 'compiled' else ''}step as a ratio: median [quartiles]",
-                ("variant, rank, loaded", "to the bare step", "to the stock LoRA"),
+                f"Time of a run of {title.format(options.steps)} as a ratio: median [quartiles]",
+                ("variant, rank, loaded", "to the bare run", "to the stock LoRA"),
                 (
                     (
                         row["name"],

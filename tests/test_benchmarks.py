@@ -78,20 +78,21 @@ def test_unet_step(tmp_path: Path) -> None:
     }
     # 32 projections of 2 x 77 text rows: 64 wide in, 2 x (5 x 32 + 5 x 64 + 6 x 128) wide out.
     widths = {"lora": 32 * 64 + 2 * (5 * 32 + 5 * 64 + 6 * 128), "text_map": 64 + 64}
-    # two products and a sum at each site, whatever the number of erasures; stock LoRAs also scale, each on its own
-    kernels = {"lora": lambda count: 3 * 32, "text_map": lambda count: 3, "stock": lambda count: 4 * 32 * count}
+    # A later step: a product and a sum in one at each site, whatever the number of erasures, or nothing, as mapped rows are kept;
+    # stock LoRAs take two products, a scale and a sum, each on its own.
+    kernels = {"lora": lambda count: 32, "text_map": lambda count: 0, "stock": lambda count: 4 * 32 * count}
     alike = {row["added_kernels"] for row in rows if row["variant"] == "activation"}
-    assert len(alike) == 1 and 16 < alike.pop() < 16 * 20
+    assert len(alike) == 1 and 16 <= alike.pop() < 16 * 4
     for row in rows:
+        assert set(row["host"]["ratio"]) == set(row["step"]["ratio"]) == SUMMARY
+        assert 0 <= row["added_kernels_first"] - row["added_kernels"] < 10
         if row["variant"] == "activation":
             assert row["added_flops"] == row["formula_flops"] == 0 and row["rank"] is None
-            assert set(row["step"]) == {"seconds", "ratio"}
             continue
         flops = 2 * 2 * 77 * row["rank"] * row["erasures"] * widths.get(row["variant"], widths["lora"])
         assert row["added_flops"] == row["formula_flops"] == flops, row["name"]
         assert row["added_kernels"] == kernels[row["variant"]](row["erasures"]), row["name"]
-        assert row["added_kernels_first"] >= row["added_kernels"]
-        assert set(row["alone_s"]) == set(row["step"]["ratio"]) == set(row["step"]["over_stock"]) == SUMMARY
+        assert set(row["step"]["over_stock"]) == SUMMARY
 
 
 @pytest.mark.slow

@@ -234,7 +234,8 @@ class Factors(nn.Module):
     def gate_values(self, now: Pass, device: torch.device) -> torch.Tensor:
         """The gates' values, [1 or B, parts]; 1 for parts without one, and where there is no text."""
         known = [None if each is None else now.gate(*each) for each in self.gates]
-        batch = max((len(value) for value in known if value is not None), default=1)
+        sizes = [len(value) for value in known if value is not None]
+        batch = max(sizes) if sizes else 1  # torch.compile knows no `default`
         ones = torch.ones(batch, device=device)
         return torch.stack([ones if value is None else value.to(device) for value in known], dim=1)
 

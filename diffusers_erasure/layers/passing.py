@@ -165,8 +165,10 @@ def _kept(now: Pass, key: Any, rows: torch.Tensor, compute: Callable[[], torch.T
     version = compat.version_of(rows)
     if version is None or now.kept is None:
         return compute()
-    kind = rows.device.type
-    own = now.kept.setdefault((key, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)), [])
+    kind, cast = rows.device.type, None
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # not on the meta device
+        cast = torch.get_autocast_dtype(kind)
+    own = now.kept.setdefault((key, cast), [])
     for each in own:
         if each.is_of(rows, version, now.strengths):
             return each.value
