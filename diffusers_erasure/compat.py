@@ -114,15 +114,15 @@ def wrap_prompt_encoders(wrap: Wrap) -> None:
 _wraps: dict[str, Wrap] = {}
 
 
-def wrap_pipelines(names: Iterable[str], wrap: Wrap) -> None:
+def wrap_pipelines(names: Iterable[str] = (), wrap: Wrap | None = None) -> None:
     """Wrap some methods in every class of pipelines, in those that are imported later when one is made of them.
 
-    All pipelines register their components as they are made. What is wrapped is not wrapped again.
+    All pipelines register their components as they are made; one from a pickle does not, and calls this without arguments.
     """
     import diffusers
 
     roots = [getattr(diffusers, name) for name in ("DiffusionPipeline", "ModularPipeline") if hasattr(diffusers, name)]
-    _wraps.update(dict.fromkeys(names, wrap))
+    _wraps.update({name: wrap for name in names if wrap is not None})
 
     def wrap_class(pipeline: type) -> None:
         for name, each in _wraps.items():

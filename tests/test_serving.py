@@ -2,12 +2,17 @@
 
 import asyncio
 import copy
+import gc
 import pickle
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +35,7 @@ from tests.serving import (
 )
 
 
+ROOT = Path(__file__).resolve().parents[1]
 EFFECT = 0.05  # what an erasure moves a picture by at least
 
 
@@ -260,6 +266,42 @@ def test_a_change_of_the_requests_own_holds_from_then_on(action: Callable[[Any],
     assert far(drawn, alone) > EFFECT
 
 
+def test_a_thread_that_outlives_its_block() -> None:
+    """The block holds for a thread that is started within, as long as it lasts."""
+    pipe, base = serving(("lora",)), demo.load_pipeline()
+    drawn: list[np.ndarray] = []
+    once, over = threading.Event(), threading.Event()
+
+    def work() -> None:
+        drawn.append(Request().draw(pipe))
+        once.set()
+        assert over.wait(PATIENCE)
+        drawn.append(Request().draw(pipe))
+
+    with pipe.erasures_disabled():
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert once.wait(PATIENCE)
+    over.set()
+    thread.join(PATIENCE)
+    assert equal(drawn[0], Request().draw(base)) and equal(drawn[1], Request().draw(pipe))
+    assert far(*drawn) > EFFECT
+
+
+def test_a_thread_that_a_request_starts_holds_nothing_of_it() -> None:
+    """As the monitor of progress bars is started, which lives as long as the process."""
+    pipe, stop = serving(("lora",)), threading.Event()
+    alive = weakref.ref(pipe.unet)
+    thread = threading.Thread(target=stop.wait, daemon=True)
+    try:
+        Request(strengths={"lora": 0.5}).served(pipe, callback_on_step_end=Held(thread.start))
+        del pipe
+        gc.collect()
+        assert thread.is_alive() and alive() is None
+    finally:
+        stop.set()
+
+
 # ------------------------------------------------------------------------------------------- executors and asyncio
 
 
@@ -385,6 +427,37 @@ def test_copies(duplicate: Callable[[Any], Any], block: str) -> None:
     made.unload_erasure()
     assert made.list_erasures() == [] and equal(request.draw(pipe), plain)
     assert equal(request.draw(made), request.draw(demo.load_pipeline()))
+
+
+UNPICKLED = """
+import pickle, sys, threading
+import numpy as np, torch
+torch.set_num_threads(1)
+pipe, wanted = pickle.load(open(sys.argv[1], "rb"))
+
+def change(pipe, step, timestep, values):
+    other = threading.Thread(target=pipe.set_erasures, args=("lora", 0.0))
+    other.start()
+    other.join()
+    return values
+
+from contextvars import Context
+def draw():
+    generator = torch.Generator().manual_seed(0)
+    return pipe(["a cat"], num_inference_steps=4, guidance_scale=3.0, generator=generator, output_type="np",
+                callback_on_step_end=lambda *args: Context().run(change, *args)).images
+assert np.array_equal(draw(), wanted)
+assert not np.array_equal(draw(), wanted)
+"""
+
+
+def test_a_pickle_in_another_process(tmp_path: Path) -> None:
+    """There its class was never made a pipeline of, and a call is a request all the same."""
+    pipe = serving(("lora",))
+    (tmp_path / "pickle").write_bytes(pickle.dumps((pipe, Request().draw(pipe))))
+    command = [sys.executable, "-c", UNPICKLED, str(tmp_path / "pickle")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_copy_in_the_middle_of_a_request() -> None:

@@ -64,6 +64,7 @@ class ErasureModules(nn.Module):
         self._hold(self.plan.whole)
         self._hold_defaults(self.conditions.defaults.device)
         compat.watch_hooks()  # of a pickle, in a process that has loaded no erasure
+        compat.wrap_pipelines()
 
     @property
     def component(self) -> nn.Module:
