@@ -4,8 +4,8 @@ No other module of the library imports or reads a private name of another librar
 """
 
 import functools
-import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def unwrap_compiled(module: nn.Module) -> nn.Module:
@@ -98,57 +95,22 @@ def drop_forward_hooks(module: nn.Module, numbers: Iterable[int]) -> None:
             flags.pop(number, None)
 
 
-_PROMPT_ENCODERS = "encode_prompt", "_encode_prompt"  # the former name is the only one in some pipelines
+PROMPT_ENCODERS = "encode_prompt", "_encode_prompt"  # the former name is the only one in some pipelines
 
 
 def encodes_prompts(pipeline: type) -> bool:
     """Whether a pipeline class has a function that encodes prompts, which is given the user's `prompt_embeds` too."""
-    return any(hasattr(pipeline, name) for name in _PROMPT_ENCODERS)
+    return any(hasattr(pipeline, name) for name in PROMPT_ENCODERS)
 
 
-def wrap_prompt_encoders(wrap: Wrap) -> None:
-    """Wrap what encodes prompts in every class of pipelines. See [`wrap_pipelines`]."""
-    wrap_pipelines(_PROMPT_ENCODERS, wrap)
-
-
-_wraps: dict[str, Wrap] = {}
-
-
-def wrap_pipelines(names: Iterable[str] = (), wrap: Wrap | None = None) -> None:
-    """Wrap some methods in every class of pipelines, in those that are imported later when one is made of them.
-
-    All pipelines register their components as they are made; one from a pickle does not, and calls this without arguments.
-    """
-    import diffusers
-
-    roots = [getattr(diffusers, name) for name in ("DiffusionPipeline", "ModularPipeline") if hasattr(diffusers, name)]
-    _wraps.update({name: wrap for name in names if wrap is not None})
-
-    def wrap_class(pipeline: type) -> None:
-        for name, each in _wraps.items():
-            function = getattr(pipeline, name, None)
-            if inspect.isfunction(function) and not hasattr(function, "_diffusers_erasure"):
-                wrapped = each(function)
-                wrapped._diffusers_erasure = True  # type: ignore[attr-defined]
-                owner = next(each for each in pipeline.__mro__ if name in vars(each))
-                setattr(owner if issubclass(owner, tuple(roots)) else pipeline, name, wrapped)
-
-    ahead = list(roots)
-    while ahead:
-        pipeline = ahead.pop()
-        wrap_class(pipeline)
-        ahead += pipeline.__subclasses__()
-    register = diffusers.DiffusionPipeline.register_modules
-    if hasattr(register, "_diffusers_erasure"):
-        return
-
-    @functools.wraps(register)
-    def register_modules(self: Any, **modules: Any) -> Any:
-        wrap_class(type(self))
-        return register(self, **modules)
-
-    register_modules._diffusers_erasure = True  # type: ignore[attr-defined]
-    diffusers.DiffusionPipeline.register_modules = register_modules
+def is_running(thread: int, module: nn.Module) -> bool:
+    """Whether a thread is within a call of a module."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def in_backward() -> bool:

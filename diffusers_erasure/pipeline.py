@@ -170,6 +170,27 @@ def _acting(pipe: Any, item: Loaded) -> float | tuple[float, ...]:
     return peft_backend.present_strength(pipe, item) if set_by_peft else found[0] if found else 0.0
 
 
+def _in_weights(pipe: Any, names: Sequence[str]) -> bool:
+    """Whether any of these erasures lies in weights that all requests share."""
+    fused = fusing.fused_names(pipe)
+    return any(name in fused or item.backend == "peft" for name, item in _loaded(pipe).items() if name in names)
+
+
+def _free_name(pipe: Any, src: Any, adapter_name: str | None) -> str:
+    taken = _loaded(pipe)
+    name = _default_name(src, taken) if adapter_name is None else adapter_name
+    if not isinstance(name, str) or not name or "." in name:
+        raise ErasureInputError(
+            f"An erasure's name must be a string with at least one character and no '.': {name!r}."
+        )
+    if name in taken:
+        raise ErasureInputError(
+            f"An erasure {name!r} is loaded already. Give another `adapter_name`, or unload it with "
+            f"`pipe.unload_erasure({name!r})` first."
+        )
+    return name
+
+
 def _default_name(src: Any, taken: Mapping[str, Loaded]) -> str:
     if isinstance(src, Erasure):
         base = Path(src.source).name if src.source else src.config.method.name
@@ -242,17 +263,7 @@ def load_erasure(
             '`backend` must be "hook", "merge" or "peft", and `peft_guard` "reactivate" or "error", not '
             f"{backend!r} and {peft_guard!r}."
         )
-    taken = _loaded(pipe)
-    name = _default_name(src, taken) if adapter_name is None else adapter_name
-    if not isinstance(name, str) or not name or "." in name:
-        raise ErasureInputError(
-            f"An erasure's name must be a string with at least one character and no '.': {name!r}."
-        )
-    if name in taken:
-        raise ErasureInputError(
-            f"An erasure {name!r} is loaded already. Give another `adapter_name`, or unload it with "
-            f"`pipe.unload_erasure({name!r})` first."
-        )
+    _free_name(pipe, src, adapter_name)  # before anything is read
     if isinstance(src, Erasure):
         erasure = src
     elif method == "lora":
@@ -261,7 +272,22 @@ def load_erasure(
         erasure = read_plain_lora(pipe, src, weight_name=weight_name, **options)
     else:
         erasure = Erasure.from_pretrained(src, **options)
+    with attachment.changing_alone(_components(pipe).values(), weights=backend != "hook"):
+        return _load(pipe, src, adapter_name, erasure, strength, strict_base, backend, peft_guard)
 
+
+def _load(
+    pipe: Any,
+    src: Any,
+    adapter_name: str | None,
+    erasure: Erasure,
+    strength: float,
+    strict_base: StrictBase,
+    backend: Backend,
+    peft_guard: PeftGuard,
+) -> ErasureInfo:
+    """Check and attach, while nobody else changes what is loaded."""
+    name = _free_name(pipe, src, adapter_name)
     content = erasure.content_hash
     twins.refuse_copy(pipe, content)
     match = _check_base(pipe, erasure, content, strict_base)
@@ -354,7 +380,8 @@ def set_erasures(
     if len(values) != len(listed) or len(set(listed)) != len(listed):
         raise ErasureInputError(f"{len(listed)} names and {len(values)} strengths: give one for each name, each once.")
     changes = [(_known(pipe, name), valid_strength(value)) for name, value in zip(listed, values, strict=True)]
-    with attachment.changing_alone(_components(pipe).values()), fusing.changing(pipe, listed):
+    weights = _in_weights(pipe, listed)
+    with attachment.changing_alone(_components(pipe).values(), weights=weights), fusing.changing(pipe, listed):
         for state in _states(pipe).values():  # each by itself: a component that was copied alone has its own items
             for item, value in changes:
                 if item.name in state.loaded:
@@ -374,7 +401,8 @@ def unload_erasure(pipe: Any, name: str | None = None) -> None:
         ErasureNotFoundError: no erasure has that name.
     """
     names = list(_loaded(pipe)) if name is None else [_known(pipe, name).name]
-    with attachment.changing_alone(_components(pipe).values()), fusing.changing(pipe, names):
+    weights = _in_weights(pipe, names)
+    with attachment.changing_alone(_components(pipe).values(), weights=weights), fusing.changing(pipe, names):
         for each in names:
             attachment.detach(_components(pipe).values(), each)
 

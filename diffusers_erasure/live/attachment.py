@@ -14,18 +14,22 @@ from ..layers.modifiers import Conditions, Modifier
 from ..schema import LayerSpec
 from . import requests, saving, turnstile
 from .state import CHILD, ErasureModules, Guard, GuardAfter, Loaded, state_of, states
+from .wrapping import wrap_pipelines
 
 
 @contextmanager
-def changing_alone(components: Iterable[nn.Module], block: requests.Block | None = None) -> Iterator[None]:
+def changing_alone(
+    components: Iterable[nn.Module], block: requests.Block | None = None, *, weights: bool = False
+) -> Iterator[None]:
     """Within the block no pass of other threads is under way on these components. They may get their first erasure there.
 
     Args:
         components (iterable of `nn.Module`): the components.
         block ([`Block`], *optional*): of which all passes may go through; by default only those of the calling thread may.
+        weights (`bool`, *optional*): weights are changed, which is for no request that is under way.
     """
     bare = [compat.unwrap_compiled(component) for component in components]
-    with turnstile.held(map(turnstile.of, bare), requests.frames(), block):
+    with turnstile.held(map(turnstile.of, bare), requests.frames(), block, weights=weights):
         yield
 
 
@@ -172,7 +176,7 @@ def end_request(request: requests.Request) -> None:
 
 def guard_requests() -> None:
     """Make every call of a pipeline a request, of all classes of pipelines; done twice it does nothing."""
-    compat.wrap_pipelines(("__call__",), requests.wrapped(states, end_request))
+    wrap_pipelines(("__call__",), requests.wrapped(states, end_request))
 
 
 def ensure_state(component: nn.Module) -> ErasureModules:

@@ -31,7 +31,7 @@ def erasures_disabled(pipe: Any) -> Iterator[None]:
     )
     with ExitStack() as stack:
         if shared:
-            stack.enter_context(changing_alone(components(pipe).values(), block))
+            stack.enter_context(changing_alone(components(pipe).values(), block, weights=True))
         stack.enter_context(changing(pipe))
         stack.enter_context(_told(pipe, "off"))
         stack.callback(_fold, pipe)  # after the block has ended

@@ -18,20 +18,25 @@ T = TypeVar("T")
 _UNSET: Any = object()
 
 _lock = threading.Lock()
-_carried: dict[ContextVar[Any], Callable[[Any], Any]] = {}  # replaced as a whole, as other threads read it
+_carried: dict[
+    ContextVar[Any], tuple[Callable[[Any], Any], Callable[[Any], Any]]
+] = {}  # replaced as a whole, as other threads read it
 
 
-def carry(variable: ContextVar[T], for_threads: Callable[[T], T]) -> None:
+def carry(
+    variable: ContextVar[T], for_threads: Callable[[T], T], for_jobs: Callable[[T], T] = lambda value: value
+) -> None:
     """Let a context variable go along with work that is handed to other threads, in this process from now on.
 
-    A job given to [`~concurrent.futures.ThreadPoolExecutor`] (also by `loop.run_in_executor` and `asyncio.to_thread`) runs with the
-    value that the variable has where it is handed over. The executor's threads do not keep it: they serve others as well. A
+    A job given to [`~concurrent.futures.ThreadPoolExecutor`] (also by `loop.run_in_executor` and `asyncio.to_thread`) runs with
+    `for_jobs` of the value that the variable has where it is handed over. The executor's threads do not keep it: they serve others as well. A
     [`~threading.Thread`] that is started runs with `for_threads(value)`, unless it was given a context in which the variable has
     another value. Where the variable is not set nothing is changed.
 
     Args:
         variable (`ContextVar`): the variable. A second call for the same one does nothing.
         for_threads (`Callable`): makes the value for a new thread from that of the thread which starts it, in which it is called.
+        for_jobs (`Callable`, *optional*): makes that for a job; the same value by default.
     """
     global _carried
     with _lock:
@@ -39,13 +44,17 @@ def carry(variable: ContextVar[T], for_threads: Callable[[T], T]) -> None:
             ThreadPoolExecutor.submit = _carrying_submit(ThreadPoolExecutor.submit)  # type: ignore[method-assign]
             threading.Thread.start = _carrying_start(threading.Thread.start)  # type: ignore[method-assign]
         if variable not in _carried:
-            _carried = {**_carried, variable: for_threads}
+            _carried = {**_carried, variable: (for_threads, for_jobs)}
 
 
 def _carrying_submit(submit: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(submit)
     def carrying(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        values = [(each, value) for each in _carried if (value := each.get(_UNSET)) is not _UNSET]
+        values = [
+            (each, for_jobs(value))
+            for each, (_, for_jobs) in _carried.items()
+            if (value := each.get(_UNSET)) is not _UNSET
+        ]
         if not values:
             return submit(self, fn, *args, **kwargs)
         # The executors of other interpreters (Python 3.14) pickle their jobs; what is set here says nothing there.
@@ -62,7 +71,7 @@ def _carrying_start(start: Callable[..., None]) -> Callable[..., None]:
     def carrying(self: threading.Thread) -> None:
         values = [
             (each, value, for_threads(value))
-            for each, for_threads in _carried.items()
+            for each, (for_threads, _) in _carried.items()
             if (value := each.get(_UNSET)) is not _UNSET
         ]
         if not values:

@@ -21,7 +21,7 @@ from ..layers import WeightChange, layer_kind
 from ..layers.sites import attention_of, find_module
 from ..logging import get_logger
 from ..originals import Kept, digest
-from . import attachment
+from . import attachment, requests
 from .loaded import components, known, loaded, states
 from .state import Loaded
 
@@ -94,6 +94,11 @@ def fuse_erasures(pipe: Any, names: str | Sequence[str] | None = None) -> int:
             have to be fused with another.
         ErasureError: erasures were fused before and the weights were changed since.
     """
+    with attachment.changing_alone(components(pipe).values(), weights=True):
+        return _fuse(pipe, names)
+
+
+def _fuse(pipe: Any, names: str | Sequence[str] | None) -> int:
     wanted = list(loaded(pipe)) if names is None else [names] if isinstance(names, str) else list(names)
     if not wanted:
         raise ErasureInputError("No erasure is loaded that could be fused.")
@@ -102,8 +107,7 @@ def fuse_erasures(pipe: Any, names: str | Sequence[str] | None = None) -> int:
     already = fused_names(pipe)
     together = [name for name in loaded(pipe) if name in wanted or name in already]
     if together != already:
-        if _disabled(pipe):
-            raise ErasureInputError("Erasures cannot be fused within `erasures_disabled()`; they would act there.")
+        refuse_while_disabled(pipe)
         plan(pipe, together)
         unfuse_erasures(pipe)
         try:
@@ -126,7 +130,9 @@ def unfuse_erasures(pipe: Any) -> None:
     Raises:
         ErasureError: a weight is no longer what fusing left. Nothing is changed; the message says what to undo first.
     """
-    with attachment.changing_alone(components(pipe).values()):
+    if not any(state.merged for state in states(pipe).values()):
+        return
+    with attachment.changing_alone(components(pipe).values(), weights=True):
         _unfuse(pipe)
 
 
@@ -148,8 +154,21 @@ def _unfuse(pipe: Any) -> None:
     attachment.reset_compiled(live[name] for name in held)
 
 
-def _disabled(pipe: Any) -> bool:
-    return any(state.view().disabled for state in states(pipe).values())
+def refuse_while_disabled(pipe: Any) -> None:
+    """Refuse what would act in all threads alike, and so within `erasures_disabled()` too.
+
+    Raises:
+        ErasureInputError: the caller, or another thread, is within such a block.
+    """
+    if any(state.view().disabled for state in states(pipe).values()):
+        raise ErasureInputError(
+            "Erasures cannot be put into the weights within `erasures_disabled()`; they would act there."
+        )
+    if any(requests.disabled_elsewhere(compat.unwrap_compiled(each)) for each in components(pipe).values()):
+        raise ErasureInputError(
+            "Erasures cannot be put into the weights while another thread or task is within `erasures_disabled()` (a fit is): they "
+            "would act there. Do it before or after."
+        )
 
 
 def fused_names(pipe: Any) -> list[str]:
@@ -184,8 +203,7 @@ def unfused(pipe: Any) -> Iterator[None]:
         names = [name for name in loaded(pipe) if name in names]
         if names:
             try:
-                if _disabled(pipe):
-                    raise ErasureInputError("they are disabled elsewhere")
+                refuse_while_disabled(pipe)
                 merge(pipe, names)
             except Exception as error:
                 logger.warning("The erasures %s are on, but by hooks: they could not be fused again: %s", names, error)
@@ -350,7 +368,9 @@ def _plain_parameter(component: nn.Module, weight: _Weight, name: str) -> nn.Par
 
 def merge(pipe: Any, names: Sequence[str], *, alone: bool = False) -> None:
     """Fuse erasures, none of which is fused. After an error nothing is changed."""
-    with attachment.changing_alone(components(pipe).values()):
+    with attachment.changing_alone(components(pipe).values(), weights=True):
+        if fused_names(pipe):
+            raise ErasureError(f"{fused_names(pipe)} were fused meanwhile, in another thread; nothing was changed.")
         _merge(pipe, names, alone)
 
 

@@ -22,6 +22,7 @@ from ..schema import LayerSpec
 from ..stock_lora import stock_factors
 from . import attachment
 from .adapter_contents import AdapterContents
+from .fusing import refuse_while_disabled
 from .loaded import states
 from .state import Loaded, state_of
 
@@ -273,6 +274,7 @@ def check(pipe: Any, erasure: Erasure, name: str, components: Mapping[str, nn.Mo
             f'`backend="peft"` takes erasures that are LoRAs, or carry one that is the same edit; this one has {what}. Use the '
             'default `backend="hook"`.'
         )
+    refuse_while_disabled(pipe)
     loadable = compat.lora_components(pipe)
     strange = sorted(found.keys() - set(loadable))
     if strange:

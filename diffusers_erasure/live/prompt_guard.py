@@ -21,6 +21,7 @@ from . import second_prompt
 from .loaded import states
 from .requests import Block, trusts_prompts, within
 from .state import Loaded, state_of
+from .wrapping import wrap_pipelines
 
 
 SEEN, SAMPLES = 256, 96  # texts that are remembered, and values of each by which it is known again
@@ -95,6 +96,13 @@ def _on_text(pipe: Any) -> tuple[list[Loaded], list[Loaded]]:
     return on, [item for item, acting in found.values() if not acting]
 
 
+def _for_some_pictures(pipe: Any) -> set[str]:
+    """Erasures that are off for some pictures of a batch: whose rows they are cannot be told from outside."""
+    views = [state.view() for state in states(pipe).values()]
+    found = ((name, value) for view in views for name, value in view.strengths.items())
+    return {name for name, value in found if isinstance(value, tuple) and not all(value)}
+
+
 def _encoders(item: Loaded) -> list[str]:
     names = (layer.component for layer in item.erasure.config.layers)
     return sorted({name for name in names if name.startswith("text_encoder")})
@@ -126,12 +134,13 @@ def _guarded(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
             rows = encode_prompt(self, *args, **kwargs)
         finally:
             _within.reset(token)
-        if off or any(item.prompts.rows for item in acting):
+        partly = _for_some_pictures(self)
+        if off or partly or any(item.prompts.rows for item in acting):
             mine = _keys(list(given.values()), _DTYPES)
             new = [key for key in _keys(rows, _DTYPES) if key not in mine]
-            for item in off:
+            for item in (*off, *(item for item in acting if item.name in partly)):
                 item.prompts.note(new)
-            for item in acting:
+            for item in (item for item in acting if item.name not in partly):
                 item.prompts.forget(new)
         return rows
 
@@ -169,7 +178,7 @@ def guard_all() -> None:
 
     It stays: where no erasure with layers on a text encoder is on a pipeline, it lets everything through.
     """
-    compat.wrap_prompt_encoders(_guarded)
+    wrap_pipelines(compat.PROMPT_ENCODERS, _guarded)
 
 
 class OnePrompt:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,18 +74,20 @@ class Block(Frame):
         super().__init__(pipe, modules)
         self.exact, self.strengths = exact, dict(strengths or {})
         self.training, self.trusted = training, trusted
+        if exact is not None and not exact:
+            _disabled.add(self)
         self.had = {
             (id(module), name) for module in self.modules for name in self.strengths if name in _loaded(module)
         }
 
-    def strengths_on(self, component: nn.Module, plan: Plan) -> dict[str, Strength]:
+    def strengths_on(self, component: nn.Module, plan: Plan, strict: bool = True) -> dict[str, Strength]:
         """The strengths that it gives to erasures of a component.
 
-        Raises:
+        Raises (where it is `strict`):
             ErasureNotFoundError: one of them was unloaded within the block.
         """
         gone = [n for n in self.strengths if n not in plan.strengths and (id(component), n) in self.had]
-        if gone:
+        if gone and strict:
             raise ErasureNotFoundError(
                 f"The erasures {gone}, whose strengths `erasure_strengths` gives, were unloaded meanwhile. Load them again, or "
                 "leave the block."
@@ -105,6 +108,14 @@ class Request(Frame):
 
 
 _under_way: dict[int, Request] = {}
+_disabled: "weakref.WeakSet[Block]" = weakref.WeakSet()  # blocks in which all erasures are off, of all threads
+
+
+def disabled_elsewhere(component: nn.Module) -> bool:
+    """Whether erasures are off on a component within a block of another thread or task."""
+    mine = frames()
+    blocks = [block for block in list(_disabled) if block.open and not any(block is each for each in mine)]
+    return any(block.covers(component) for block in blocks)
 
 
 def under_way(component: nn.Module) -> list[Request]:
@@ -114,11 +125,19 @@ def under_way(component: nn.Module) -> list[Request]:
 
 def over(request: Request) -> None:
     """A request is no longer under way."""
-    _under_way.pop(id(request), None)
+    if _under_way.pop(id(request), None) is not None:
+        turnstile.end([turnstile.of(module) for module in request.modules])
+
+
+@dataclass(frozen=True)
+class Handed:
+    """A block in which a job was handed over to an executor: it holds for the job, also where that begins later."""
+
+    block: Block
 
 
 # A thread that was started within blocks may live longer than they do. It holds nothing of them, and they end for it too.
-Frames = tuple[Frame | weakref.ReferenceType[Frame], ...]
+Frames = tuple[Frame | Handed | weakref.ReferenceType[Frame], ...]
 _frames: ContextVar[Frames] = ContextVar("erasure requests", default=())
 
 
@@ -127,13 +146,20 @@ def for_threads(frames: Frames) -> Frames:
     return tuple(weakref.ref(each) if isinstance(each, Frame) else each for each in frames)
 
 
+def for_jobs(frames: Frames) -> Frames:
+    """What a job inherits that is handed over here: the blocks, whether they have ended or not when it begins."""
+    return tuple(Handed(each) if isinstance(each, Block) and each.open else each for each in frames)
+
+
 def frames() -> list[Frame]:
     """The blocks and requests that the caller is in, from the outermost to the innermost."""
     found: list[Frame] = []
     for each in _frames.get():
-        if isinstance(each, Frame):
-            found.append(each)
-        elif (frame := each()) is not None and frame.open:
+        if isinstance(each, Handed):
+            found.append(each.block)
+            continue
+        frame = each if isinstance(each, Frame) else each()
+        if frame is not None and frame.open:  # contexts are copied, and so may know of blocks that have ended
             found.append(frame)
     return found
 
@@ -141,19 +167,20 @@ def frames() -> list[Frame]:
 @contextmanager
 def within(frame: Frame) -> Iterator[None]:
     """A block of code within a frame, and what is handed to other threads there."""
-    carry(_frames, for_threads)
-    token = _frames.set((*_frames.get(), frame))
+    carry(_frames, for_threads, for_jobs)
+    _frames.set((*_frames.get(), frame))
     try:
         yield
     finally:
         frame.open = False
-        _frames.reset(token)
+        # By itself and not by what was before: blocks of generators end in any order, and in other contexts.
+        _frames.set(tuple(each for each in _frames.get() if each is not frame))
 
 
-def view(component: nn.Module, state: "ErasureModules") -> View:
+def view(component: nn.Module, state: "ErasureModules", strict: bool = True) -> View:
     """What holds on a component for a request that would be made here and now.
 
-    Raises:
+    Raises (where it is `strict`):
         ErasureNotFoundError: see [`Block.strengths_on`].
     """
     plan, training = state.plan, False
@@ -172,7 +199,7 @@ def view(component: nn.Module, state: "ErasureModules") -> View:
             strengths = {name: block.exact.get(name, 0.0) for name in plan.names}
             disabled = not block.exact
         elif not disabled:
-            strengths.update(block.strengths_on(component, plan))
+            strengths.update(block.strengths_on(component, plan, strict))
     return View(plan, strengths, disabled, training)
 
 
@@ -226,6 +253,7 @@ def request(
                         "picture (prompts times `num_images_per_prompt`), or one number for all."
                     )
         _under_way[id(frame)] = frame
+        turnstile.begin(map(turnstile.of, frame.modules))
     with within(frame):
         yield frame
 

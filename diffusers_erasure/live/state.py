@@ -20,6 +20,7 @@ from .firing import FiringCheck
 from .marks import Marks
 from .plans import Plan, Strength, View
 from .training_rule import trains
+from .wrapping import wrap_pipelines
 
 
 CHILD = "erasure_modules"
@@ -56,7 +57,7 @@ class ErasureModules(nn.Module):
         self.guards: list[torch.utils.hooks.RemovableHandle] = []
         self.fused: dict[str, Kept] = {}
         self.merged: list[str] = []  # names of the erasures that are fused, and so have no layers here
-        self.marks = Marks(self.acting)
+        self.marks = Marks(self.acting_here)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -64,7 +65,7 @@ class ErasureModules(nn.Module):
         self._hold(self.plan.whole)
         self._hold_defaults(self.conditions.defaults.device)
         compat.watch_hooks()  # of a pickle, in a process that has loaded no erasure
-        compat.wrap_pipelines()
+        wrap_pipelines()
 
     @property
     def component(self) -> nn.Module:
@@ -99,6 +100,10 @@ class ErasureModules(nn.Module):
         """The erasures that act in the pass that is under way, or would in one that began here and now."""
         now = self.conditions.here.now
         return self.view().acting if now is None else now.names
+
+    def acting_here(self) -> tuple[str, ...]:
+        """The erasures that would act in a pass that began here and now."""
+        return requests.view(self.component, self, strict=False).acting
 
     def planned(self) -> Plan:
         """The plan of what is loaded and attached now, with what its erasures do. Here memory may run out."""
@@ -154,7 +159,7 @@ class ErasureModules(nn.Module):
 
     def fold(self) -> None:
         """Let what acts by the component itself, and so for all threads alike, take over what holds here and now."""
-        strengths = self.view().strengths
+        strengths = requests.view(self.component, self, strict=False).strengths
         for layer in self.live():
             layer.fold({name: value for name, value in strengths.items() if not isinstance(value, tuple)})
 
