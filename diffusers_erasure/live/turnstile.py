@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 PATIENCE = 30.0  # seconds after which a pass or a change says what it waits for
 _world = threading.Condition()
 _under_way: dict[int, int] = {}  # passes by thread, of all components: one within another is not held up for a change
-_waits: "dict[int, Turnstile]" = {}  # threads whose pass waits, and where
+_waits: "dict[int, Turnstile]" = {}  # threads whose pass or request waits, and where
 
 
 class Turnstile:
@@ -92,6 +92,10 @@ class Turnstile:
 
     def _held(self, me: int, inside: Iterable[object]) -> bool:
         return self.thread not in (None, me) and not any(self.holder is each for each in inside)
+
+    def _is_closed(self, me: int, inside: Iterable[object]) -> bool:
+        """Whether no request may begin: a change holds the component, or waits for the requests that are under way."""
+        return self._held(me, inside) or (self.closing > 0 and me not in self.requests)
 
     def _busy(self, me: int, waited: float) -> bool:
         """Whether a pass of another thread is under way; one that broke off is not, which takes a while to look for."""
@@ -201,8 +205,14 @@ def quiet(turnstiles: Iterable[Turnstile], inside: Iterable[object]) -> Iterator
     """Within the block no change begins, and none is under way on some components; it must be short, and wait for nothing."""
     turnstiles, inside, me = list(turnstiles), list(inside), threading.get_ident()
     with _world:
-        while any(each._held(me, inside) or (each.closing and me not in each.requests) for each in turnstiles):
-            _world.wait()
+        waited = 0.0
+        while (closed := next((each for each in turnstiles if each._is_closed(me, inside)), None)) is not None:
+            _waits[me] = closed
+            try:
+                closed._refuse_for_ever(me)
+                waited = _patiently(waited, "A call of a pipeline waits for a change in another thread")
+            finally:
+                del _waits[me]
         yield
 
 
