@@ -31,7 +31,7 @@ def carry(
     A job given to [`~concurrent.futures.ThreadPoolExecutor`] (also by `loop.run_in_executor` and `asyncio.to_thread`) runs with
     `for_jobs` of the value that the variable has where it is handed over. The executor's threads do not keep it: they serve others as well. A
     [`~threading.Thread`] that is started runs with `for_threads(value)`, unless it was given a context in which the variable has
-    another value. Where the variable is not set nothing is changed.
+    another value. Where the variable is not set, or is an empty tuple, nothing is changed.
 
     Args:
         variable (`ContextVar`): the variable. A second call for the same one does nothing.
@@ -53,7 +53,7 @@ def _carrying_submit(submit: Callable[..., Any]) -> Callable[..., Any]:
         values = [
             (each, for_jobs(value))
             for each, (_, for_jobs) in _carried.items()
-            if (value := each.get(_UNSET)) is not _UNSET
+            if (value := each.get(_UNSET)) not in (_UNSET, ())
         ]
         if not values:
             return submit(self, fn, *args, **kwargs)
@@ -72,7 +72,7 @@ def _carrying_start(start: Callable[..., None]) -> Callable[..., None]:
         values = [
             (each, value, for_threads(value))
             for each, (for_threads, _) in _carried.items()
-            if (value := each.get(_UNSET)) is not _UNSET
+            if (value := each.get(_UNSET)) not in (_UNSET, ())
         ]
         if not values:
             return start(self)

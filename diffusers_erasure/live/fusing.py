@@ -160,11 +160,12 @@ def refuse_while_disabled(pipe: Any) -> None:
     Raises:
         ErasureInputError: the caller, or another thread, is within such a block.
     """
-    if any(state.view().disabled for state in states(pipe).values()):
+    found = [requests.disabled(compat.unwrap_compiled(each)) for each in components(pipe).values()]
+    if any(own for own, _ in found):
         raise ErasureInputError(
             "Erasures cannot be put into the weights within `erasures_disabled()`; they would act there."
         )
-    if any(requests.disabled_elsewhere(compat.unwrap_compiled(each)) for each in components(pipe).values()):
+    if any(others for _, others in found):
         raise ErasureInputError(
             "Erasures cannot be put into the weights while another thread or task is within `erasures_disabled()` (a fit is): they "
             "would act there. Do it before or after."

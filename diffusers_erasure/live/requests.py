@@ -111,11 +111,12 @@ _under_way: dict[int, Request] = {}
 _disabled: "weakref.WeakSet[Block]" = weakref.WeakSet()  # blocks in which all erasures are off, of all threads
 
 
-def disabled_elsewhere(component: nn.Module) -> bool:
-    """Whether erasures are off on a component within a block of another thread or task."""
+def disabled(component: nn.Module) -> tuple[bool, bool]:
+    """Whether erasures are off on a component in a block in which the caller is, and in one of another thread or task."""
     mine = frames()
-    blocks = [block for block in list(_disabled) if block.open and not any(block is each for each in mine)]
-    return any(block.covers(component) for block in blocks)
+    blocks = [block for block in list(_disabled) if block.open and block.covers(component)]
+    own = [block for block in blocks if any(block is each for each in mine)]
+    return bool(own), len(blocks) > len(own)
 
 
 def under_way(component: nn.Module) -> list[Request]:
@@ -168,13 +169,16 @@ def frames() -> list[Frame]:
 def within(frame: Frame) -> Iterator[None]:
     """A block of code within a frame, and what is handed to other threads there."""
     carry(_frames, for_threads, for_jobs)
-    _frames.set((*_frames.get(), frame))
+    mine = (*_frames.get(), frame)
+    token = _frames.set(mine)
     try:
         yield
     finally:
         frame.open = False
-        # By itself and not by what was before: blocks of generators end in any order, and in other contexts.
-        _frames.set(tuple(each for each in _frames.get() if each is not frame))
+        if _frames.get() is mine:
+            _frames.reset(token)
+        else:  # blocks of generators end in any order, and in other contexts
+            _frames.set(tuple(each for each in _frames.get() if each is not frame))
 
 
 def view(component: nn.Module, state: "ErasureModules", strict: bool = True) -> View:
