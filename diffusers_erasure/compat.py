@@ -29,24 +29,17 @@ def unwrap_compiled(module: nn.Module) -> nn.Module:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether the module, or any of its submodules, was compiled, by `torch.compile(module)` or `module.compile()`."""
-    return any(
-        "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
-        for part in family(module)
-    )
+    return any("_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) for part in family(module))
 
 
-def family(module: nn.Module) -> dict[nn.Module, nn.Module]:
+def family(module: nn.Module, found: dict[nn.Module, nn.Module] | None = None) -> dict[nn.Module, nn.Module]:
     """A module, with itself, and all modules within it, each with the one around it; takes far less than `modules()`."""
-    around = {module: module}
-
-    def walk(parent: nn.Module) -> None:
-        for each in parent._modules.values():
-            if each is not None and each not in around:
-                around[each] = parent
-                walk(each)
-
-    walk(module)
-    return around
+    found = {module: module} if found is None else found
+    for each in module._modules.values():
+        if each is not None and each not in found:
+            found[each] = module
+            family(each, found)
+    return found
 
 
 def child(module: nn.Module, name: str) -> nn.Module | None:
@@ -98,11 +91,12 @@ def forward_hooks(module: nn.Module) -> list[tuple[int, Any]]:
 
 def drop_forward_hooks(module: nn.Module, numbers: Iterable[int]) -> None:
     """Take hooks off by their numbers: those of a copied module have no handle of their own."""
-    hooks = module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called
-    flags = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
     for number in numbers:
-        for each in (*hooks, *flags):
-            each.pop(number, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            hooks.pop(number, None)
+        kwargs, always = module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called
+        for flags in (kwargs, module._forward_hooks_with_kwargs, always):
+            flags.pop(number, None)
 
 
 _PROMPT_ENCODERS = "encode_prompt", "_encode_prompt"  # the former name is the only one in some pipelines
@@ -269,8 +263,7 @@ def is_tuner(module: nn.Module) -> bool:
     """Whether a module is what peft puts around a layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # `isinstance` asks each of its subclasses, for each class of modules.
-    return BaseTunerLayer in type(module).__mro__
+    return BaseTunerLayer in type(module).__mro__  # `isinstance` asks each of its subclasses
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -446,8 +439,7 @@ def delete_adapter(module: nn.Module, name: str) -> None:
 
 def active_adapters(module: nn.Module) -> list[str]:
     """Names of the peft adapters that act in a module now (empty where none is loaded or all are disabled)."""
-    states = adapter_states(module).values()
-    return list(dict.fromkeys(name for active, disabled in states if not disabled for name in active))
+    return list(dict.fromkeys(name for active, off in adapter_states(module).values() if not off for name in active))
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
