@@ -120,7 +120,6 @@ class SiteEdit(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.names = frozenset(name for name, _ in parts)
         modifiers = [(part.modifier, part.index, columns[name]) for (name, _), part in parts.items()]
         self.factors = Factors(modifiers, device)
 
