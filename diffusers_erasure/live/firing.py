@@ -174,15 +174,17 @@ class FiringCheck:
             names = each.names if known is None else each.names | known.names
             hooks = each.hooks if known is None else (*known.hooks, *each.hooks)
             by_site[each.site] = Watched(each.site, each.module, names, hooks)
-        around = compat.family(compat.unwrap_compiled(component))
+        component = compat.unwrap_compiled(component)
+        around = compat.family(component)
         drop_copied(around, {id(each.module) for each in by_site.values()})
-        if self._sees(component, by_site):
-            self.watched = by_site  # other erasures at the same sites
+        owners = {each.site: _owner(each.module, around, component) for each in by_site.values()}
+        if self.component is component and self._sees(by_site, owners):
+            self.watched = by_site  # of other erasures
             return
         self.close()
-        self.component, self.watched = compat.unwrap_compiled(component), by_site
+        self.component, self.watched = component, by_site
         for each in self.watched.values():
-            owner = _owner(each.module, around, self.component)
+            owner = owners[each.site]
             if id(owner) not in self.owners:
                 self.owners[id(owner)] = Owner(self, owner)
             self.owners[id(owner)].watch(each.module, each.site, each.hooks)
@@ -193,17 +195,13 @@ class FiringCheck:
         self.steps = list(steps.values())
         self.tuners = [parent for parent, _, _ in self.steps if compat.is_tuner(parent)]
 
-    def _sees(self, component: nn.Module, by_site: dict[str, Watched]) -> bool:
-        """Whether these modules are the ones that are watched now, and are where they were."""
-        if (
-            self.copied
-            or self.component is not compat.unwrap_compiled(component)
-            or by_site.keys() != self.watched.keys()
-        ):
+    def _sees(self, by_site: Mapping[str, Watched], owners: Mapping[str, nn.Module]) -> bool:
+        """Whether these modules and no others are watched now, in these owners, and are reached as they were."""
+        if self.copied or self._changed():
             return False
-        before = self.watched
-        same = all(each.module is before[s].module and each.hooks == before[s].hooks for s, each in by_site.items())
-        return same and not self._changed()
+        marks = {mark.site: (owner.module, mark.hooks) for owner in self.owners.values() for mark in owner.marks}
+        same = all(each.module is self.watched[site].module for site, each in by_site.items() if site in self.watched)
+        return same and marks == {site: (owners[site], each.hooks) for site, each in by_site.items()}
 
     def _changed(self) -> bool:
         """Whether anything on the way to what is watched was replaced."""
