@@ -17,7 +17,7 @@ from torch import nn
 
 def unwrap_compiled(module: nn.Module) -> nn.Module:
     """Return the module inside a `torch.compile`d one, or a `PeftModel`; itself where it is neither."""
-    inner = getattr(module, "_orig_mod", None)  # without importing torch._dynamo, which takes a second
+    inner = child(module, "_orig_mod")  # without importing torch._dynamo, which takes a second
     module = inner if isinstance(inner, nn.Module) else module
     if type(module).__module__.startswith("peft.peft_model"):
         return module.get_base_model()  # type: ignore[operator]
@@ -26,10 +26,17 @@ def unwrap_compiled(module: nn.Module) -> nn.Module:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether the module, or any of its submodules, was compiled, by `torch.compile(module)` or `module.compile()`."""
-    return any(
-        "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
-        for part in module.modules()
-    )
+    return any("_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) for part in family(module))
+
+
+def family(module: nn.Module, found: dict[nn.Module, nn.Module] | None = None) -> dict[nn.Module, nn.Module]:
+    """A module, with itself, and all modules within it, each with the one around it; takes far less than `modules()`."""
+    found = {module: module} if found is None else found
+    for each in module._modules.values():
+        if each is not None and each not in found:
+            found[each] = module
+            family(each, found)
+    return found
 
 
 def child(module: nn.Module, name: str) -> nn.Module | None:
@@ -224,9 +231,7 @@ def is_tuner(module: nn.Module) -> bool:
     """Whether a module is what peft puts around a layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return (
-        BaseTunerLayer in type(module).__mro__
-    )  # `isinstance` asks each of its subclasses, for each class of modules
+    return BaseTunerLayer in type(module).__mro__  # `isinstance` asks each of its subclasses
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -245,9 +250,7 @@ def drops_base_output(tuner: Any) -> bool:
 
 def has_adapters(module: nn.Module) -> bool:
     """Whether peft has put adapters into a module, active or not."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
+    return any(is_tuner(part) for part in family(module))
 
 
 def exactly(names: Iterable[str]) -> str:
@@ -374,9 +377,7 @@ def call_after_hotswaps(call: Callable[[nn.Module], None]) -> None:
 
 def adapter_states(module: nn.Module) -> dict[Any, tuple[list[str], bool]]:
     """For each of peft's layers in a module the active adapters, and whether all are disabled."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+    layers: list[Any] = [part for part in family(module) if is_tuner(part)]
     return {layer: (list(layer.active_adapters), layer.disable_adapters) for layer in layers}
 
 
@@ -406,13 +407,7 @@ def delete_adapter(module: nn.Module, name: str) -> None:
 
 def active_adapters(module: nn.Module) -> list[str]:
     """Names of the peft adapters that act in a module now (empty where none is loaded or all are disabled)."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    names: dict[str, None] = {}
-    for part in module.modules():
-        if isinstance(part, BaseTunerLayer) and not part.disable_adapters:
-            names.update(dict.fromkeys(part.active_adapters))
-    return list(names)
+    return list(dict.fromkeys(name for active, off in adapter_states(module).values() if not off for name in active))
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

@@ -411,7 +411,7 @@ def unload_erasure(pipe: Any, name: str | None = None) -> None:
 def save_erasure(
     pipe: Any, save_directory: str | os.PathLike[str], adapter_name: str | None = None, **options: Unpack[SaveOptions]
 ) -> list[Path]:
-    """Save a loaded erasure, at its present strength: other than 1 rescales the tensors and is recorded.
+    """Save a loaded erasure, at the strength that is set, whatever a block gives: other than 1 rescales the tensors and is recorded.
 
     Args:
         pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.
@@ -429,7 +429,7 @@ def save_erasure(
 def push_erasure_to_hub(
     pipe: Any, repo_id: str, adapter_name: str | None = None, **options: Unpack[PushOptions]
 ) -> "CommitInfo":
-    """Push a loaded erasure to the Hub, at its present strength: other than 1 rescales the tensors and is recorded.
+    """Push a loaded erasure to the Hub, at the strength that is set, whatever a block gives: other than 1 rescales the tensors.
 
     Args:
         pipe ([`DiffusionPipeline`] or [`ModularPipeline`]): the pipeline.

@@ -34,7 +34,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from diffusers_erasure import Erasure, ErasureInactiveError, demo, erase, load_erasure
+from diffusers_erasure import Erasure, ErasureInactiveError, compat, demo, erase, load_erasure
 from diffusers_erasure.live.attachment import state_of
 from tests.helpers import (
     CONV_SITES,
@@ -312,14 +312,19 @@ def test_a_module_that_another_wraps_and_calls(erased: Any) -> None:
     assert torch.equal(noise(erased), oracle)
 
 
-def test_an_owner_that_is_exchanged_while_its_parts_stay(erased: Any) -> None:
-    block = erased.unet.get_submodule(BLOCK)
+def exchanged(unet: Any) -> None:
+    """Put another attention in the place of one, with the same parts."""
+    block = unet.get_submodule(BLOCK)
     found = block.attn2
     with torch.device("meta"):
         block.attn2 = type(found)(64, 32, heads=found.heads, dim_head=64 // found.heads)
     for name in ("to_q", "to_k", "to_v", "to_out"):
         setattr(block.attn2, name, getattr(found, name))
     block.attn2.set_processor(OwnKey())
+
+
+def test_an_owner_that_is_exchanged_while_its_parts_stay(erased: Any) -> None:
+    exchanged(erased.unet)
     with pytest.raises(ErasureInactiveError, match="OwnKey"):
         noise(erased)
 
@@ -365,6 +370,30 @@ def test_a_copy_after_a_lora_has_gone(pipe: Any, through: Callable[[Any], Any]) 
 
 def test_unloading_takes_all_of_it_off(pipe: Any) -> None:
     unchanged_by(pipe, lambda: (pipe.load_erasure(random_erasure(pipe)), pipe.unload_erasure()))
+
+
+def hooks_within(module: Any) -> list[tuple[int, Any]]:
+    return [each for part in module.modules() for each in compat.forward_hooks(part)]
+
+
+def test_another_erasure_at_the_same_sites(pipe: Any) -> None:
+    """It puts up no hooks, and is named where it does not act."""
+    pipe.load_erasure(random_erasure(pipe, seed=1), "one")
+    hooks = hooks_within(pipe.unet)
+    pipe.load_erasure(random_erasure(pipe, seed=2), "two")
+    assert hooks_within(pipe.unet) == hooks
+    attention = pipe.unet.get_submodule(BLOCK).attn2
+    stock = attention.processor
+    attention.set_processor(OwnKey())
+    with pytest.raises(ErasureInactiveError, match=r"\['one', 'two'\].*OwnKey"):
+        noise(pipe)
+    attention.set_processor(stock)
+    exchanged(pipe.unet)
+    pipe.load_erasure(random_erasure(pipe, seed=3), "three")  # the same modules, and another one around them
+    with pytest.raises(ErasureInactiveError, match=r"\['one', 'three', 'two'\].*OwnKey"):
+        noise(pipe)
+    pipe.unload_erasure()
+    assert not hooks_within(pipe.unet)
 
 
 def test_threads_do_not_mix(erased: Any) -> None:

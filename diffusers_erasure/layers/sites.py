@@ -28,10 +28,9 @@ def find_module(component: nn.Module, site: str) -> nn.Module:
     """
     component = compat.unwrap_compiled(component)
     for name in _names(site):
-        try:
-            return compat.base_layer(component.get_submodule(name))
-        except AttributeError:
-            continue
+        module = _submodule(component, name)
+        if module is not None:
+            return compat.base_layer(module)
     raise ErasureCompatibilityError(
         f"{type(component).__name__} has no module {site!r}: the erasure was made for another architecture."
     )
@@ -79,11 +78,21 @@ def attention_of(component: nn.Module, site: str) -> nn.Module:
     """Return the module around a site: an attention for its projections, the component where there is none."""
     component = compat.unwrap_compiled(component)
     for name in _names(site.rpartition(".")[0]):
-        try:
-            return component.get_submodule(name)
-        except AttributeError:
-            continue
+        module = _submodule(component, name)
+        if module is not None:
+            return module
     return component
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """What `get_submodule` finds, or `None`: children first, as it takes long to ask a model for attributes."""
+    for name in path.split(".") if path else ():
+        found = compat.child(module, name)
+        found = getattr(module, name, None) if found is None else found  # what a wrapper forwards to
+        if not isinstance(found, nn.Module):
+            return None
+        module = found
+    return module
 
 
 def _names(site: str) -> tuple[str, ...]:
@@ -111,7 +120,6 @@ class SiteEdit(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.names = frozenset(name for name, _ in parts)
         modifiers = [(part.modifier, part.index, columns[name]) for (name, _), part in parts.items()]
         self.factors = Factors(modifiers, device)
 

@@ -10,7 +10,7 @@ what was missed, which the component's own hook reads: an error cannot leave a g
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,27 +168,44 @@ class FiringCheck:
 
     def watch(self, component: nn.Module, watched: Iterable[Watched]) -> None:
         """Watch these modules from now on, and no others."""
-        watched = list(watched)
-        self.close()
-        self.component = compat.unwrap_compiled(component)
+        by_site: dict[str, Watched] = {}
         for each in watched:
-            known = self.watched.get(each.site)
+            known = by_site.get(each.site)
             names = each.names if known is None else each.names | known.names
             hooks = each.hooks if known is None else (*known.hooks, *each.hooks)
-            self.watched[each.site] = Watched(each.site, each.module, names, hooks)
-        drop_copied(self.component, {id(each.module) for each in watched})
-        parents = {id(child): parent for parent in self.component.modules() for child in parent.children()}
+            by_site[each.site] = Watched(each.site, each.module, names, hooks)
+        component = compat.unwrap_compiled(component)
+        around = compat.family(component)
+        drop_copied(around, {id(each.module) for each in by_site.values()})
+        owners = {each.site: _owner(each.module, around, component) for each in by_site.values()}
+        if self.component is component and self._sees(by_site, owners):
+            self.watched = by_site  # of other erasures
+            return
+        self.close()
+        self.component, self.watched = component, by_site
         for each in self.watched.values():
-            around = _owner(each.module, parents, self.component)
-            if id(around) not in self.owners:
-                self.owners[id(around)] = Owner(self, around)
-            self.owners[id(around)].watch(each.module, each.site, each.hooks)
+            owner = owners[each.site]
+            if id(owner) not in self.owners:
+                self.owners[id(owner)] = Owner(self, owner)
+            self.owners[id(owner)].watch(each.module, each.site, each.hooks)
         steps: dict[tuple[int, str], Step] = {}
         for each in self.watched.values():
             for step in path_to(self.component, each.site, each.module):
                 steps[id(step[0]), step[1]] = step
         self.steps = list(steps.values())
         self.tuners = [parent for parent, _, _ in self.steps if compat.is_tuner(parent)]
+
+    def _sees(self, by_site: Mapping[str, Watched], owners: Mapping[str, nn.Module]) -> bool:
+        """Whether these modules and no others are watched now, in these owners, and are reached as they were."""
+        if self.copied or self._changed():
+            return False
+        marks = {mark.site: (owner.module, mark.hooks) for owner in self.owners.values() for mark in owner.marks}
+        same = all(each.module is self.watched[site].module for site, each in by_site.items() if site in self.watched)
+        return same and marks == {site: (owners[site], each.hooks) for site, each in by_site.items()}
+
+    def _changed(self) -> bool:
+        """Whether anything on the way to what is watched was replaced."""
+        return any(compat.child(parent, name) is not child for parent, name, child in self.steps)
 
     def close(self) -> None:
         """Watch nothing."""
@@ -200,7 +217,7 @@ class FiringCheck:
         """Why what is watched would not act in the coming pass, or `None`; within a larger graph nothing is looked at."""
         if torch.compiler.is_compiling():
             return None
-        if self.copied or any(compat.child(parent, name) is not child for parent, name, child in self.steps):
+        if self.copied or self._changed():
             reason = self._moved()
             if reason is not None:
                 return reason
@@ -250,8 +267,8 @@ class FiringCheck:
     def _moved(self) -> str | None:
         """Something on the way to the watched modules changed: why they are not reached, or `None` where they are."""
         assert self.component is not None
-        present = {id(module) for module in self.component.modules()}
-        gone = [each for each in self.watched.values() if id(each.module) not in present]
+        present = compat.family(self.component)
+        gone = [each for each in self.watched.values() if each.module not in present]
         for each in gone:
             names = self._acting(each.site)
             if names:
@@ -261,22 +278,22 @@ class FiringCheck:
         return None
 
 
-def _owner(module: nn.Module, parents: dict[int, nn.Module], component: nn.Module) -> nn.Module:
+def _owner(module: nn.Module, around: Mapping[nn.Module, nn.Module], component: nn.Module) -> nn.Module:
     """The innermost module around another that is called, and no wrapper of peft or of `torch.compile`."""
-    around = parents.get(id(module), component)
-    while around is not component and (
-        isinstance(around, CONTAINERS) or compat.is_tuner(around) or compat.unwrap_compiled(around) is not around
+    owner = around.get(module, component)
+    while owner is not component and (
+        isinstance(owner, CONTAINERS) or compat.is_tuner(owner) or compat.unwrap_compiled(owner) is not owner
     ):
-        around = parents.get(id(around), component)
-    return around
+        owner = around.get(owner, component)
+    return owner
 
 
-def drop_copied(component: nn.Module, own: set[int]) -> None:
+def drop_copied(modules: Iterable[nn.Module], own: set[int]) -> None:
     """Take off what came along when modules with hooks were copied into a component: it follows no strength there.
 
     Of the component's `own` modules, which were copied with it, only the hooks of the check, which are put on anew.
     """
-    for module in component.modules():
+    for module in modules:
         for key, hook in compat.forward_hooks(module):
             mark = hook if isinstance(hook, Mark) else None
             owner = mark.owner if mark else getattr(hook, "__self__", None)
