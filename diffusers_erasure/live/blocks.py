@@ -18,7 +18,8 @@ def erasures_disabled(pipe: Any) -> Iterator[None]:
 
     It holds where it stands: for requests that are made within the block, in tasks, threads and jobs that are started there
     too. Other threads draw with the erasures on. Fused erasures and those with `backend="peft"`, which lie in the weights
-    that all threads share, are taken out at the start and put back at the end; passes of other threads wait meanwhile.
+    that all threads share, are taken out at the start, once other threads' requests have ended, and put back at the end;
+    other threads wait meanwhile.
 
     The strengths come back at the end, after an exception too. Blocks may be nested.
 
