@@ -48,7 +48,7 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # The quick checks first and one after the other, also under `make -j`; pytest's summary comes last.
 test: $(VENV)/.installed-dev

@@ -30,8 +30,8 @@ class TextConfig:
         rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target's encoding are mapped.
             `"last"` is the row of its last word piece; `"window"` that row and all after it, padding included; `"all"` all
             rows but the start token's; `"whole"` that one too.
-        templates (`"object"`, `"style"`, `"person"`, `"object_context"`, `"style_context"`, `"none"` or a tuple of `str`,
-            *optional*): prompts, with `{}` for the concept, in which each target and its anchor are encoded.
+        templates (`str` or tuple of `str`, *optional*): `"object"`, `"style"`, `"person"`, `"object_context"`,
+            `"style_context"`, `"none"`, or prompts, with `{}` for the concept, in which each target and its anchor are encoded.
         retain (tuple of `str`, *optional*): prompts that must not change.
         retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
         pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
