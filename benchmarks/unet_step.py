@@ -184,6 +184,8 @@ def main() -> None:
                 "formula_flops": formula(meta, variant, rank, number),
             }
         )
+        if options.no_steps:
+            continue
         unet = share_weights(base)
         attach(unet, base, variant, rank, number)
         steps[name] = partial(Run(unet), partial(unet, **batch), options.steps)
