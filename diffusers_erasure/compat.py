@@ -45,8 +45,13 @@ def child(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def remove_child(module: nn.Module, name: str) -> None:
-    """Take a module's own submodule away."""
-    del module._modules[name]
+    """Take a module's own submodule away; see [`add_child`]."""
+    module._modules = type(module._modules)(item for item in module._modules.items() if item[0] != name)
+
+
+def add_child(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Give a module a submodule. Who goes through its submodules meanwhile, in another thread, has them as they were."""
+    module._modules = type(module._modules)([*module._modules.items(), (name, child)])
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -70,6 +70,10 @@ class LiveLayer(nn.Module):
         """Where something is done: each has a `number`, and a `whole` for what all erasures do."""
         return ()
 
+    def entrances(self) -> Iterable[int]:
+        """The numbers of the places on the component itself: torch lists its hooks before a pass waits for a change."""
+        return ()
+
     def watched(self) -> Iterator[Watched]:
         """The modules that have to be called for the layer to act: where their surroundings compute without them, the pass fails."""
         yield from ()

@@ -117,7 +117,7 @@ class Conditions(nn.Module):
         """Take in the gate of one layer, in the place of an earlier one."""
         self._drop_gate(key)
         self.names[key] = str(self.count)
-        self.gates[str(self.count)] = gate
+        compat.add_child(self.gates, str(self.count), gate)
         self.count += 1
 
     def keep_gates(self, names: Collection[str]) -> None:
@@ -131,7 +131,7 @@ class Conditions(nn.Module):
             gate = self.gates[number]
             assert isinstance(gate, Gate)
             gate.close()
-            del self.gates[number]
+            compat.remove_child(self.gates, number)
 
     def read(self, now: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Give a pass what the denoiser is called with."""

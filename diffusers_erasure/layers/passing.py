@@ -37,6 +37,7 @@ class Pass:
         text: the rows that the denoiser was given.
         gates: their values [B], once asked for.
         looked: what was found in this pass and holds for more than one module.
+        reached: numbers of the places on the component itself that were called.
         rows: the text rows that the first of their readers was given.
         kept: results of earlier passes of the thread, see [`kept_for`]; `None` outside of a request.
     """
@@ -61,6 +62,7 @@ class Pass:
         self.text: torch.Tensor | None = None
         self.gates: dict[PartKey, torch.Tensor] = {}
         self.looked: dict[Any, Any] = {}
+        self.reached: set[int] = set()
         self.rows: torch.Tensor | None = None
 
     def read(self, timestep: Any, scale: float, text: Any) -> None:

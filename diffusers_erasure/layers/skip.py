@@ -60,7 +60,7 @@ class SkipLayer(HookLayer):
         self.hooks.add(network)
         self.hooks.place = self.place
         self.attached[key] = Network(component, network, modifier, str(self.count))
-        self.networks[str(self.count)] = network  # names in a `ModuleDict` must have no dots
+        compat.add_child(self.networks, str(self.count), network)  # names must have no dots
         self.count += 1
 
     def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
@@ -76,7 +76,7 @@ class SkipLayer(HookLayer):
             network = self.networks[number]
             assert self.hooks is not None and isinstance(network, EPR)
             self.hooks.drop(network)
-            del self.networks[number]
+            compat.remove_child(self.networks, number)
         if not self.networks and self.hooks is not None:
             self.hooks.place = None
             self.hooks = None

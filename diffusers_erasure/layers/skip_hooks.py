@@ -175,11 +175,11 @@ class SkipHooks:
                 delattr(self.unet, ATTRIBUTE)
 
     @compat.untraced
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the UNet's pass."""
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Before the UNet's pass; without `kwargs` where it was taken off while the pass waited for that."""
         self.seen.forget()
         if any(network.schedule is not None for network in self.trained):
-            self.seen.timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+            self.seen.timestep = args[1] if len(args) > 1 else (kwargs or {})["timestep"]
 
     @compat.untraced
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -112,11 +112,12 @@ class MapInput(Place):
 
     @compat.untraced  # so that what is kept for a run is found when the model is compiled
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         edit, now = self.at_work()
-        if edit is None:
+        if edit is None or kwargs is None:  # without: it was taken off while the pass waited for that
             return None
+        now.reached.add(self.number)
         if len(args) > self.position:
             value = self._mapped(edit, args[self.position], now)
             return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
@@ -159,6 +160,9 @@ class TextMapLayer(SiteLayer):
 
     def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> MapPart:
         return MapPart(tensors["A"], tensors["D"], modifier)
+
+    def entrances(self) -> Iterable[int]:
+        return [each.place.number for each in self.sites.values()]
 
     def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
         """The denoiser, and where they are known the modules that read what is mapped."""

@@ -73,7 +73,7 @@ def attach_layers(
             continue
         state = ensure_state(components[layer.component])
         if layer.kind not in state.layers:
-            state.layers[layer.kind] = layer_kind(layer.kind).live(state.conditions)
+            compat.add_child(state.layers, layer.kind, layer_kind(layer.kind).live(state.conditions))
         live = state.layers[layer.kind]
         assert isinstance(live, HookLayer)
         key, modifier = (item.name, index), None
@@ -150,7 +150,7 @@ def tidy(component: nn.Module) -> None:
     if not state.timed:
         state.conditions.unwatch()
     for kind in [kind for kind, layer in state.layers.items() if isinstance(layer, LiveLayer) and layer.is_empty()]:
-        del state.layers[kind]
+        compat.remove_child(state.layers, kind)
     if state.loaded:
         return
     for handle in state.guards:
@@ -191,7 +191,7 @@ def ensure_state(component: nn.Module) -> ErasureModules:
             component.register_forward_pre_hook(Guard(state), prepend=True, with_kwargs=True),
             component.register_forward_hook(GuardAfter(state), always_call=True),
         ]
-        component.add_module(CHILD, state)
+        compat.add_child(component, CHILD, state)
         saving.guard(component, state.marks.ledger)
     return state
 

@@ -347,7 +347,8 @@ def load(pipe: Any, item: Loaded, components: Mapping[str, nn.Module], guarded: 
             if name in names:
                 live = state.layers[PLACE] if PLACE in state.layers else PeftAdapters(components[name])
                 assert isinstance(live, PeftAdapters)
-                state.layers[PLACE] = live
+                if PLACE not in state.layers:
+                    compat.add_child(state.layers, PLACE, live)
                 live.add(item.name, parts[name], policy)
                 state.marks.add(item.name, item.content_hash)  # peft's own keys are marks enough
                 attachment.watch(components[name])

@@ -143,7 +143,8 @@ class ActEraseAttnProcessor(nn.Module):
     def _attach(cls, bare: Any, item: Loaded) -> dict[str, Any]:
         state = attachment.ensure_state(bare)
         state.add(item)
-        state.layers[PLACE] = live = ProcessorPatches(state.conditions, bare, item.name)
+        live = ProcessorPatches(state.conditions, bare, item.name)
+        compat.add_child(state.layers, PLACE, live)
         for index, layer in enumerate(item.erasure.config.layers):
             live.attach(bare, (item.name, index), layer, item.erasure.layer_tensors(layer), None)
         processors = dict(bare.attn_processors)

@@ -276,6 +276,11 @@ class Guard:
             off, training = state.conditions.trace(args, kwargs)
         else:
             state.turnstile.enter(requests.frames())
+            if (
+                state_of(module) is not state
+            ):  # what the pass waited for took the last erasure off, and the hook that ends a pass
+                state.turnstile.leave()
+                return
             try:
                 view, now = state.begin(args, kwargs)
             except BaseException:
@@ -307,10 +312,24 @@ class GuardAfter:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         reason = self.state.firing.after()
         if not torch.compiler.is_compiling():
+            reason = reason or self._missed(self.state.conditions.here.now, output)
             self.state.conditions.here.now = None
             self.state.turnstile.leave()
         if reason is not None:
             raise ErasureInactiveError(reason)
+
+    def _missed(self, now: Pass | None, output: Any) -> str | None:
+        """Why something on the component itself did not act: torch lists hooks before a pass waits for a change."""
+        if now is None or output is None or now.older is not None:
+            return None
+        for layer in self.state.live():
+            for number in layer.entrances():
+                if number in now.edits and number not in now.reached:
+                    return (
+                        f"Erasures were loaded on {type(self.state.component).__name__} in another thread while this pass began, and it "
+                        "would have run without some of them. Run it again. Calls of a pipeline do not meet this."
+                    )
+        return None
 
 
 _TRAINING = (
