@@ -314,8 +314,7 @@ class RankScales(nn.Module):
 
     def __init__(self, owner: Sequence[int], device: torch.device) -> None:
         super().__init__()
-        self.columns = tuple(owner)
-        live_buffer(self, "owner", torch.tensor(self.columns), device, torch.int64)
+        live_buffer(self, "owner", torch.tensor(owner), device, torch.int64)
         self.known: dict[Any, torch.Tensor] = {}
 
     def forward(self, now: Pass, reduced: torch.Tensor) -> torch.Tensor:
@@ -324,10 +323,7 @@ class RankScales(nn.Module):
         found = self.known.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                if now.values is None:
-                    found = now.strengths.index_select(1, self.owner.to(now.strengths.device))
-                else:
-                    found = torch.tensor([now.values[column] for column in self.columns])[None]
+                found = now.strengths.index_select(1, self.owner.to(now.strengths.device))
                 found = found.to(reduced.device, reduced.dtype).reshape(len(found), *(1,) * (reduced.ndim - 2), -1)
             if not compat.is_capturing():  # what is made then belongs to the graph
                 for old in list(self.known)[: 1 - MOST_SCALES]:

@@ -227,11 +227,15 @@ class ErasureModules(nn.Module):
         plan, names = view.plan, view.acting
         older = None if plan is self.plan else plan.whole
         values = tuple(view.strengths[name] for name in names)
-        if compat.is_capturing() and older is None and plan.strengths == view.strengths:
-            # A graph that is captured sees what `set_erasures` writes later.
-            live = self.conditions.defaults.to(device)[None]
-            return Pass(plan.names, plan.whole, live, None, live.expand(rows, -1))
         every = tuple(view.strengths[name] for name in plan.names)
+        if compat.is_capturing():
+            if older is None and plan.strengths == view.strengths:
+                # A graph that is captured sees what `set_erasures` writes later.
+                held = self.conditions.defaults.to(device)[None]
+            else:
+                held = captured(every, rows, device)
+            edits = {} if view.disabled else plan.whole
+            return Pass(plan.names if edits else (), edits, held, None, held.expand(rows, -1), older)
         whole = self.tensors.of(every, rows, device)
         numbers = tuple(value for value in values if not isinstance(value, tuple))
         if len(numbers) == len(values):
@@ -274,7 +278,7 @@ class StrengthTensors:
         key = tuple(strengths), rows, device
         found = self.known.get(key)
         if found is None:
-            columns = [_by_row(value, rows) if isinstance(value, tuple) else [value] * rows for value in strengths]
+            columns = _columns(strengths, rows)
             with torch.inference_mode(False):
                 found = (
                     torch.tensor(columns, dtype=torch.float32).reshape(len(columns), rows).T.contiguous().to(device)
@@ -283,6 +287,19 @@ class StrengthTensors:
                 self.known.pop(old, None)
             self.known[key] = found
         return found
+
+
+def captured(strengths: Sequence[Strength], rows: int, device: torch.device) -> torch.Tensor:
+    """The same while a CUDA graph is captured: without a copy from the host, and held by that graph alone."""
+    columns = _columns(strengths, rows)
+    single = [[torch.full((), value, device=device) for value in column] for column in columns]
+    return (
+        torch.stack([torch.stack(column) for column in single], 1) if single else torch.zeros(rows, 0, device=device)
+    )
+
+
+def _columns(strengths: Sequence[Strength], rows: int) -> list[list[float]]:
+    return [_by_row(value, rows) if isinstance(value, tuple) else [value] * rows for value in strengths]
 
 
 def _by_row(pictures: tuple[float, ...], rows: int) -> list[float]:
