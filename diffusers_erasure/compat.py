@@ -125,9 +125,36 @@ def is_running(thread: int, module: nn.Module) -> bool:
     return False
 
 
-def in_backward() -> bool:
-    """Whether gradients are on their way back through the calling thread."""
-    return torch._C._current_graph_task_id() != -1
+def graph_task() -> int:
+    """The number of the way back on which the calling thread is; -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+def node_number() -> int:
+    """The number of the node that the calling thread computes on the way back: it was given where the node was made."""
+    node: Any = torch._C._current_autograd_node()
+    return -1 if node is None else node._sequence_nr()
+
+
+def next_node_number() -> int:
+    """The number that the next node gets which the calling thread makes."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Have a function called when the way back is over on which the calling thread is; not where it breaks off."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def on_way_back(tensor: torch.Tensor, call: Callable[[Any], None]) -> None:
+    """Have a function called when gradients of a tensor come; one that is saved goes without it, and without a warning."""
+    tensor.register_hook(torch.utils.hooks.unserializable_hook(call))
+
+
+def not_in_cuda_graphs() -> tuple[Any, ...]:
+    """The tag of an operator that no CUDA graph may hold; empty where torch has none, see [`is_capturing`]."""
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)  # before torch 2.8
+    return () if tag is None else (tag,)
 
 
 def is_capturing() -> bool:

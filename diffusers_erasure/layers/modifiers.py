@@ -6,6 +6,8 @@ compiled graph serves all strengths, timesteps and prompts.
 """
 
 import inspect
+import itertools
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +18,14 @@ from torch import nn
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInputError
+from . import graphs
 from .buffers import PartKey, live_buffer
 from .gate import Gate
 from .passing import Here, Pass
 
 
 MOST_SCALES = 16  # sets of strengths that are held ready at one place
+_numbers = itertools.count()  # by which graphs know components
 PER_THOUSAND = ("FluxTransformer2DModel",)  # denoisers whose timestep is t / 1000
 
 
@@ -57,7 +61,9 @@ class Conditions(nn.Module):
 
     Attributes:
         here: the calling thread's pass.
-        traced: the pass within a larger graph that a user compiles, where nothing belongs to a thread.
+        traced: the pass within a larger graph that a user compiles, while it is traced: what such a graph runs it is told then.
+        asked: gives it the strengths, see [`graphs.strengths`].
+        returning: the passes through which gradients may still come; they live as long as what autograd holds for them.
     """
 
     defaults: torch.Tensor  # [erasures that are loaded], their strengths; what is set is written into it in place
@@ -65,10 +71,14 @@ class Conditions(nn.Module):
     def __init__(self, beside: Callable[[], Pass] | None = None) -> None:
         super().__init__()
         self.beside = beside
+        self.asked: Callable[[int, torch.device, bool, str, bool], torch.Tensor] | None = None
         self.here = Here()
+        self.returning: weakref.WeakSet[Pass] = weakref.WeakSet()
         live_buffer(self, "defaults", torch.zeros(0), torch.device("cpu"), torch.float32)
-        self.traced = Pass((), {}, self.defaults[None], None, self.defaults[None])
-        self.trained: Pass | None = None  # the last one in training, by whatever thread
+        self.traced = _empty(self.defaults[None])
+        self.tracing = False
+        self.number = next(_numbers)
+        graphs.make_known(self.number, self)
         self.scale = 1.0  # from the denoiser's timesteps to those of the training
         self.gates = nn.ModuleDict()  # as children, so that they move with the model
         self.names: dict[PartKey, str] = {}  # there they must have no dots
@@ -76,8 +86,14 @@ class Conditions(nn.Module):
         self.arguments: list[str] | None = None  # of the denoiser, once something asks for the timestep or the text
 
     def __getstate__(self) -> dict[str, Any]:
-        empty = Pass((), {}, self.defaults[None], None, self.defaults[None])
-        return {**super().__getstate__(), "traced": empty, "trained": None, "beside": None}
+        own = {"traced": _empty(self.defaults[None]), "tracing": False, "beside": None, "asked": None}
+        return {**super().__getstate__(), **own, "returning": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.returning = weakref.WeakSet()
+        self.number = next(_numbers)
+        graphs.make_known(self.number, self)
 
     def forward(self) -> torch.Tensor:
         """The strengths of what is loaded. What has tensors may be given hooks, and these want a function."""
@@ -90,7 +106,11 @@ class Conditions(nn.Module):
         if here.now is not None:
             return here.now
         if torch.compiler.is_compiling():
-            return self.traced if here.back is None else here.back
+            if here.back is not None:
+                return here.back
+            if self.tracing or self.asked is None:
+                return self.traced
+            return _empty(graphs.strengths(self.defaults, self.number, 1, False, "", False))
         return self.traced if self.beside is None else self.beside()
 
     def watch(self, component: nn.Module) -> None:
@@ -139,12 +159,24 @@ class Conditions(nn.Module):
             timestep = self._argument("timestep", args, kwargs)
             now.read(timestep, self.scale, self._argument("encoder_hidden_states", args, kwargs))
 
-    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, bool]:
-        """A pass within a larger graph begins: whether the erasures are off, and whether weights may be trained."""
-        off = self.here.off > 0
-        self.traced.whole = torch.zeros_like(self.defaults)[None] if off else self.defaults[None]
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str | None, trains: bool) -> None:
+        """A pass within a larger graph begins.
+
+        Args:
+            args, kwargs: of the component.
+            reason (`str`, *optional*): why an erasure would not act in it.
+            trains (`bool`): it would train weights.
+        """
+        rows, _ = rows_of(args, kwargs)
+        self.traced.whole = graphs.strengths(self.defaults, self.number, rows, True, reason or "", trains)
         self.read(self.traced, args, kwargs)
-        return off, self.here.training > 0
+        self.tracing = True
+
+    def end_trace(self) -> None:
+        """It is over; nothing of the graph is held."""
+        self.tracing = False
+        self.traced.whole = self.traced.strengths
+        self.traced.read(None, 1.0, None)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.arguments is not None
@@ -152,6 +184,19 @@ class Conditions(nn.Module):
             return None
         position = self.arguments.index(name)
         return args[position] if position < len(args) else kwargs.get(name)
+
+
+def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, torch.device]:
+    """How many rows a pass has that is called with some arguments, and where they are."""
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, torch.Tensor) and each.ndim:
+            return len(each), each.device
+    return 1, torch.device("cpu")
+
+
+def _empty(whole: torch.Tensor) -> Pass:
+    """A pass of which a graph knows the strengths alone, [rows, loaded]."""
+    return Pass((), {}, whole, None, whole)
 
 
 class Factors(nn.Module):
@@ -270,8 +315,7 @@ class RankScales(nn.Module):
 
     def __init__(self, owner: Sequence[int], device: torch.device) -> None:
         super().__init__()
-        self.columns = tuple(owner)
-        live_buffer(self, "owner", torch.tensor(self.columns), device, torch.int64)
+        live_buffer(self, "owner", torch.tensor(owner), device, torch.int64)
         self.known: dict[Any, torch.Tensor] = {}
 
     def forward(self, now: Pass, reduced: torch.Tensor) -> torch.Tensor:
@@ -280,10 +324,7 @@ class RankScales(nn.Module):
         found = self.known.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
-                if now.values is None:
-                    found = now.strengths.index_select(1, self.owner.to(now.strengths.device))
-                else:
-                    found = torch.tensor([now.values[column] for column in self.columns])[None]
+                found = now.strengths.index_select(1, self.owner.to(now.strengths.device))
                 found = found.to(reduced.device, reduced.dtype).reshape(len(found), *(1,) * (reduced.ndim - 2), -1)
             if not compat.is_capturing():  # what is made then belongs to the graph
                 for old in list(self.known)[: 1 - MOST_SCALES]:

@@ -40,6 +40,7 @@ class Pass:
         reached: numbers of the places on the component itself that were called.
         rows: the text rows that the first of their readers was given.
         kept: results of earlier passes of the thread, see [`kept_for`]; `None` outside of a request.
+        first, nodes: of the autograd nodes that are made in it the number that comes first, and all; empty before its end.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Pass:
         self.looked: dict[Any, Any] = {}
         self.reached: set[int] = set()
         self.rows: torch.Tensor | None = None
+        self.first = 0
+        self.nodes = range(0)
 
     def read(self, timestep: Any, scale: float, text: Any) -> None:
         """Take over the arguments of the forward pass."""
@@ -108,8 +111,9 @@ class Here(threading.local):
     """What the calling thread is doing on one component. A copy, or a pickle, is in no thread's pass."""
 
     now: Pass | None = None
-    back: Pass | None = None  # the last one in training, for blocks that are recomputed on the way back
-    off = training = 0  # blocks that the thread is in: what a graph knows of them
+    back: Pass | None = None  # the one that is gone through on the way back, for compiled blocks that are recomputed
+    ways: tuple[Pass, ...] = ()  # all of which that is so
+    task = -1  # the way back that they are of
     kept: dict[Any, list["Kept"]] | None = None  # of the passes before, as long as `of` is what acts
     of: Any = None
 
@@ -125,9 +129,25 @@ class Here(threading.local):
             self.kept, self.of = {}, what
         return self.kept
 
+    def turn(self, now: Pass) -> None:
+        """Gradients have come to the output of a pass; its blocks may be recomputed from here on."""
+        if self.task != compat.graph_task():
+            self.task, self.ways = compat.graph_task(), ()
+            own = vars(self)  # of this thread, and another one may call
+            compat.after_backward(lambda: own.update(back=None, ways=(), task=-1))
+        others = tuple(each for each in self.ways if each is not now)
+        self.ways = (*others, now)
+        # Later passes have been gone through, as nodes are in their order; of another thread's passes that is not so.
+        self.back = None if any(_overlap(now.nodes, each.nodes) for each in others) else now
+
     def end(self) -> None:
         """A request is over: nothing is held for it any longer."""
         self.now = self.back = self.kept = self.of = None
+        self.ways, self.task = (), -1
+
+
+def _overlap(one: range, other: range) -> bool:
+    return one.start < other.stop and other.start < one.stop
 
 
 class Kept:

@@ -34,7 +34,6 @@ def erasures_disabled(pipe: Any) -> Iterator[None]:
         if shared:
             stack.enter_context(changing_alone(components(pipe).values(), block, weights=True))
         stack.enter_context(changing(pipe))
-        stack.enter_context(_told(pipe, "off"))
         stack.callback(_fold, pipe)  # after the block has ended
         stack.enter_context(within(block))
         _fold(pipe)
@@ -88,7 +87,7 @@ def training_through_erasures(pipe: Any) -> Iterator[None]:
 
     What is trained this way may learn to undo the erasure.
     """
-    with _told(pipe, "training"), within(Block(pipe, training=True)):
+    with within(Block(pipe, training=True)):
         yield
 
 
@@ -121,16 +120,3 @@ def _states(pipe: Any) -> list[Any]:
 def _fold(pipe: Any) -> None:
     for state in _states(pipe):
         state.fold()
-
-
-@contextmanager
-def _told(pipe: Any, what: str) -> Iterator[None]:
-    """Let the calling thread's graphs know of a block: within one, context variables cannot be read."""
-    places = [state.conditions.here for state in _states(pipe)]
-    for here in places:
-        setattr(here, what, getattr(here, what) + 1)
-    try:
-        yield
-    finally:
-        for here in places:
-            setattr(here, what, getattr(here, what) - 1)

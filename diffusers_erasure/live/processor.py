@@ -283,7 +283,7 @@ class ProcessorPatches(ActivationLayer):
                 yield Watched(site, each.module, frozenset({self.name}))
 
     def inactive_reason(self) -> str | None:
-        if self.name not in self.conditions.now.names:
+        if not torch.compiler.is_compiling() and self.name not in self.conditions.now.names:
             return None
         for site in self.sites:
             if not self._is_there(site):

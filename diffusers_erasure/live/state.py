@@ -12,14 +12,14 @@ from ..artifact import Erasure
 from ..errors import ErasureInactiveError, ErasureInputError, ErasureTrainingError
 from ..layers import LiveLayer
 from ..layers.buffers import PartKey, live_buffer, set_buffer
-from ..layers.modifiers import Conditions
+from ..layers.modifiers import Conditions, rows_of
 from ..layers.passing import Pass
 from ..originals import Kept
 from . import requests, turnstile
 from .firing import FiringCheck
 from .marks import Marks
 from .plans import Plan, Strength, View
-from .training_rule import trains
+from .training_rule import tensors_in, trains
 from .wrapping import wrap_pipelines
 
 
@@ -49,6 +49,7 @@ class ErasureModules(nn.Module):
         self.layers = nn.ModuleDict()
         self.edits = nn.ModuleDict()  # of all that is loaded; what is made for a part of it moves with nothing
         self.conditions = Conditions(self.beside)
+        self.conditions.asked = self.asked
         self.timed: set[PartKey] = set()  # what is attached and asks for the timestep
         self.loaded: dict[str, Loaded] = {}
         self.plan = Plan({}, ())
@@ -61,7 +62,7 @@ class ErasureModules(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.conditions.beside = self.beside
+        self.conditions.beside, self.conditions.asked = self.beside, self.asked
         self._hold(self.plan.whole)
         self._hold_defaults(self.conditions.defaults.device)
         compat.watch_hooks()  # of a pickle, in a process that has loaded no erasure
@@ -127,10 +128,9 @@ class ErasureModules(nn.Module):
         self._changed()
 
     def _hold_defaults(self, device: torch.device) -> None:
-        """The strengths that are set, as a live tensor: for captured graphs, and for those within larger ones."""
+        """The strengths that are set, as a live tensor for captured graphs."""
         defaults = torch.tensor(list(self.plan.strengths.values()), dtype=torch.float32)
         live_buffer(self.conditions, "defaults", defaults, device, torch.float32)
-        self.conditions.traced.whole = self.conditions.defaults[None]
 
     def _hold(self, whole: Mapping[int, Any]) -> None:
         """Make what all that is loaded does the component's own, and what graphs read."""
@@ -166,31 +166,90 @@ class ErasureModules(nn.Module):
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[View, Pass]:
         """A pass of the component with these arguments."""
         view = self.view()
-        first = next(
-            (each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor) and each.ndim), None
-        )
-        rows, device = (1, torch.device("cpu")) if first is None else (len(first), first.device)
-        now = self._pass(view, rows, device)
+        now = self._pass(view, *rows_of(args, kwargs))
         self.conditions.read(now, args, kwargs)
-        if torch.is_grad_enabled() and view.training:
-            self.conditions.trained = self.conditions.here.back = now
+        now.first = compat.next_node_number()
         return view, now
 
+    def end(self, output: Any) -> None:
+        """The pass is over that the calling thread has begun."""
+        here = self.conditions.here
+        now, here.now = here.now, None
+        given = [each for each in tensors_in(output) if each.requires_grad] if torch.is_grad_enabled() else []
+        if now is not None and given:
+            now.nodes = range(now.first, compat.next_node_number())
+            self.conditions.returning.add(now)
+            for each in given:  # by these it lives as long as what autograd holds
+                compat.on_way_back(each, lambda gradient: here.turn(now))
+
     def beside(self) -> Pass:
-        """The pass for a module that is called outside of one; on the way back, where blocks are recomputed, that which was."""
-        if compat.in_backward() and self.conditions.trained is not None:
-            return self.conditions.trained
-        return self._pass(self.view(), 1, self.conditions.defaults.device)
+        """The pass for a module that is called outside of one; on the way back, where blocks are recomputed, that which was.
+
+        Raises:
+            ErasureTrainingError: it is not known which one it was.
+        """
+        if compat.graph_task() == -1:
+            return self._pass(self.view(), 1, self.conditions.defaults.device)
+        here, number = self.conditions.here, compat.node_number()
+        for known in (here.ways if here.task == compat.graph_task() else (), list(self.conditions.returning)):
+            found = [each for each in known if number in each.nodes]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                break
+        raise ErasureTrainingError(_RECOMPUTED.format(kind=type(self.component).__name__))
+
+    def asked(self, rows: int, device: torch.device, whole: bool, reason: str, trains: bool) -> torch.Tensor:
+        """The strengths for a graph that has no pass, see [`graphs.strengths`]."""
+        if not whole:
+            found = self.beside()
+            if len(found.whole) > 1 and not found.uniform:
+                raise ErasureInputError(
+                    "A compiled part of a component is called outside of a pass, with strengths by picture. Give one for all."
+                )
+            older, strengths = found.older, found.whole[:1]
+        else:
+            view = self.view()
+            found = self._pass(view, rows, device)
+            self.check(view, reason, trains)
+            older, strengths = found.older, found.whole
+        if older is not None:
+            raise ErasureInactiveError(
+                "A compiled graph acts by what is loaded now, and the request began before that was changed. Request again."
+            )
+        if compat.is_capturing() and not compat.not_in_cuda_graphs():
+            raise ErasureInactiveError(
+                "A CUDA graph of a larger graph would keep the strengths of its first run. Compile the component by itself, "
+                "another `mode`, or install torch 2.8."
+            )
+        return strengths.to(device)
+
+    def check(self, view: View, reason: str | None, trains: bool) -> None:
+        """Refuse a pass in which an erasure would not act, or in which weights would be trained through or around one.
+
+        Raises:
+            ErasureInactiveError, ErasureTrainingError: it is so.
+        """
+        if view.disabled:
+            return
+        if reason:
+            raise ErasureInactiveError(reason)
+        if trains and not view.training:
+            raise ErasureTrainingError(_TRAINING.format(kind=type(self.component).__name__, names=list(self.loaded)))
 
     def _pass(self, view: View, rows: int, device: torch.device) -> Pass:
         plan, names = view.plan, view.acting
         older = None if plan is self.plan else plan.whole
         values = tuple(view.strengths[name] for name in names)
-        if compat.is_capturing() and older is None and plan.strengths == view.strengths:
-            # A graph that is captured sees what `set_erasures` writes later.
-            live = self.conditions.defaults.to(device)[None]
-            return Pass(plan.names, plan.whole, live, None, live.expand(rows, -1))
         every = tuple(view.strengths[name] for name in plan.names)
+        if compat.is_capturing():
+            if older is None and plan.strengths == view.strengths:
+                # A graph that is captured sees what `set_erasures` writes later.
+                held = self.conditions.defaults.to(device)[None]
+            else:
+                held = captured(every, rows, device)
+            edits = {} if view.disabled else plan.whole
+            return Pass(plan.names if edits else (), edits, held, None, held.expand(rows, -1), older)
         whole = self.tensors.of(every, rows, device)
         numbers = tuple(value for value in values if not isinstance(value, tuple))
         if len(numbers) == len(values):
@@ -233,7 +292,7 @@ class StrengthTensors:
         key = tuple(strengths), rows, device
         found = self.known.get(key)
         if found is None:
-            columns = [_by_row(value, rows) if isinstance(value, tuple) else [value] * rows for value in strengths]
+            columns = _columns(strengths, rows)
             with torch.inference_mode(False):
                 found = (
                     torch.tensor(columns, dtype=torch.float32).reshape(len(columns), rows).T.contiguous().to(device)
@@ -242,6 +301,19 @@ class StrengthTensors:
                 self.known.pop(old, None)
             self.known[key] = found
         return found
+
+
+def captured(strengths: Sequence[Strength], rows: int, device: torch.device) -> torch.Tensor:
+    """The same while a CUDA graph is captured: without a copy from the host, and held by that graph alone."""
+    columns = _columns(strengths, rows)
+    single = [[torch.full((), value, device=device) for value in column] for column in columns]
+    return (
+        torch.stack([torch.stack(column) for column in single], 1) if single else torch.zeros(rows, 0, device=device)
+    )
+
+
+def _columns(strengths: Sequence[Strength], rows: int) -> list[list[float]]:
+    return [_by_row(value, rows) if isinstance(value, tuple) else [value] * rows for value in strengths]
 
 
 def _by_row(pictures: tuple[float, ...], rows: int) -> list[float]:
@@ -273,33 +345,33 @@ class Guard:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
         if torch.compiler.is_compiling():  # within a larger graph
-            off, training = state.conditions.trace(args, kwargs)
-        else:
-            state.turnstile.enter(requests.frames())
-            if (
-                state_of(module) is not state
-            ):  # what the pass waited for took the last erasure off, and the hook that ends a pass
-                state.turnstile.leave()
-                return
-            try:
-                view, now = state.begin(args, kwargs)
-            except BaseException:
-                state.turnstile.leave()
-                raise
-            state.conditions.here.now = now
-            off, training = view.disabled, view.training
-        if off:
+            reason = self._reason(kwargs)
+            state.conditions.trace(args, kwargs, reason, torch.is_grad_enabled() and trains(module, args, kwargs))
             return
-        reason = state.firing.before()
-        if reason is not None:
-            raise ErasureInactiveError(reason)
-        for layer in state.live():
+        state.turnstile.enter(requests.frames())
+        if (
+            state_of(module) is not state
+        ):  # what the pass waited for took the last erasure off, and the hook that ends a pass
+            state.turnstile.leave()
+            return
+        try:
+            view, now = state.begin(args, kwargs)
+        except BaseException:
+            state.turnstile.leave()
+            raise
+        state.conditions.here.now = now
+        if not view.disabled:
+            reason = state.firing.before() or self._reason(kwargs)
+            training = torch.is_grad_enabled() and not view.training and not reason and trains(module, args, kwargs)
+            state.check(view, reason, training)
+
+    def _reason(self, kwargs: dict[str, Any]) -> str | None:
+        """Why an erasure would not act in a pass."""
+        for layer in self.state.live():
             reason = layer.inactive_reason() or layer.scaled_away(kwargs)
             if reason is not None:
-                raise ErasureInactiveError(reason)
-        if torch.is_grad_enabled() and not training:
-            if trains(module, args, kwargs):
-                raise ErasureTrainingError(_TRAINING.format(kind=type(module).__name__, names=list(state.loaded)))
+                return reason
+        return None
 
 
 class GuardAfter:
@@ -311,9 +383,11 @@ class GuardAfter:
     @compat.untraced
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         reason = self.state.firing.after()
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.state.conditions.end_trace()
+        else:
             reason = reason or self._missed(self.state.conditions.here.now, output)
-            self.state.conditions.here.now = None
+            self.state.end(output)
             self.state.turnstile.leave()
         if reason is not None:
             raise ErasureInactiveError(reason)
@@ -337,6 +411,12 @@ _TRAINING = (
     "trained against a live erasure learns to undo it. To train on the clean base model use "
     "`with pipe.erasures_disabled():`; to only run the model use `torch.no_grad()` or `requires_grad_(False)`; to train "
     "through the erasure on purpose use `with diffusers_erasure.training_through_erasures(pipe):`."
+)
+
+_RECOMPUTED = (
+    "A part of {kind} is recomputed on the way back (gradient checkpointing), and it is not known of which forward pass it is: "
+    "its erasures might act otherwise than in that pass. Let gradients come through the pass's output, go forward in one thread "
+    "before a common way back, or call `disable_gradient_checkpointing()`."
 )
 
 

@@ -34,9 +34,9 @@ def trains(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         kwargs (`dict`): the other arguments, with tensors within lists, tuples and dictionaries.
     """
     others = [*args[1:], *(value for name, value in kwargs.items() if name not in (*_SAMPLES, *_RESIDUALS))]
-    if any(tensor.requires_grad for tensor in _tensors(others)):
+    if any(tensor.requires_grad for tensor in tensors_in(others)):
         return True  # textual inversion, a text encoder's training
-    residuals = _tensors([kwargs.get(name) for name in _RESIDUALS])
+    residuals = tensors_in([kwargs.get(name) for name in _RESIDUALS])
     if any(tensor.requires_grad and not _guides(module, tensor) for tensor in residuals):
         return True  # a ControlNet's
     if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -45,15 +45,15 @@ def trains(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return module.training or not (isinstance(sample, torch.Tensor) and _guides(module, sample))
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors of an argument, within lists, tuples and dictionaries too."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
 def _guides(module: nn.Module, sample: torch.Tensor) -> bool:
