@@ -30,6 +30,7 @@ class Pass:
         edits: what they do, by the number of the place (see [`Place`]).
         strengths: one column for each of `names`: float32 [1, names], or [B, names] where they differ by picture.
         values: the strengths as numbers, where they are the same for all rows. No graph may look at them.
+        numbers: the strengths as numbers, one tuple for all rows or one for each; `None` where only tensors are known.
         uniform: whether they are.
         whole: one column for each erasure that is loaded, float32 [B, loaded]: what compiled graphs read.
         older: the edits of all erasures that are loaded, where the pass belongs to a request that began before a change.
@@ -50,9 +51,11 @@ class Pass:
         whole: torch.Tensor,
         older: Mapping[int, Any] | None = None,
         kept: "dict[Any, list[Kept]] | None" = None,
+        by_row: tuple[tuple[float, ...], ...] | None = None,
     ) -> None:
         self.names, self.edits, self.older = names, edits, older
         self.strengths, self.values, self.whole = strengths, values, whole
+        self.numbers = by_row if values is None else (values,)
         self.uniform = values is not None
         self.ones = values is not None and all(value == 1 for value in values)
         self.kept = kept

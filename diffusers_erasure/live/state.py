@@ -183,8 +183,9 @@ class ErasureModules(nn.Module):
             strengths, known = self.tensors.of(values, 1, device), numbers
         else:
             strengths, known = self.tensors.of(values, rows, device), None
+        by_row = None if known is not None else tuple(zip(*_columns(values, rows), strict=True))
         kept = self.conditions.here.kept_of(plan) if requests.within_request(self.component) else None
-        return Pass(names, plan.of(names), strengths, known, whole, older, kept)
+        return Pass(names, plan.of(names), strengths, known, whole, older, kept, by_row)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ErasureModules":
         super()._apply(fn, recurse)
@@ -219,7 +220,7 @@ class StrengthTensors:
         key = tuple(strengths), rows, device
         found = self.known.get(key)
         if found is None:
-            columns = [_by_row(value, rows) if isinstance(value, tuple) else [value] * rows for value in strengths]
+            columns = _columns(strengths, rows)
             with torch.inference_mode(False):
                 found = (
                     torch.tensor(columns, dtype=torch.float32).reshape(len(columns), rows).T.contiguous().to(device)
@@ -228,6 +229,11 @@ class StrengthTensors:
                 self.known.pop(old, None)
             self.known[key] = found
         return found
+
+
+def _columns(strengths: Sequence[Strength], rows: int) -> list[list[float]]:
+    """Of each erasure its strengths by row."""
+    return [_by_row(value, rows) if isinstance(value, tuple) else [value] * rows for value in strengths]
 
 
 def _by_row(pictures: tuple[float, ...], rows: int) -> list[float]:
