@@ -79,7 +79,16 @@ class Pass:
         Raises:
             ErasureInputError: a part of the denoiser was called by itself.
         """
-        return timesteps(self.timestep, self.scale, device)
+        if torch.compiler.is_compiling():
+            return timesteps(self.timestep, self.scale, device)
+        return self.once(("timestep", device), lambda: timesteps(self.timestep, self.scale, device))
+
+    def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `compute` gives, or gave before in the pass. It has no gradients. Not in graphs."""
+        found = self.looked.get(key)
+        if found is None:
+            found = self.looked[key] = compute()
+        return found
 
     def gate(self, key: PartKey, gate: "Gate") -> torch.Tensor | None:
         """The value of a gate, [B]; `None` where there is no text."""
