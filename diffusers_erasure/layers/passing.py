@@ -96,8 +96,13 @@ class Pass:
             return None
         if key not in self.gates:
             with torch.no_grad():
-                self.gates[key] = gate(self.text)
+                self.gates[key] = gate(self.text) if torch.compiler.is_compiling() else self._gate(gate, self.text)
         return self.gates[key]
+
+    def _gate(self, gate: "Gate", text: torch.Tensor) -> torch.Tensor:
+        """Its value, which within a request stays the same for the same rows, until the gate notes another text."""
+        noted = gate.noted()
+        return gate(text) if noted is None else _kept(self, (gate, noted), text, lambda: gate(text))
 
 
 def timesteps(given: Any, scale: float, device: torch.device) -> torch.Tensor:
