@@ -12,6 +12,7 @@ from diffusers_erasure import Erasure, with_gate, with_schedule
 from diffusers_erasure.layers.gate import Gate
 from tests.helpers import UNET_SITES, equal, images, random_erasure, rows_of, tiny_sd_pipe
 from tests.test_activation import ATTENTION, FF, as_erasure, make_plan
+from tests.test_skip import erasure_of as skip_erasure
 
 
 SELF_SITES = tuple(site.replace("attn2", "attn1") for site in UNET_SITES)
@@ -110,3 +111,19 @@ def test_a_gate_asks_once_a_request_and_anew_when_a_text_was_noted() -> None:
     images(pipe, num_inference_steps=4, prompt=None, prompt_embeds=rows, guidance_scale=1.0, callback_on_step_end=note)
     unknown, known = map(float, called)
     assert unknown == 1.0 and known < 1.0
+
+
+@pytest.mark.parametrize("form", ["full", "compact"])
+def test_a_schedule_of_residuals(form: str) -> None:
+    """At a residual what multiplies; the look-up is one a pass, and all of its row is used."""
+    erasure = skip_erasure(form)
+    sites = len(erasure.config.layers[0].sites)
+    table = torch.rand(7, sites, generator=torch.Generator().manual_seed(2))
+    found = []
+    for each in (erasure, with_schedule(erasure, table)):
+        pipe = tiny_sd_pipe()
+        pipe.load_erasure(each, "a")
+        found.append(added(pipe))
+    unscheduled, scheduled = found
+    assert unscheduled == [unscheduled[0]] * 3
+    assert scheduled == [unscheduled[0] + sites + 8 + 1] * 3
