@@ -334,6 +334,7 @@ def test_more_kinds_of_strengths_than_tables_are_kept() -> None:
         now.numbers = tuple((row / rows,) for row in range(rows))
         now.strengths = torch.tensor(now.numbers)
         assert roundings(patch(torch.zeros(rows, 2, 1), now)[:, 0], now.strengths) <= ROUNDINGS
+        assert (patch.tables.of(now, torch.zeros(1)) is None) == (rows > TABLES)
     assert len(patch.tables.made) == TABLES
 
 
