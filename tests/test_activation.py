@@ -30,11 +30,13 @@ from diffusers_erasure.layers.activation import (
     BLEND,
     MASK,
     MEANS,
+    TABLES,
     TIMESTEPS,
     ActivationKind,
     ActivationLayer,
     ActivationPatch,
     Part,
+    Tables,
     pack,
 )
 from diffusers_erasure.layers.epr import LearnedSchedule
@@ -293,27 +295,47 @@ def one_pass(timestep: torch.Tensor, by_picture: bool = False, strengths: tuple[
     return found
 
 
-def test_strengths_by_picture_are_those_of_each_by_itself() -> None:
-    """Also of overlapping masks, at timesteps of their own, where the strengths are not known as numbers."""
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("times", [[40.0, 480.0, 800.0], [480.0]])
+def test_strengths_by_picture_are_those_of_each_by_itself(known: bool, times: list[float]) -> None:
+    """Also of overlapping masks, at timesteps of their own, and where the strengths are not known as numbers."""
     generator = torch.Generator().manual_seed(0)
     parts = []
-    for times in ([100.0, 500.0, 900.0], [700.0, 250.0]):
-        mask = torch.rand(len(times), 12, generator=generator) < 0.6
+    for stored in ([100.0, 500.0, 900.0], [700.0, 250.0]):
+        mask = torch.rand(len(stored), 12, generator=generator) < 0.6
         means = torch.randn(int(mask.sum()), generator=generator)
         parts.append(
-            {TIMESTEPS: torch.tensor(times), BLEND: torch.tensor([0.8]), "s" + MASK: pack(mask), "s" + MEANS: means}
+            {TIMESTEPS: torch.tensor(stored), BLEND: torch.tensor([0.8]), "s" + MASK: pack(mask), "s" + MEANS: means}
         )
     patch, hidden = patch_of(*parts, width=12), torch.randn(3, 5, 12, generator=generator)
-    steps, strengths = torch.tensor([40.0, 480.0, 800.0]), [(1.0, 0.5), (0.0, 0.7), (0.3, 0.0)]
+    steps, strengths = torch.tensor(times), ((1.0, 0.5), (0.0, 0.7), (0.3, 0.0))
     together = one_pass(steps, True)
-    together.strengths = torch.tensor(strengths)
+    together.strengths, together.numbers = torch.tensor(strengths), strengths if known else None
     found = patch(hidden, together)
     for row, own in enumerate(strengths):
-        alone = patch(hidden[row : row + 1], one_pass(steps[row : row + 1], strengths=own))
-        assert roundings(found[row : row + 1], alone) <= ROUNDINGS
+        step = steps[row : row + 1] if len(steps) > 1 else steps
+        alone = patch(hidden[row : row + 1], one_pass(step, strengths=own))
+        assert roundings(found[row : row + 1], alone) <= (0 if known else ROUNDINGS)
         assert not torch.equal(alone[0], hidden[row])
-    together.strengths = torch.zeros(3, 2)
+    together.looked, together.strengths = {}, torch.zeros(3, 2)
+    together.numbers = ((0.0, 0.0),) * 3 if known else None
     assert torch.equal(patch(hidden, together), hidden)
+
+
+def test_more_kinds_of_strengths_than_tables_are_kept() -> None:
+    tensors = {
+        TIMESTEPS: torch.tensor([9.0]),
+        BLEND: torch.ones(1),
+        "s" + MASK: torch.full((1, 1), 128, dtype=torch.uint8),
+    }
+    patch = patch_of({**tensors, "s" + MEANS: torch.ones(1)})
+    for rows in (TABLES, TABLES + 1):
+        now = one_pass(torch.tensor(5.0), True)
+        now.numbers = tuple((row / rows,) for row in range(rows))
+        now.strengths = torch.tensor(now.numbers)
+        assert roundings(patch(torch.zeros(rows, 2, 1), now)[:, 0], now.strengths) <= ROUNDINGS
+        assert (patch.tables.of(now, torch.zeros(1)) is None) == (rows > TABLES)
+    assert len(patch.tables.made) == TABLES
 
 
 def test_one_look_up_for_all_modules_of_a_pass() -> None:
@@ -326,11 +348,11 @@ def test_one_look_up_for_all_modules_of_a_pass() -> None:
     for site in FF:
         module = pipe.unet.get_submodule(site)
         edits[layer.sites[site].place.number](torch.zeros(1, 2, module.in_features), now)
-    assert len(FF) > 1 and len(now.looked) == 1
+    assert len(FF) > 1 and [type(key[0]) for key in now.looked].count(Tables) == 1
     before = dict(now.looked)
     now.read(torch.tensor(30.0), 1.0, None)
     edits[layer.sites[FF[0]].place.number](torch.zeros(1, 2, pipe.unet.get_submodule(FF[0]).in_features), now)
-    (key,) = now.looked
+    (key,) = (key for key in now.looked if isinstance(key[0], Tables))
     assert not torch.equal(now.looked[key], before[key])
 
 

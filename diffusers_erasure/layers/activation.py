@@ -7,10 +7,10 @@ writes, for every token alike, `x <- x + w (mu - x)` on the units that an erasur
     w   = max_i w_i,    mu = sum_i w_i mu_i / sum_i w_i
 
 so that masks are joined and overlaps averaged, in whatever order they were loaded. Timesteps are matched to the nearest
-stored one, of two equally near ones to the smaller. As long as nothing depends on the prompt or the picture, all of this is a
-table by intervals of the timestep, and a pass costs one look-up for all modules and one fused multiply-add for each; where
-every w is 0 it gives `x * 1 + 0`. With a gate, or with strengths that differ by picture, what is looked up is joined in each
-pass.
+stored one, of two equally near ones to the smaller. As long as nothing depends on the prompt, all of this is a table by
+intervals of the timestep, one for each strength among the pictures, and a pass costs one look-up in each for all modules and
+one fused multiply-add for each module; where every w is 0 it gives `x * 1 + 0`. With a gate what is looked up is joined in
+each pass.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -152,7 +152,8 @@ def static_rows(parts: Sequence[tuple[float, Part]], width: int) -> torch.Tensor
 class Tables:
     """What [`joined`] gives at the sites at which the same erasures act, beside one another in one table by intervals.
 
-    So a pass looks up its timestep once for all of them. A table is made for the strengths of a pass, in float64, and kept.
+    So a pass looks up its timestep once for all of them. A table is made for one row's strengths, in float64, and kept; where
+    strengths differ by picture, each row of the batch is read in the table of its own.
 
     Args:
         sites (sequence): the parts and the width of each.
@@ -167,20 +168,47 @@ class Tables:
             Any, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # is replaced and never changed, as threads read it
 
-    def of(self, now: Pass, like: torch.Tensor) -> torch.Tensor:
-        """What acts in this pass, [1 or B, twice the widths of all sites]."""
-        assert now.values is not None
-        values = tuple(now.values[column] for column in self.columns)
-        key = values, like.device, like.dtype
-        if (self, *key) not in now.looked:
-            if key not in self.made:
-                last = list(self.made.items())[1 - TABLES :]
-                self.made = {**dict(last), key: self._make(values, like.device, like.dtype)}
-            rows, limits = self.made[key]
-            if len(rows) > 1:
-                rows = rows.index_select(0, torch.bucketize(now.now(like.device), limits))
-            now.looked[self, *key] = rows
-        return now.looked[self, *key]
+    def of(self, now: Pass, like: torch.Tensor) -> torch.Tensor | None:
+        """What acts in this pass, [1 or B, twice the widths of all sites].
+
+        `None` where strengths are not known as numbers, or are of more kinds than tables are kept.
+        """
+        key = self, like.device, like.dtype
+        if key not in now.looked:
+            now.looked[key] = self._look_up(now, like.device, like.dtype)
+        return now.looked[key]
+
+    def _look_up(self, now: Pass, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+        if now.numbers is None:
+            return None
+        own = [tuple(row[column] for column in self.columns) for row in now.numbers]
+        kinds = dict.fromkeys(own)
+        if len(kinds) > TABLES:
+            return None
+        tables = {values: self._table(values, device, dtype) for values in kinds}
+        rows, limits = tables[own[0]]
+        index = torch.bucketize(now.now(device), limits) if len(rows) > 1 else None  # [1] or [B]
+        if len(kinds) == 1:
+            return rows if index is None else rows.index_select(0, index)
+        if index is not None and len(index) > 1:
+            each = zip(own, index.split(1), strict=True)
+            return torch.cat([tables[values][0].index_select(0, place) for values, place in each])
+        found = {
+            values: rows if index is None else rows.index_select(0, index) for values, (rows, _) in tables.items()
+        }
+        return torch.cat([found[values] for values in own])
+
+    def _table(
+        self, values: tuple[float, ...], device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table for one row's strengths, and its limits."""
+        key = values, device, dtype
+        made = self.made.get(key)
+        if made is None:
+            made = self._make(values, device, dtype)
+            last = list(self.made.items())[1 - TABLES :]
+            self.made = {**dict(last), key: made}
+        return made
 
     def _make(
         self, values: tuple[float, ...], device: torch.device, dtype: torch.dtype
@@ -199,8 +227,8 @@ class Tables:
 class ActivationPatch(SiteEdit):
     """What some erasures do to the input of one module.
 
-    Where they act alike on all rows, their parts are joined in [`Tables`]. With gates, with strengths by picture, and in graphs
-    each part is looked up by itself, and they are joined in the pass.
+    Their parts are joined in [`Tables`]. With gates, in graphs, and with very many strengths by picture each part is looked up by
+    itself, and they are joined in the pass.
     """
 
     parts: Mapping[PartKey, Part]
@@ -235,10 +263,12 @@ class ActivationPatch(SiteEdit):
 
     def acting(self, hidden_states: torch.Tensor, now: Pass) -> torch.Tensor:
         """What acts in this pass: what [`joined`] gives, [1 or B, 2, C]."""
-        if torch.compiler.is_compiling() or now.values is None or self.factors.gated:
+        whole = None
+        if not torch.compiler.is_compiling() and not self.factors.gated:
+            whole = self.tables.of(now, hidden_states)
+        if whole is None:
             return self._joined(hidden_states.device, now)
-        rows = self.tables.of(now, hidden_states)[:, self.first : self.first + 2 * self.width]
-        return rows.unflatten(1, (2, self.width))
+        return whole[:, self.first : self.first + 2 * self.width].unflatten(1, (2, self.width))
 
     def forward(self, hidden_states: torch.Tensor, now: Pass) -> torch.Tensor:
         """Patch hidden states [B, ..., C]; the same for every token of a row.

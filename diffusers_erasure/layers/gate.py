@@ -47,6 +47,16 @@ class Gate(nn.Module):
         live_buffer(self, "written", torch.tensor(0), cpu, torch.int64)
         self.lock = Lock()  # of the record: other threads write while a pass reads
         self.handle: torch.utils.hooks.RemovableHandle | None = None
+        # The record as it was last read on a device, and its state then: [`Gate.noted`].
+        self.read: dict[torch.device, tuple[Any, torch.Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "read": {}}
+
+    def noted(self) -> Any:
+        """What is another one after a text was noted, by a graph too; `None` where torch does not count writes. Not in graphs."""
+        version = compat.version_of(self.record)
+        return None if version is None else (version, self.record.data_ptr())
 
     def listen(self, encoder: nn.Module) -> None:
         """Note which texts a text encoder encodes, where the gate compares tokens."""
@@ -101,11 +111,23 @@ class Gate(nn.Module):
         A text is known by the very values that the encoder gave: a near one could open the gate for another prompt.
         """
         sample = text.flatten(1)[:, self.places.to(text.device)]
-        with self.lock.held():
-            record = self.record.to(text.device, copy=True)
+        record = self._record(text.device)
         same = (record[:, :-1].to(text.dtype) == sample[:, None]).all(2)  # [B, SEEN]
         shares = torch.where(same, record[:, -1].float(), 0.0).amax(1)
         return shares, ~same.any(1)
+
+    def _record(self, device: torch.device) -> torch.Tensor:
+        """The record on a device, where it is copied to when something was noted. Nobody writes into the copy."""
+        with self.lock.held():
+            if torch.compiler.is_compiling():
+                return self.record.to(device, copy=True)
+            noted, (known, record) = self.noted(), self.read.get(device, (None, self.record))
+            if noted is None or noted != known:
+                with torch.inference_mode(False), torch.no_grad():
+                    record = self.record.to(device, copy=True)
+                if not compat.is_capturing():  # what is made then belongs to the graph
+                    self.read[device] = noted, record
+            return record
 
 
 class NoteText:

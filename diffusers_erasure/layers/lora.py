@@ -98,10 +98,10 @@ class LowRankDelta(SiteEdit):
         return self._scaled(F.linear(hidden_states, down), -1, now)
 
     def _scaled(self, reduced: torch.Tensor, dim: int, now: Pass) -> torch.Tensor:
-        factors = self.factors(now, reduced.device, len(reduced))
+        factors = self.factors(now, reduced.device, len(reduced), reduced.dtype)
         if factors is None:
             return reduced
-        return reduced * spread(factors, self.owner if self.several else None, reduced.ndim, dim).to(reduced.dtype)
+        return reduced * spread(factors, self.owner if self.several else None, reduced.ndim, dim)
 
 
 class TextProduct(nn.Module):

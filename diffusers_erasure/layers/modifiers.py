@@ -2,7 +2,8 @@
 
 Both multiply a layer's strength, and with it make one factor for each row of the batch. A schedule is a table [bins, sites],
 read at the timestep (DuMo's TLMO is one). A gate is one number for each row, see `gate.py`. Only tensor operations, so that one
-compiled graph serves all strengths, timesteps and prompts.
+compiled graph serves all strengths, timesteps and prompts. Each module of a graph computes its own factors; outside of graphs
+those of a layer are computed once a pass, for all of its sites.
 """
 
 import inspect
@@ -38,18 +39,65 @@ class Modifier:
         schedule: factors [bins, sites], or [bins, 1] for all sites; `None` for no schedule.
         span: the timesteps 0 to `span` are divided into the bins.
         gate: its gate, `None` for none.
+        placed: the schedule, and its numbers of bins and span, on the devices where it was read.
     """
 
     key: PartKey
     schedule: torch.Tensor | None = None
     span: float = 1000.0
     gate: Gate | None = field(default=None, compare=False)
+    placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy may be read where there are no such devices."""
+        return {**vars(self), "placed": {}}
 
     def column(self, site: int) -> torch.Tensor | None:
         """The schedule at one site, [bins]."""
         if self.schedule is None:
             return None
-        return self.schedule[:, min(site, self.schedule.shape[1] - 1)]
+        return self.schedule[:, self.place(site)]
+
+    def place(self, site: int) -> int:
+        """The schedule's column for a site."""
+        return 0 if self.schedule is None else min(site, self.schedule.shape[1] - 1)
+
+    def factors(self, now: Pass, column: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Strength, schedule and gate in a pass, once for all sites: [1 or B, columns of the schedule]. Not in graphs.
+
+        Args:
+            column (`int`): of the erasure among the strengths.
+        """
+
+        def compute() -> torch.Tensor:
+            parts = [] if now.ones else [now.strengths.to(device)[:, column : column + 1]]
+            if self.schedule is not None:
+                parts.append(self._scheduled(now, device))
+            value = None if self.gate is None else now.gate(self.key, self.gate)
+            if value is not None:
+                parts.append(value.to(device)[:, None])
+            product = parts[0] if parts else torch.ones(1, 1, device=device)
+            for part in parts[1:]:
+                product = product * part
+            return product.to(dtype)
+
+        return now.once((self.key, column, device, dtype), compute)
+
+    def _scheduled(self, now: Pass, device: torch.device) -> torch.Tensor:
+        """The schedule at the pass's timestep, [1 or B, columns]. The bin is that of all schedules of as many."""
+        assert self.schedule is not None
+        placed = self.placed.get(device)
+        if placed is None:
+            with torch.inference_mode(False), torch.no_grad():
+                bins, span = torch.tensor([len(self.schedule)]), torch.tensor([self.span], dtype=torch.float32)
+                placed = self.schedule.float().to(device), bins.to(device), span.to(device)
+            if not compat.is_capturing():  # what is made then belongs to the graph
+                self.placed[device] = placed
+        table, bins, span = placed
+        timestep, key = now.now(device), ("bin", len(self.schedule), self.span, device)
+        return table.index_select(0, now.once(key, lambda: bins_at(timestep, bins, span)))
 
 
 class Conditions(nn.Module):
@@ -215,6 +263,10 @@ class Factors(nn.Module):
 
     def __init__(self, parts: Sequence[tuple[Modifier | None, int, int]], device: torch.device) -> None:
         super().__init__()
+        self.parts = [
+            (modifier, 0 if modifier is None else modifier.place(site), column) for modifier, site, column in parts
+        ]
+        self.key = tuple((None if each is None else each.key, place, column) for each, place, column in self.parts)
         modifiers = [modifier for modifier, _, _ in parts]
         own = [column for _, _, column in parts]
         self.width = len(own)
@@ -242,32 +294,50 @@ class Factors(nn.Module):
         """Whether any part has a schedule or a gate."""
         return self.scheduled or self.gated
 
-    def forward(self, now: Pass, device: torch.device, rows: int) -> torch.Tensor | None:
-        """Factors for a tensor of so many rows, [1 or rows, parts], float32; `None` where all of them are 1.
+    def forward(
+        self, now: Pass, device: torch.device, rows: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor | None:
+        """Factors for a tensor of so many rows, [1 or rows, parts]; `None` where all of them are 1.
 
         Raises:
             ErasureInputError: they differ by row, and the tensor has other rows than the pass.
         """
-        factors = self.product(now, device)
+        factors = self.product(now, device, dtype)
         return None if factors is None else self.for_rows(factors, now, rows)
 
-    def product(self, now: Pass, device: torch.device) -> torch.Tensor | None:
-        """Factors for the rows of the pass, [1 or B, parts], float32; `None` where all of them are 1."""
-        factors = self.strengths(now, device)
-        if self.scheduled:
-            schedule = self.schedule(now.now(device))
-            factors = schedule if factors is None else factors * schedule
-        if self.gated:
-            gates = self.gate_values(now, device)
-            factors = gates if factors is None else factors * gates
-        return factors
-
-    def strengths(self, now: Pass, device: torch.device) -> torch.Tensor | None:
-        """Strengths [1 or B, parts]; `None` where all are known to be 1, which a graph never knows."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and now.ones:  # in this order: what a graph reads it is guarded by
+    def product(self, now: Pass, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        """Factors for the rows of the pass, [1 or B, parts]; `None` where all of them are 1, which a graph never knows."""
+        if torch.compiler.is_compiling():
+            return self._within_graph(now, device).to(dtype)
+        if now.ones and not self.modified:
             return None
-        strengths = (now.whole if compiling else now.strengths).to(device)
+        if len(self.parts) == 1 and (modifier := self.parts[0][0]) is not None:
+            _, place, column = self.parts[0]
+            return modifier.factors(now, column, device, dtype)[:, place : place + 1]
+        return now.once((self.key, device, dtype), lambda: self._side_by_side(now, device, dtype))
+
+    def _side_by_side(self, now: Pass, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        if not self.modified:
+            return self._strengths(now.strengths, device).to(dtype)
+        strengths = now.strengths.to(device, dtype)
+        own = [
+            strengths[:, column : column + 1]
+            if modifier is None
+            else modifier.factors(now, column, device, dtype)[:, place : place + 1]
+            for modifier, place, column in self.parts
+        ]
+        rows = max(map(len, own))
+        return torch.cat([each.expand(rows, -1) for each in own], dim=1)
+
+    def _within_graph(self, now: Pass, device: torch.device) -> torch.Tensor:
+        factors = self._strengths(now.whole, device)
+        if self.scheduled:
+            factors = factors * self.schedule(now.now(device))
+        return factors * self.gate_values(now, device) if self.gated else factors
+
+    def _strengths(self, strengths: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Of all strengths of a pass those of the parts, [1 or B, parts]."""
+        strengths = strengths.to(device)
         return strengths[:, : self.width] if self.first else strengths[:, self.columns.to(device)]
 
     def schedule(self, timestep: torch.Tensor) -> torch.Tensor:

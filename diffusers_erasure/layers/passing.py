@@ -30,6 +30,7 @@ class Pass:
         edits: what they do, by the number of the place (see [`Place`]).
         strengths: one column for each of `names`: float32 [1, names], or [B, names] where they differ by picture.
         values: the strengths as numbers, where they are the same for all rows. No graph may look at them.
+        numbers: the strengths as numbers, one tuple for all rows or one for each; `None` where only tensors are known.
         uniform: whether they are.
         whole: one column for each erasure that is loaded, float32 [B, loaded]: what compiled graphs read.
         older: the edits of all erasures that are loaded, where the pass belongs to a request that began before a change.
@@ -52,9 +53,11 @@ class Pass:
         whole: torch.Tensor,
         older: Mapping[int, Any] | None = None,
         kept: "dict[Any, list[Kept]] | None" = None,
+        by_row: tuple[tuple[float, ...], ...] | None = None,
     ) -> None:
         self.names, self.edits, self.older = names, edits, older
         self.strengths, self.values, self.whole = strengths, values, whole
+        self.numbers = by_row if values is None else (values,)
         self.uniform = values is not None
         self.ones = values is not None and all(value == 1 for value in values)
         self.kept = kept
@@ -81,7 +84,16 @@ class Pass:
         Raises:
             ErasureInputError: a part of the denoiser was called by itself.
         """
-        return timesteps(self.timestep, self.scale, device)
+        if torch.compiler.is_compiling():
+            return timesteps(self.timestep, self.scale, device)
+        return self.once(("timestep", device), lambda: timesteps(self.timestep, self.scale, device))
+
+    def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `compute` gives, or gave before in the pass. It has no gradients. Not in graphs."""
+        found = self.looked.get(key)
+        if found is None:
+            found = self.looked[key] = compute()
+        return found
 
     def gate(self, key: PartKey, gate: "Gate") -> torch.Tensor | None:
         """The value of a gate, [B]; `None` where there is no text."""
@@ -89,8 +101,13 @@ class Pass:
             return None
         if key not in self.gates:
             with torch.no_grad():
-                self.gates[key] = gate(self.text)
+                self.gates[key] = gate(self.text) if torch.compiler.is_compiling() else self._gate(gate, self.text)
         return self.gates[key]
+
+    def _gate(self, gate: "Gate", text: torch.Tensor) -> torch.Tensor:
+        """Its value, which within a request stays the same for the same rows, until the gate notes another text."""
+        noted = gate.noted()
+        return gate(text) if noted is None else _kept(self, (gate, noted), text, lambda: gate(text))
 
 
 def timesteps(given: Any, scale: float, device: torch.device) -> torch.Tensor:

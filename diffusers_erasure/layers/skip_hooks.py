@@ -227,9 +227,8 @@ class SkipHooks:
         for network, factors in acting:
             found = network.residuals(self, inputs)
             if factors is not None:
-                found = [
-                    value * factors[:, site, None, None, None].to(value.dtype) for site, value in enumerate(found)
-                ]
+                factors = factors.to(found[0].dtype)
+                found = [value * factors[:, site, None, None, None] for site, value in enumerate(found)]
             total = [a + b for a, b in zip(total, found, strict=True)] if total else found
         seen.residuals = total[:-1]
         return output + total[-1].to(output.dtype)

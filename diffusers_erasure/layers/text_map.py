@@ -94,9 +94,9 @@ class TextMap(SiteEdit):
         if not self.factors.modified and not torch.compiler.is_compiling():
             if not now.ones:
                 reduced = reduced * self.factors.for_rows(self.scales(now, reduced), now, len(rows))
-        elif (factors := self.factors(now, rows.device, len(rows))) is not None:
+        elif (factors := self.factors(now, rows.device, len(rows), reduced.dtype)) is not None:
             owner = self.owner if self.several else None
-            reduced = reduced * spread(factors, owner, reduced.ndim, -1).to(reduced.dtype)
+            reduced = reduced * spread(factors, owner, reduced.ndim, -1)
         if reduced.dtype != rows.dtype:  # under autocast
             return rows + F.linear(reduced, write.T)
         return torch.addmm(rows.flatten(0, -2), reduced.flatten(0, -2), write).view(rows.shape)

@@ -256,8 +256,9 @@ class ErasureModules(nn.Module):
             strengths, known = self.tensors.of(values, 1, device), numbers
         else:
             strengths, known = self.tensors.of(values, rows, device), None
+        by_row = None if known is not None else tuple(zip(*_columns(values, rows), strict=True))
         kept = self.conditions.here.kept_of(plan) if requests.within_request(self.component) else None
-        return Pass(names, plan.of(names), strengths, known, whole, older, kept)
+        return Pass(names, plan.of(names), strengths, known, whole, older, kept, by_row)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ErasureModules":
         super()._apply(fn, recurse)
@@ -313,6 +314,7 @@ def captured(strengths: Sequence[Strength], rows: int, device: torch.device) -> 
 
 
 def _columns(strengths: Sequence[Strength], rows: int) -> list[list[float]]:
+    """Of each erasure its strengths by row."""
     return [_by_row(value, rows) if isinstance(value, tuple) else [value] * rows for value in strengths]
 
 
