@@ -19,6 +19,7 @@ from torch import nn
 from .. import compat
 from ..errors import ErasureInactiveError
 from ..layers import Watched
+from ..layers.locks import Lock
 from ..layers.sites import path_to
 
 
@@ -116,16 +117,18 @@ class Owner:
         if reason is not None:
             raise ErasureInactiveError(reason)
 
-    def look(self) -> None:
+    def look(self, lock: Lock) -> None:
         """Before a pass: see whether `forward` was replaced; then what is called inside says whether it computes."""
         assert self.module is not None
         self.wrapped = "forward" in vars(self.module)
         inside = {id(module): module for module in _inside(self.module)} if self.wrapped else {}
-        for key in [key for key in self.witnesses if key not in inside]:
-            self.witnesses.pop(key).remove()
-        for key, module in inside.items():
-            if key not in self.witnesses:
-                self.witnesses[key] = module.register_forward_pre_hook(Mark(self, COMPUTED))
+        if inside.keys() != self.witnesses.keys():
+            with lock.held():
+                for key in [key for key in self.witnesses if key not in inside]:
+                    self.witnesses.pop(key).remove()
+                for key, module in inside.items():
+                    if key not in self.witnesses:
+                        self.witnesses[key] = module.register_forward_pre_hook(Mark(self, COMPUTED))
         others = set(self.calls) - {threading.get_ident()}
         if others:  # of a thread that has ended, a pass that broke off
             for ended in others - {thread.ident for thread in threading.enumerate()}:
@@ -155,6 +158,7 @@ class FiringCheck:
 
     def __init__(self, state: "ErasureModules") -> None:
         self.state = state
+        self.lock = Lock()
         self.component: nn.Module | None = None
         self.watched: dict[str, Watched] = {}
         self.copied = False  # then the hooks came along, but see nothing: all is to be watched anew
@@ -164,7 +168,7 @@ class FiringCheck:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"state": self.state, "component": self.component, "watched": self.watched}
-        return {**kept, "copied": True, "owners": {}, "steps": [], "tuners": []}
+        return {**kept, "copied": True, "owners": {}, "steps": [], "tuners": [], "lock": Lock()}
 
     def watch(self, component: nn.Module, watched: Iterable[Watched]) -> None:
         """Watch these modules from now on, and no others."""
@@ -218,11 +222,12 @@ class FiringCheck:
         if torch.compiler.is_compiling():
             return None
         if self.copied or self._changed():
-            reason = self._moved()
+            with self.lock.held():  # the first passes of a copy may be in several threads
+                reason = self._moved() if self.copied or self._changed() else None
             if reason is not None:
                 return reason
-        for owner in self.owners.values():
-            owner.look()
+        for owner in list(self.owners.values()):
+            owner.look(self.lock)
         return self._dropped() if self.tuners else None
 
     def after(self) -> str | None:
