@@ -313,6 +313,26 @@ def test_a_block_that_another_thread_ends(threads: ThreadPoolExecutor) -> None:
             assert pool.submit(lambda: pipe.list_erasures()[0].acting).result(PATIENCE) == 1
 
 
+def test_jobs_that_begin_after_their_block() -> None:
+    pipe = tiny_sd_pipe()
+    pipe.load_erasure(random_erasure(pipe), "a")
+    over = threading.Event()
+
+    def acting() -> Any:
+        assert over.wait(PATIENCE)
+        return pipe.list_erasures()[0].acting
+
+    async def main() -> list[Any]:
+        loop = asyncio.get_running_loop()
+        with pipe.erasure_strengths({"a": 0.5}):
+            jobs = [asyncio.create_task(asyncio.to_thread(acting)), loop.run_in_executor(None, acting)]
+            await asyncio.sleep(0.05)  # the task hands its job over
+        over.set()
+        return [await job for job in jobs]
+
+    assert asyncio.run(main()) == [0.5, 0.5] and acting() == 1.0
+
+
 def test_a_task_that_outlives_its_request() -> None:
     pipe = tiny_sd_pipe()
     pipe.load_erasure(random_erasure(pipe), "a", strength=0.0)

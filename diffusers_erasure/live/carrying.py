@@ -59,6 +59,7 @@ def _carrying_submit(submit: Callable[..., Any]) -> Callable[..., Any]:
             return submit(self, fn, *args, **kwargs)
         # The executors of other interpreters (Python 3.14) pickle their jobs; what is set here says nothing there.
         if not isinstance(self, getattr(concurrent.futures, "InterpreterPoolExecutor", ())):
+            _set_in_own_context(fn, values)
             fn = functools.partial(_run_job, values, fn)
         # A thread that the executor starts meanwhile would run all its later jobs with what it inherits.
         return _context_without(values).run(submit, self, fn, *args, **kwargs)
@@ -93,6 +94,16 @@ def _carrying_start(start: Callable[..., None]) -> Callable[..., None]:
             raise
 
     return carrying
+
+
+def _set_in_own_context(fn: Callable[..., Any], values: Sequence[tuple[ContextVar[Any], Any]]) -> None:
+    """Where a job brings a copy of its context along, as that of `asyncio.to_thread` does, the values are set in there."""
+    run = fn.func if isinstance(fn, functools.partial) else fn
+    context = getattr(run, "__self__", None)
+    if isinstance(context, Context):
+        for variable, value in values:
+            if variable in context:
+                context.run(variable.set, value)
 
 
 def _run_job(
