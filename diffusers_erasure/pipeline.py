@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+TRIES = 3  # of a load beside others; the last one lets nobody in between
+
 StrictBase = Literal["warn", "error", "ignore"]
 Backend = Literal["hook", "merge", "peft"]
 
@@ -272,11 +274,30 @@ def load_erasure(
         erasure = read_plain_lora(pipe, src, weight_name=weight_name, **options)
     else:
         erasure = Erasure.from_pretrained(src, **options)
-    with attachment.changing_alone(_components(pipe).values(), weights=backend != "hook"):
-        return _load(pipe, src, adapter_name, erasure, strength, strict_base, backend, peft_guard)
+    for attempt in range(
+        TRIES
+    ):  # passes go on while it is looked at what is loaded; where that changed meanwhile, again
+        looked_at = _plans(pipe)
+        item, told = _checked(pipe, src, adapter_name, erasure, strength, strict_base, backend)
+        with attachment.changing_alone(_components(pipe).values(), weights=backend != "hook"):
+            if _plans(pipe) != looked_at:
+                if attempt < TRIES - 1:
+                    continue
+                item, told = _checked(pipe, src, adapter_name, erasure, strength, strict_base, backend)
+            _attach(pipe, item, backend, peft_guard)
+        break
+    for level, message in told:
+        logger.log(level, "%s", message)
+    logger.info("Loaded the erasure %r (%s) at strength %g.", item.name, erasure.config.method.name, strength)
+    return _info(pipe, item)
 
 
-def _load(
+def _plans(pipe: Any) -> dict[str, Any]:
+    """What is loaded, by component: another object after each change."""
+    return {name: (state.plan, tuple(state.merged)) for name, state in _states(pipe).items()}
+
+
+def _checked(
     pipe: Any,
     src: Any,
     adapter_name: str | None,
@@ -284,9 +305,8 @@ def _load(
     strength: float,
     strict_base: StrictBase,
     backend: Backend,
-    peft_guard: PeftGuard,
-) -> ErasureInfo:
-    """Check and attach, while nobody else changes what is loaded."""
+) -> tuple[Loaded, list[tuple[int, str]]]:
+    """The erasure as it is to be listed, and what is to be told of it; refuses what cannot be loaded."""
     name = _free_name(pipe, src, adapter_name)
     content = erasure.content_hash
     twins.refuse_copy(pipe, content)
@@ -302,18 +322,20 @@ def _load(
     item = Loaded(name, erasure, strength, match, content, "peft" if backend == "peft" else "hook")
     item.prompts = prompt_guard.PromptRecord() if on_text else None
     item.one_prompt = prompt_guard.OnePrompt() if second_prompt.needs_guard(pipe, erasure) else None
-    told = twins.shared_targets(pipe, item)
     if backend == "peft":
         peft_backend.check(pipe, erasure, name, components)
+    return item, list(twins.shared_targets(pipe, item))
+
+
+def _attach(pipe: Any, item: Loaded, backend: Backend, peft_guard: PeftGuard) -> None:
+    components = _components(pipe)
+    if backend == "peft":
+        fusing.refuse_while_disabled(pipe)
         peft_backend.load(pipe, item, components, denoiser_name(pipe), peft_guard)
     else:
         attachment.attach(components, [denoiser_name(pipe)], item)
     if backend == "merge":
-        fusing.attach_fused(pipe, name)
-    for level, message in told:
-        logger.log(level, "%s", message)
-    logger.info("Loaded the erasure %r (%s) at strength %g.", name, erasure.config.method.name, strength)
-    return _info(pipe, item)
+        fusing.attach_fused(pipe, item.name)
 
 
 def _check_base(pipe: Any, erasure: Erasure, content: str, strict_base: StrictBase) -> dict[str, str]:

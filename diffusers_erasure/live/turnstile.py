@@ -206,14 +206,19 @@ def quiet(turnstiles: Iterable[Turnstile], inside: Iterable[object]) -> Iterator
     turnstiles, inside, me = list(turnstiles), list(inside), threading.get_ident()
     with _world:
         waited = 0.0
-        while (closed := next((each for each in turnstiles if each._is_closed(me, inside)), None)) is not None:
-            _waits[me] = closed
-            try:
+        try:
+            while (closed := next((each for each in turnstiles if each._is_closed(me, inside)), None)) is not None:
+                _waits[me] = closed
+                closed.queue.add(me)
                 closed._refuse_for_ever(me)
                 waited = _patiently(waited, "A call of a pipeline waits for a change in another thread")
-            finally:
-                del _waits[me]
-        yield
+            yield
+        finally:
+            _waits.pop(me, None)
+            for each in turnstiles:
+                each.queue.discard(me)
+                each.turn.discard(me)
+            _world.notify_all()
 
 
 def begin(turnstiles: Iterable[Turnstile]) -> None:
