@@ -7,10 +7,9 @@ import asyncio
 import contextvars
 import copy
 import gc
-import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from diffusers_erasure import (
     with_schedule,
 )
 from diffusers_erasure.live.state import state_of
+from tests import test_stays_on
 from tests.helpers import UNET_SITES, random_erasure, tiny_sd_pipe
 from tests.test_copies import video_of
 
@@ -34,23 +34,7 @@ TABLE = [0.0, 0.3, 1.0, 0.6, 0.25]
 ENDS = ("attn2.to_k", "attn2.to_v", "ff.net.2")
 PER_PICTURE = [0.2, 0.9]
 
-
-class Graphs:
-    """A backend that runs graphs as they are and counts them."""
-
-    count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        self.count += 1
-        return graph.forward
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would keep all it says
-    torch.compiler.reset()
-    yield Graphs()
-    torch.compiler.reset()
+graphs, Graphs = test_stays_on.backend, test_stays_on.CountingBackend
 
 
 def small(table: list[float] | None = None) -> Any:
@@ -97,14 +81,14 @@ def test_no_graph_for_a_strength(graphs: Graphs, compiled: Callable[..., None], 
     made: list[int] = []
     for rows in (2, 4):
         for strength in (0.1, 0.2, PER_PICTURE, 0.3, 1.0, PER_PICTURE[::-1]):
-            before = graphs.count
+            before = graphs.graphs
             with (
                 torch.no_grad(),
                 pipe.erasure_strengths({"one": strength}),
                 eager.erasure_strengths({"one": strength}),
             ):
                 torch.testing.assert_close(predicted(pipe, rows), predicted(eager, rows))
-            made.append(graphs.count - before)
+            made.append(graphs.graphs - before)
     assert made[0] == 1 and made[6] <= 1
     assert not any(made[1:6] + made[7:])
 
@@ -120,18 +104,18 @@ def test_no_graph_for_a_strength_where_rows_are_more_or_fewer(graphs: Graphs) ->
         for strength in (0.1, 0.2, 1.0, 0.7):
             with pipe.erasure_strengths({"one": strength}):
                 predicted(pipe, 4)
-    assert graphs.count == 1
+    assert graphs.graphs == 1
 
     source = tiny_sd_pipe()
     source.load_erasure(random_erasure(source, "lora", UNET_SITES, rank=3), "one", strict_base="ignore")
     video = video_of(source)
     torch.compiler.reset()
-    graphs.count = 0
+    graphs.graphs = 0
     video.unet.mid_block.attentions[0].transformer_blocks[0].compile(backend=graphs, fullgraph=True)
     for strength in (0.1, 0.2, PER_PICTURE, PER_PICTURE[::-1], 0.3):
         with torch.no_grad(), video.erasure_strengths({"one": strength}):
             video.unet(given(2, 4, 3, 8, 8, seed=1), torch.tensor(500), encoder_hidden_states=given(6, 24, 32, seed=2))
-    assert graphs.count == 1
+    assert graphs.graphs == 1
 
 
 # -------------------------------------------------------------------------------------------------- blocks by themselves
@@ -199,7 +183,7 @@ def test_a_larger_graph_follows_blocks(graphs: Graphs) -> None:
         assert failing.error is None, failing.error
     with pipe.erasure_strengths({"one": [1.0, 0.5, 0.2]}), pytest.raises(ErasureInputError, match="3 pictures"):
         alike()
-    assert graphs.count == 1
+    assert graphs.graphs == 1
 
     async def off(began: asyncio.Event, over: asyncio.Event) -> None:
         with pipe.erasures_disabled():

@@ -23,7 +23,7 @@ from .buffers import PartKey, Tensors, live_buffer
 from .changes import WeightChange, double
 from .kind import LayerKind, Summand
 from .layer import Layer
-from .modifiers import Conditions, Factors, Modifier, RankScales, spread
+from .modifiers import Conditions, Factors, Modifier, RankScales, hold_owner, spread
 from .passing import Pass, kept_for
 from .sites import Place, Site, SiteEdit, SiteLayer, attention_of, find_site, next_number
 
@@ -50,7 +50,7 @@ class LowRankDelta(SiteEdit):
 
     down: torch.Tensor
     up: torch.Tensor
-    owner: torch.Tensor  # the part of each rank, [R]
+    owner: torch.Tensor | None  # the part of each rank, [R]
 
     def __init__(
         self,
@@ -64,11 +64,7 @@ class LowRankDelta(SiteEdit):
         self.convolution: dict[str, Any] | None = None
         if isinstance(module, nn.Conv2d):
             self.convolution = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
-        ranks = [len(part.down) for part in parts.values()]
-        self.several = len(ranks) > 1
-        if self.several:
-            owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-            live_buffer(self, "owner", owner, device, torch.int64)
+        hold_owner(self, [len(part.down) for part in parts.values()], device)
         live_buffer(self, "down", torch.cat([part.down for part in parts.values()]), device, dtype)
         live_buffer(self, "up", torch.cat([part.up for part in parts.values()], dim=1), device, dtype)
         # Where the module reads text rows. A tuple, because a module assigned to a module would become its child.
@@ -101,7 +97,7 @@ class LowRankDelta(SiteEdit):
         factors = self.factors(now, reduced.device, len(reduced), reduced.dtype)
         if factors is None:
             return reduced
-        return reduced * spread(factors, self.owner if self.several else None, reduced.ndim, dim)
+        return reduced * spread(factors, self.owner, reduced.ndim, dim)
 
 
 class TextProduct(nn.Module):

@@ -421,6 +421,15 @@ def bins_at(timestep: torch.Tensor, bins: torch.Tensor | int, span: torch.Tensor
     return place.floor().to(torch.int64).clamp_min(0).minimum(count - 1)
 
 
+def hold_owner(edit: nn.Module, ranks: Sequence[int], device: torch.device) -> None:
+    """Register as `owner` the part of each rank, [R], for [`spread`]; `None` where there is but one part."""
+    if len(ranks) > 1:
+        owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+        live_buffer(edit, "owner", owner, device, torch.int64)
+    else:
+        edit.register_buffer("owner", None, persistent=False)
+
+
 def spread(factors: torch.Tensor, owner: torch.Tensor | None, ndim: int, dim: int) -> torch.Tensor:
     """Factors [B, parts] as a tensor that multiplies one of `ndim` dimensions whose `dim` runs over ranks.
 

@@ -30,8 +30,8 @@ class Pass:
         edits: what they do, by the number of the place (see [`Place`]).
         strengths: one column for each of `names`: float32 [1, names], or [B, names] where they differ by picture.
         values: the strengths as numbers, where they are the same for all rows. No graph may look at them.
-        numbers: the strengths as numbers, one tuple for all rows or one for each; `None` where only tensors are known.
         uniform: whether they are.
+        numbers: the strengths as numbers, one tuple for all rows or one for each; `None` where only tensors are known.
         whole: one column for each erasure that is loaded, float32 [B, loaded]: what compiled graphs read.
         older: the edits of all erasures that are loaded, where the pass belongs to a request that began before a change.
         timestep, scale: as the denoiser was given it, and the factor to the timesteps of the training.

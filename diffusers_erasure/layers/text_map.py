@@ -24,7 +24,7 @@ from .buffers import PartKey, Tensors, live_buffer, placement
 from .changes import WeightChange, double
 from .kind import LayerKind, Summand
 from .layer import Layer
-from .modifiers import Conditions, Modifier, RankScales, spread
+from .modifiers import Conditions, Modifier, RankScales, hold_owner, spread
 from .passing import Pass, kept_for
 from .sites import Place, SiteEdit, SiteLayer
 
@@ -60,7 +60,7 @@ class TextMap(SiteEdit):
 
     read: torch.Tensor
     write: torch.Tensor
-    owner: torch.Tensor  # the part of each row, [R]
+    owner: torch.Tensor | None  # the part of each row, [R]
 
     def __init__(
         self,
@@ -71,11 +71,7 @@ class TextMap(SiteEdit):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(module, parts, columns, device, dtype)
-        ranks = [len(part.read) for part in parts.values()]
-        self.several = len(ranks) > 1
-        if self.several:
-            owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-            live_buffer(self, "owner", owner, device, torch.int64)
+        hold_owner(self, [len(part.read) for part in parts.values()], device)
         columns_of = [columns[name] for (name, _), part in parts.items() for _ in range(len(part.read))]
         self.scales = RankScales(columns_of, device)
         live_buffer(self, "read", torch.cat([part.read for part in parts.values()]), device, dtype)
@@ -95,8 +91,7 @@ class TextMap(SiteEdit):
             if not now.ones:
                 reduced = reduced * self.factors.for_rows(self.scales(now, reduced), now, len(rows))
         elif (factors := self.factors(now, rows.device, len(rows), reduced.dtype)) is not None:
-            owner = self.owner if self.several else None
-            reduced = reduced * spread(factors, owner, reduced.ndim, -1)
+            reduced = reduced * spread(factors, self.owner, reduced.ndim, -1)
         if reduced.dtype != rows.dtype:  # under autocast
             return rows + F.linear(reduced, write.T)
         return torch.addmm(rows.flatten(0, -2), reduced.flatten(0, -2), write).view(rows.shape)
