@@ -66,7 +66,8 @@ def main() -> None:
     repeats = options.repeats or (3 if options.smoke else 7)
     pipe = UNetOnly(make_unet(options.smoke))
     weights = {name: linear.weight for name, linear in text_readers(pipe).items()}
-    settings = resolve(Config(rows="last", templates="none", absolute=True, lamb=LAMB), Settings)
+    # As a LoRA: what the dense weights are compared with.
+    settings = resolve(Config(rows="last", templates="none", absolute=True, lamb=LAMB, layer="lora"), Settings)
     table: list[dict[str, Any]] = []
     for count in counts:
         rows = random_rows(count, retain, pipe.unet.config.cross_attention_dim)
