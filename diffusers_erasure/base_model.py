@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,43 +10,9 @@ from torch import nn
 
 from . import compat
 from .errors import ErasureCompatibilityError, ErasureInputError
+from .families import DENOISERS, FAMILIES, Family
 from .fingerprints import Match, compare_component, describe_model, describe_tokenizer
 from .schema import BaseModel
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of base models.
-
-    Attributes:
-        name: as it stands in an erasure's config.
-        denoiser: the pipeline's attribute that holds the UNet or transformer.
-        text_encoders: the attributes that hold text encoders.
-        tokenizers: the attributes that hold their tokenizers.
-    """
-
-    name: str
-    denoiser: str
-    text_encoders: tuple[str, ...]
-    tokenizers: tuple[str, ...]
-
-
-_SD = Family("stable-diffusion", "unet", ("text_encoder",), ("tokenizer",))
-_SDXL = Family("stable-diffusion-xl", "unet", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"))
-_SD3 = Family(
-    "stable-diffusion-3",
-    "transformer",
-    ("text_encoder", "text_encoder_2", "text_encoder_3"),
-    ("tokenizer", "tokenizer_2", "tokenizer_3"),
-)
-_FLUX = Family("flux", "transformer", ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"))
-FAMILIES = {family.name: family for family in (_SD, _SDXL, _SD3, _FLUX)}
-# Denoisers by class, with the families that they may belong to.
-DENOISERS = {
-    "UNet2DConditionModel": (_SD, _SDXL),
-    "SD3Transformer2DModel": (_SD3,),
-    "FluxTransformer2DModel": (_FLUX,),
-}
 
 
 def component(pipe: Any, name: str) -> Any:
@@ -81,12 +46,15 @@ def family_of(pipe: Any) -> Family:
     kind = type(model).__name__
     if kind not in DENOISERS:
         raise ErasureCompatibilityError(
-            f"{kind} belongs to no known family of base models; known are Stable Diffusion 1.x, 2.x, XL, 3 and Flux."
+            f"{kind} belongs to no known family of base models; known are "
+            + ", ".join(family.title for family in FAMILIES.values())
+            + "."
         )
     families = DENOISERS[kind]
     if len(families) == 1:
         return families[0]
-    return _SDXL if model.config.get("addition_embed_type") == "text_time" else _SD
+    is_xl = model.config.get("addition_embed_type") == "text_time"
+    return FAMILIES["stable-diffusion-xl" if is_xl else "stable-diffusion"]
 
 
 def _text_components(pipe: Any, family: Family) -> Iterator[tuple[str, Any]]:

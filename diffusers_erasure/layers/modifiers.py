@@ -19,6 +19,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInputError
+from ..families import DENOISERS
 from . import graphs
 from .buffers import PartKey, live_buffer
 from .gate import Gate
@@ -27,7 +28,6 @@ from .passing import Here, Pass
 
 MOST_SCALES = 16  # sets of strengths that are held ready at one place
 _numbers = itertools.count()  # by which graphs know components
-PER_THOUSAND = ("FluxTransformer2DModel",)  # denoisers whose timestep is t / 1000
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class Conditions(nn.Module):
         self.tracing = False
         self.number = next(_numbers)
         graphs.make_known(self.number, self)
-        self.scale = 1.0  # from the denoiser's timesteps to those of the training
+        self.clock = (1.0, 0.0)  # from the denoiser's timesteps to those of the training
+        self.named = "timestep", "encoder_hidden_states"  # the arguments that hold timestep and text
         self.gates = nn.ModuleDict()  # as children, so that they move with the model
         self.names: dict[PartKey, str] = {}  # there they must have no dots
         self.count = 0
@@ -169,12 +170,14 @@ class Conditions(nn.Module):
         """
         component = compat.unwrap_compiled(component)
         arguments = list(inspect.signature(type(component).forward).parameters)[1:]  # without self
-        if "timestep" not in arguments:
+        family = DENOISERS.get(type(component).__name__, (None,))[0]
+        if family is not None:
+            self.clock, self.named = family.clock, (family.timestep, family.argument)
+        if self.named[0] not in arguments:
             raise ErasureCompatibilityError(
                 f"{type(component).__name__} takes no 'timestep', so nothing in it can act by timestep: the erasure was made "
                 "for another architecture."
             )
-        self.scale = 1000.0 if type(component).__name__ in PER_THOUSAND else 1.0
         self.arguments = arguments
 
     def unwatch(self) -> None:
@@ -204,8 +207,8 @@ class Conditions(nn.Module):
     def read(self, now: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Give a pass what the denoiser is called with."""
         if self.arguments is not None:
-            timestep = self._argument("timestep", args, kwargs)
-            now.read(timestep, self.scale, self._argument("encoder_hidden_states", args, kwargs))
+            timestep, text = (self._argument(name, args, kwargs) for name in self.named)
+            now.read(timestep, self.clock, text)
 
     def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str | None, trains: bool) -> None:
         """A pass within a larger graph begins.
@@ -224,7 +227,7 @@ class Conditions(nn.Module):
         """It is over; nothing of the graph is held."""
         self.tracing = False
         self.traced.whole = self.traced.strengths
-        self.traced.read(None, 1.0, None)
+        self.traced.read(None, (1.0, 0.0), None)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.arguments is not None

@@ -62,7 +62,7 @@ class Pass:
         self.ones = values is not None and all(value == 1 for value in values)
         self.kept = kept
         self.timestep: Any = None
-        self.scale = 1.0
+        self.clock = (1.0, 0.0)
         self.text: torch.Tensor | None = None
         self.gates: dict[PartKey, torch.Tensor] = {}
         self.looked: dict[Any, Any] = {}
@@ -71,9 +71,9 @@ class Pass:
         self.first = 0
         self.nodes = range(0)
 
-    def read(self, timestep: Any, scale: float, text: Any) -> None:
+    def read(self, timestep: Any, clock: tuple[float, float], text: Any) -> None:
         """Take over the arguments of the forward pass."""
-        self.timestep, self.scale = timestep, scale
+        self.timestep, self.clock = timestep, clock
         text = text[0] if isinstance(text, tuple) else text  # an IP-Adapter's (text, image embeddings)
         self.text = text if isinstance(text, torch.Tensor) else None
         self.gates, self.looked = {}, {}
@@ -85,8 +85,8 @@ class Pass:
             ErasureInputError: a part of the denoiser was called by itself.
         """
         if torch.compiler.is_compiling():
-            return timesteps(self.timestep, self.scale, device)
-        return self.once(("timestep", device), lambda: timesteps(self.timestep, self.scale, device))
+            return timesteps(self.timestep, self.clock, device)
+        return self.once(("timestep", device), lambda: timesteps(self.timestep, self.clock, device))
 
     def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `compute` gives, or gave before in the pass. It has no gradients. Not in graphs."""
@@ -110,8 +110,8 @@ class Pass:
         return gate(text) if noted is None else _kept(self, (gate, noted), text, lambda: gate(text))
 
 
-def timesteps(given: Any, scale: float, device: torch.device) -> torch.Tensor:
-    """A denoiser's timestep as float32 [1] or [B].
+def timesteps(given: Any, clock: tuple[float, float], device: torch.device) -> torch.Tensor:
+    """A denoiser's timestep, by factor and offset, as float32 [1] or [B].
 
     Raises:
         ErasureInputError: there is none.
@@ -121,7 +121,7 @@ def timesteps(given: Any, scale: float, device: torch.device) -> torch.Tensor:
             "An erasure that acts by timestep was called outside of a forward pass of its denoiser."
         )
     value = torch.as_tensor(given, device=device).detach().reshape(-1).to(torch.float32)
-    return value * scale if scale != 1.0 else value
+    return value if clock == (1.0, 0.0) else clock[1] + clock[0] * value
 
 
 class Here(threading.local):

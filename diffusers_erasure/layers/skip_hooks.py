@@ -219,7 +219,7 @@ class SkipHooks:
         for network in self.trained:
             if network.on:
                 schedule = network.schedule
-                step = None if schedule is None else timesteps(seen.timestep, 1.0, sample.device)
+                step = None if schedule is None else timesteps(seen.timestep, (1.0, 0.0), sample.device)
                 acting.append((network, None if schedule is None else schedule(step)))
         given = {**dict(zip(MID_ARGUMENTS, args[2:], strict=False)), **kwargs}
         inputs = Inputs(sample, time, added, **{name: given.get(name) for name in MID_ARGUMENTS})
