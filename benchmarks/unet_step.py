@@ -54,9 +54,9 @@ class CountKernels(TorchDispatchMode):
 class Run(DiffusionPipeline):
     """What a request is to erasures, the call of a pipeline; of this one nothing but steps."""
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, denoiser: Any) -> None:
         super().__init__()
-        self.register_modules(unet=unet)
+        self.register_modules(**{"unet" if "UNet" in type(denoiser).__name__ else "transformer": denoiser})
 
     @torch.no_grad()
     def __call__(self, step: Callable[[], Any], steps: int = 1, after: Callable[[], None] = lambda: None) -> None:
@@ -103,15 +103,19 @@ def on_meta(meta_unet: Any, like: Any, variant: str, rank: int | None, number: i
     return unet.to("meta")
 
 
-@torch.no_grad()
 def count(unet: Any, size: int) -> tuple[int, int, int]:
-    """Kernels of the first and of a later step of a run, and FLOPs of the first, counted on the meta device."""
-    step = partial(unet, **inputs(unet, size, "meta", torch.float32))
+    """See [`counted`]."""
+    return counted(unet, partial(unet, **inputs(unet, size, "meta", torch.float32)))
+
+
+@torch.no_grad()
+def counted(denoiser: Any, step: Callable[[], Any]) -> tuple[int, int, int]:
+    """Kernels of the first and of a later step of a run, and FLOPs of the first, on the meta device."""
     with FlopCounterMode(display=False) as flops:
-        Run(unet)(step)  # and what is made once for all runs
+        Run(denoiser)(step)  # and what is made once for all runs
     seen = [0]
     with CountKernels() as kernels:
-        Run(unet)(step, STEPS, lambda: seen.append(kernels.count))
+        Run(denoiser)(step, STEPS, lambda: seen.append(kernels.count))
     first, *later = (after - before for before, after in zip(seen, seen[1:], strict=False))
     if len(set(later)) != 1:
         raise AssertionError(f"Steps after the first have {later} kernels.")

@@ -93,8 +93,18 @@ def test_disabled_loras_stay_off(erasure: Erasure, pipe: Any) -> None:
     pipe.disable_lora()
     assert_like(images(pipe), images(dense_edit(tiny_sd_pipe(), erasure)), base_images())
     pipe.unload_erasure("no")
+    assert equal(images(pipe), base_images())  # by itself peft would make the style active where the erasure was
     pipe.enable_lora()
-    pipe.set_adapters("style")
+    assert roundings(images(pipe), images(with_style())) <= ROUNDINGS
+
+
+def test_loras_enabled_since_stay_on(erasure: Erasure, pipe: Any) -> None:
+    load_style(pipe)
+    pipe.load_erasure(erasure, "no", backend="peft")
+    pipe.disable_lora()
+    images(pipe)
+    pipe.enable_lora()
+    pipe.unload_erasure("no")
     assert roundings(images(pipe), images(with_style())) <= ROUNDINGS
 
 

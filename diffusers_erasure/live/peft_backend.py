@@ -52,6 +52,7 @@ class PeftAdapters(LiveLayer):
         self.adapters: dict[str, _Adapter] = {}
         self.strengths: dict[str, float] = {}
         self.broken: dict[str, str] = {}  # what was found of their tensors, in words
+        self.disabled: dict[str, list[str]] = {}  # what was active where all was disabled and an erasure came on again
         compat.call_after_hotswaps(look_again)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,13 +79,37 @@ class PeftAdapters(LiveLayer):
         if self.adapters.pop(name, None) is not None:
             self.strengths.pop(name, None)
             self.broken.pop(name, None)
+            layers, before = self.layers(name), compat.adapter_states(self.components[0])
             compat.delete_adapter(self.components[0], name)
+            compat.restore_adapter_states(self._without(name, layers, before))
+
+    def _without(
+        self, name: str, layers: Mapping[str, Any], before: Mapping[Any, tuple[list[str], bool]]
+    ) -> dict[Any, tuple[list[str], bool]]:
+        """What is to be active in layers that had an adapter; by itself peft makes any other one active that it finds.
+
+        What a user had disabled is disabled again, unless the other layers tell that it was enabled since.
+        """
+        here = {path: (layer, [each for each in before[layer][0] if each != name]) for path, layer in layers.items()}
+        elsewhere = [off for layer, (_, off) in before.items() if layer not in layers.values()]
+        found = {}
+        for path, (layer, active) in here.items():
+            if active or path not in self.disabled:
+                found[layer] = active, before[layer][1]
+            else:
+                found[layer] = [each for each in self.disabled.pop(path) if each in layer.lora_A], all(elsewhere)
+        return found
 
     def fold(self, strengths: Mapping[str, float]) -> None:
         self.strengths = {name: strengths.get(name, 0.0) for name in self.adapters}
-        for name, strength in self.strengths.items():
-            for layer in self.layers(name).values():
-                compat.switch_adapter_on(layer, name, strength, list(self.adapters), rescale=True)
+        for name in self.strengths:
+            self._switch_on(name, self.layers(name))
+
+    def _switch_on(self, name: str, layers: Mapping[str, Any]) -> None:
+        for path, layer in layers.items():
+            if layer.disable_adapters:
+                self.disabled[path] = [each for each in layer.active_adapters if each not in self.adapters]
+            compat.switch_adapter_on(layer, name, self.strengths[name], list(self.adapters), rescale=True)
 
     def is_empty(self) -> bool:
         return not self.adapters
@@ -162,7 +187,7 @@ class PeftAdapters(LiveLayer):
     def _switched_off(self, name: str, layers: Mapping[str, Any]) -> str | None:
         """Why an adapter with the right tensors would act less than its strength says; it is switched on where it may be."""
         strength, policy = self.strengths[name], self.adapters[name].policy
-        off = [layer for layer in layers.values() if not compat.adapter_acts(layer, name)]
+        off = {path: layer for path, layer in layers.items() if not compat.adapter_acts(layer, name)}
         if not torch.compiler.is_compiling() and not off:
             scales = {each: compat.adapter_scale(layer, name) for each, layer in layers.items()}
             least = strength * (1 - ROUNDING)
@@ -175,7 +200,7 @@ class PeftAdapters(LiveLayer):
                     "which it was loaded; `list_erasures` tells it, and `set_erasures` sets it.",
                 )
             else:
-                off = [layers[each] for each, scale in scales.items() if scale < least]
+                off = {each: layers[each] for each, scale in scales.items() if scale < least}
         if off and policy == "error":
             return (
                 f"The LoRA adapter {name!r} of an erasure was switched off, or weakened, by another call (`set_adapters`, "
@@ -190,10 +215,10 @@ class PeftAdapters(LiveLayer):
                 "The LoRA adapter %r of an erasure was switched off by another call; it is switched on again, now and "
                 "whenever that happens. `unload_erasure` takes it off.",
             )
-        merged = any(compat.is_merged(layer, name) for layer in off)
-        for layer in () if merged else off:
-            compat.switch_adapter_on(layer, name, strength, list(self.adapters), rescale=True)
-        if merged or not all(compat.adapter_acts(layer, name) for layer in off):
+        merged = any(compat.is_merged(layer, name) for layer in off.values())
+        if not merged:
+            self._switch_on(name, off)
+        if merged or not all(compat.adapter_acts(layer, name) for layer in off.values()):
             return (
                 f"`fuse_lora` has merged other LoRAs where the adapter {name!r} of an erasure acts, or merged it at another "
                 "scale, and peft leaves out what is not merged there. Call `pipe.unfuse_lora()`, or fuse all of them."
