@@ -136,7 +136,7 @@ def test_wheel_contents(built: tuple[Path, Path]) -> None:
     assert shipped == expected_files()
     demo = {name.removeprefix(f"{PACKAGE}/demo/") for name in shipped if name.startswith(f"{PACKAGE}/demo/")}
     modules = {name for name in demo if name.endswith(".py")}
-    assert modules == {"__init__.py", "dataset.py", "drawing.py", "judge.py", "words.py"}, (
+    assert modules == {"__init__.py", "dataset.py", "drawing.py", "judge.py", "words.py", "worlds.py"}, (
         "what trains the model is in tools/"
     )
     assert f"{metadata_folder}/licenses/LICENSE" in names
