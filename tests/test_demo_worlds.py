@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_erasure import ErasureInputError, ErasureNotFoundError, demo
 from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.demo.worlds import FOLDER_VARIABLE, folder_of, world_of
+from diffusers_erasure_cli.options import TINY
+from tests.commands import invoke
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,3 +120,30 @@ def test_an_installed_wheel_says_where_the_others_are(tmp_path, monkeypatch):
         demo.load_pipeline("flux")
     demo.load_pipeline().save_pretrained(tmp_path / "flux")  # any pipeline: the folder is what counts
     assert type(demo.load_pipeline("flux")).__name__ == "StableDiffusionPipeline"
+
+
+def test_the_command_line_knows_them_all() -> None:
+    assert set(TINY.values()) == set(demo.WORLDS) and TINY["demo"] == "sd1"
+    assert all(TINY[f"demo-{name}"] == name for name in OTHERS)
+    shown = " ".join(invoke("generate", "--help").output.replace("│", " ").split())
+    sdxl, sd3, flux = (demo.settings(name).num_inference_steps for name in ("sdxl", "sd3", "flux"))
+    assert sd3 == flux and f"of demo-sdxl {sdxl}, of demo-sd3 and demo-flux {flux}." in shown
+
+
+@in_a_checkout
+@pytest.mark.parametrize("name", OTHERS)
+def test_generate_with_a_world(name: str, tmp_path: Path) -> None:
+    invoke("generate", "a cat", "--base", f"demo-{name}", "--device", "cpu", "--steps", "1", "-o", str(tmp_path))
+    with Image.open(tmp_path / "0000.png") as image:
+        told, size = image.text, image.size
+    assert (told["base"], told["steps"], size) == (f"demo-{name}", "1", (64, 64))
+    assert told.get("guidance_scale") == {"flux": None}.get(name, "3.0")
+
+
+def test_the_command_line_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(ErasureNotFoundError, match="'sdxl' .* is not in"):
+        invoke("generate", "a cat", "--base", "demo-sdxl", "-o", str(tmp_path / "out"))
+    with pytest.raises(ErasureNotFoundError, match="'demo-xl' could not.*demo-sdxl, demo-sd3, demo-flux"):
+        invoke("generate", "a cat", "--base", "demo-xl", "-o", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
