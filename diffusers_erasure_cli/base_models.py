@@ -1,9 +1,11 @@
-"""Loading a base model by name, for the command line: a folder, a repository, or the embedded model (`demo`)."""
+"""Loading a base model by name, for the command line: a folder, a repository, or a tiny model (`demo`)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffusers_erasure.errors import ErasureInputError, ErasureNotFoundError
+
+from .options import TINY
 
 
 if TYPE_CHECKING:
@@ -27,10 +29,10 @@ def load_base(
     """Load a base model.
 
     Args:
-        base (`str`, *optional*, defaults to `"demo"`): a folder, a repository id, or `"demo"`.
+        base (`str`, *optional*, defaults to `"demo"`): a folder, a repository id, or one of `TINY`.
         device (`str`, *optional*): by default an accelerator where there is one.
         dtype (`str`, *optional*, defaults to `"auto"`): `"float32"`, `"float16"`, `"bfloat16"`; `"auto"` is float16 on
-            an accelerator and float32 on the CPU, and float32 for `demo`.
+            an accelerator and float32 on the CPU, and float32 for the tiny models.
         variant (`str`, *optional*): as in `from_pretrained`, for example `"fp16"`.
         revision (`str`, *optional*): branch, tag or commit.
         token (`str`, *optional*): token for private and gated repositories.
@@ -39,7 +41,7 @@ def load_base(
 
     Raises:
         ErasureInputError: a device, dtype or combination that does not exist.
-        ErasureNotFoundError: there is no such model.
+        ErasureNotFoundError: there is no such model, or it lies in a checkout alone.
     """
     import torch
 
@@ -49,12 +51,12 @@ def load_base(
         raise ErasureInputError(f'`--offload` must be "none", "model" or "sequential", not {offload!r}.')
     device = device or _best_device()
     kind = _usable(device)
-    by_default = (half or torch.float16) if kind != "cpu" and base != "demo" else torch.float32
+    by_default = (half or torch.float16) if kind != "cpu" and base not in TINY else torch.float32
     torch_dtype = by_default if dtype == "auto" else getattr(torch, dtype)
-    if base == "demo":
+    if base in TINY:
         from diffusers_erasure.demo import load_pipeline
 
-        pipe: Any = load_pipeline(torch_dtype)
+        pipe: Any = load_pipeline(TINY[base], torch_dtype)
     else:
         pipe = _from_pretrained(base, torch_dtype, variant, revision, token)
     if offload == "model":
@@ -110,5 +112,5 @@ def _from_pretrained(base: str, dtype: Any, variant: str | None, revision: str |
     except (OSError, ValueError) as error:
         raise ErasureNotFoundError(
             f"The base model {base!r} could not be loaded: {str(error).splitlines()[0]} "
-            "(`--base demo` needs no download.)"
+            f"(Without a download there is `--base demo`, and in a checkout {', '.join(list(TINY)[1:])}.)"
         ) from error

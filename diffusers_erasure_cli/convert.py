@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    Base,
     Device,
     Dtype,
     Half,
@@ -29,7 +30,7 @@ def dumo(
         Path, typer.Argument(help="A local folder with config.json, weights, and perhaps time_scale.npy.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erasure.")],
-    base: Annotated[str, typer.Option("--base", help="Base model: a folder, a repository id, or 'demo'.")],
+    base: Base,
     concept: Annotated[
         list[str] | None, typer.Option(help="What the network removes, for the gate and the card; repeatable.")
     ] = None,

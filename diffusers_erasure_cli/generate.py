@@ -9,6 +9,7 @@ from rich.text import Text
 
 from .options import (
     ERASURE,
+    TINY,
     Base,
     Device,
     Dtype,
@@ -35,9 +36,12 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     seed: Annotated[int, typer.Option(help="The i-th image starts from seed + i.")] = 0,
     images: Annotated[int, typer.Option(help="Images a prompt.", min=1)] = 1,
-    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Denoising steps; by default 20, of demo-sdxl 8, of demo-sd3 and demo-flux 10.", min=1),
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; the pipeline's (3 for demo) by default.")
+        float | None, typer.Option(help="Guidance scale; the pipeline's (3 for demo, demo-sdxl, demo-sd3) by default.")
     ] = None,
     strict_base: StrictBase = "warn",
     base: Base = "demo",
@@ -80,11 +84,12 @@ def generate(
     from diffusers_erasure.storage import write_file
 
     output.mkdir(parents=True, exist_ok=True)
-    extra: dict[str, Any] = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
-    from diffusers_erasure.demo import GUIDANCE_SCALE
+    from diffusers_erasure.demo import call_arguments
 
-    scale = GUIDANCE_SCALE if guidance is None and base == "demo" else guidance
-    extra.update({} if scale is None else {"guidance_scale": scale})
+    extra: dict[str, Any] = call_arguments(TINY[base]) if base in TINY else {"num_inference_steps": 20}
+    given = {"negative_prompt": negative_prompt, "num_inference_steps": steps, "guidance_scale": guidance}
+    extra.update({name: value for name, value in given.items() if value is not None})
+    steps = extra.pop("num_inference_steps")
     drawn = []
     with bar() as shown:
         task = shown.add_task("drawing", total=len(jobs))

@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+# What the tiny models are called here, and in `diffusers_erasure.demo.WORLDS`, which is not imported for it.
+TINY = {"demo": "sd1", "demo-sdxl": "sdxl", "demo-sd3": "sd3", "demo-flux": "flux"}
+
 Base = Annotated[
     str,
     typer.Option(
-        "--base", help="Base model: a folder, a repository id, or 'demo'.", autocompletion=completion.of("demo")
+        "--base",
+        help="Base model: a folder, a repository id, 'demo', or in a checkout 'demo-sdxl', 'demo-sd3', 'demo-flux'.",
+        autocompletion=completion.of(*TINY),
     ),
 ]
 Device = Annotated[

@@ -77,6 +77,7 @@ def test_methods_lists_and_settings() -> None:
     ]
     assert "epochs=" not in complete("erase", "cat", "--set", "e")  # of uce, the default, there is none
     assert complete("generate", "cat", "--offload", "") == ["none", "model", "sequential"]
+    assert complete("convert", "dumo", "--base", "demo-s") == ["demo-sdxl", "demo-sd3"]
 
 
 def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_wheel_contents(built: tuple[Path, Path]) -> None:
     assert shipped == expected_files()
     demo = {name.removeprefix(f"{PACKAGE}/demo/") for name in shipped if name.startswith(f"{PACKAGE}/demo/")}
     modules = {name for name in demo if name.endswith(".py")}
-    assert modules == {"__init__.py", "dataset.py", "drawing.py", "judge.py", "words.py"}, (
+    assert modules == {"__init__.py", "dataset.py", "drawing.py", "judge.py", "words.py", "worlds.py"}, (
         "what trains the model is in tools/"
     )
     assert f"{metadata_folder}/licenses/LICENSE" in names
@@ -175,6 +175,9 @@ def test_sdist_makes_the_same_wheel(built: tuple[Path, Path], tmp_path: Path) ->
         "tools/demo_model/rebuild.py",
     }
     assert needed <= names
+    assert (ROOT / "tools/demo_worlds/models/flux").is_dir() or not (ROOT / ".git").exists()
+    assert not [name for name in names if name.startswith("tools/demo_worlds/models")], "42 MB stay in the repository"
+    assert sdist.stat().st_size < 40e6
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     build("--wheel", source=source, into=tmp_path / "again")
     (again,) = (tmp_path / "again").glob("*.whl")

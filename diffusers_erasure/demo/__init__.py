@@ -1,24 +1,26 @@
 """The embedded model: a real Stable Diffusion pipeline, small enough to ship in the wheel.
 
 It draws 64 objects in 5 styles at 64x64 pixels and needs no network. Its judge names the object and the style of a
-picture, so that an erasure can be made, applied and scored on any machine in a minute. See `docs/demo_model.md`.
+picture, so that an erasure can be made, applied and scored on any machine in a minute. A checkout holds three more, of
+other families, which draw the same. See `docs/demo_model.md`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 from .words import BROADER, HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+from .worlds import WORLDS, World, call_arguments, folder_of, settings
 
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
     from ..schema import BaseModel
     from .dataset import Dataset
@@ -32,15 +34,19 @@ __all__ = [
     "OBJECTS",
     "STYLES",
     "SYNONYMS",
+    "WORLDS",
+    "World",
+    "call_arguments",
     "is_embedded",
     "load_images",
     "load_judge",
     "load_pipeline",
     "load_unseen_images",
     "prompt",
+    "settings",
 ]
 
-# The sampling which the model was tuned for and which every published number uses.
+# The sampling which the embedded model was tuned for and which every published number of it uses.
 NUM_INFERENCE_STEPS = 20
 GUIDANCE_SCALE = 3.0
 
@@ -80,20 +86,39 @@ def assets() -> Traversable:
     return files("diffusers_erasure.demo") / "assets"
 
 
+@overload
 def load_pipeline(
     torch_dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> StableDiffusionPipeline:
+) -> StableDiffusionPipeline: ...
+
+
+@overload
+def load_pipeline(
+    name: str, torch_dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> DiffusionPipeline: ...
+
+
+def load_pipeline(  # type: ignore[misc]  # what comes first by position is told by its type
+    name: Any = None, torch_dtype: Any = None, device: Any = None
+) -> Any:
     """
-    Load the embedded model.
+    Load the embedded model, or by its name one of the tiny models of other families, which a checkout holds.
 
     Args:
+        name (`str`, *optional*, defaults to `"sd1"`):
+            One of [`WORLDS`]: `"sd1"`, the embedded model, `"sdxl"`, `"sd3"` or `"flux"`. It may be left out:
+            `load_pipeline(torch_dtype, device)` is the embedded model too.
         torch_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             The dtype of the weights, which are stored as float16.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
             Where to put the pipeline.
 
     Returns:
-        [`~diffusers.StableDiffusionPipeline`]: A fresh pipeline at each call, its progress bar off.
+        [`~diffusers.DiffusionPipeline`]: A fresh pipeline at each call, its progress bar off.
+
+    Raises:
+        `ErasureInputError`: There is no model by that name.
+        `ErasureNotFoundError`: It is not in the installed package, but in a checkout of the repository.
 
     Example:
 
@@ -102,17 +127,25 @@ def load_pipeline(
 
         >>> pipe = demo.load_pipeline()
         >>> image = pipe(demo.prompt("cat", "ink"), num_inference_steps=20, guidance_scale=3.0).images[0]
+        >>> pipe = demo.load_pipeline("flux", torch.float16, "cuda")
+        >>> image = pipe(demo.prompt("cat", "ink"), **demo.call_arguments("flux")).images[0]
     """
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-    with as_file(assets() / "model") as folder, no_progress_bars():
-        pipe = StableDiffusionPipeline.from_pretrained(
-            folder, dtype=torch_dtype or torch.float32, local_files_only=True
-        )
+    if not isinstance(name, str):
+        if isinstance(torch_dtype, str | torch.device):  # both by position, without a name
+            torch_dtype, device = None, torch_dtype
+        name, torch_dtype = "sd1", name or torch_dtype
+    world = settings(name)
+    with (
+        as_file(assets() / "model") if world.embedded else nullcontext(folder_of(world)) as folder,
+        no_progress_bars(),
+    ):
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch_dtype or torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     # It lies on the CPU already, and diffusers warns of half precision there, though it may be on its way elsewhere.
-    return pipe if torch.device(device).type == "cpu" else pipe.to(device)
+    return pipe if device is None or torch.device(device).type == "cpu" else pipe.to(device)
 
 
 @contextmanager
