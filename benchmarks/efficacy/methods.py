@@ -12,7 +12,11 @@ from diffusers_erasure import Erasure
 from diffusers_erasure.demo import load_pipeline
 from diffusers_erasure.demo.drawing import fast_pipeline
 from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, STYLES
+from diffusers_erasure.demo.worlds import WORLDS
 from diffusers_erasure.registry import declaration, method_names
+
+
+EMBEDDED = "sd1"  # of the tiny models
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,15 @@ class Entry:
         """Further keyword arguments of the pipeline's call."""
         return {"negative_prompt": ", ".join(targets)} if self.says == "not target" else {}
 
-    def make(self, targets: Sequence[str]) -> Erasure | None:
-        """The erasure, made on a fresh copy of the embedded model; None for a baseline."""
+    def works_on(self, world: str) -> bool:
+        """Whether there can be such a row of a tiny model."""
+        of = WORLDS[world]
+        if self.erases:
+            return of.family in declaration(self.method).families
+        return self.says != "not target" or of.guidance_scale is not None
+
+    def make(self, targets: Sequence[str], world: str = EMBEDDED) -> Erasure | None:
+        """The erasure, made on a fresh copy of a tiny model; None for a baseline."""
         if not self.erases:
             return None
         from diffusers_erasure import erase
@@ -104,7 +115,8 @@ class Entry:
         if method.resumable:
             settings["training"] = TrainingRun(progress=False)
         # Backward passes through channels-last weights are slow in small batches, and torch 2.13 crashes in some on a CPU.
-        pipe = load_pipeline() if method.resumable else fast_pipeline()
+        pipe = load_pipeline(world)
+        pipe = pipe if method.resumable else fast_pipeline(pipe)
         return erase(pipe, list(targets), anchors=anchors, method=self.method, **settings)
 
     def identity(self, targets: Sequence[str]) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.drawing import draw
-from benchmarks.efficacy.methods import ENTRIES
+from benchmarks.efficacy.methods import EMBEDDED, ENTRIES
 from benchmarks.efficacy.numbers import Seen
 from benchmarks.efficacy.plan import Job
 from benchmarks.store import Store, do_all
-from diffusers_erasure.demo import load_judge
+from diffusers_erasure.demo import load_judge, load_pipeline
 from diffusers_erasure.demo.drawing import BATCH, GUIDANCE_SCALE, fast_pipeline
 from diffusers_erasure.pictures import contact_sheet
 
@@ -29,6 +29,7 @@ class Unit:
     job: Job
     half: str
     steps: int
+    world: str = EMBEDDED
 
     def identity(self) -> dict[str, Any]:
         """All that the result depends on, but the library's code and the model."""
@@ -37,6 +38,7 @@ class Unit:
             "half": self.half,
             "drawing": [self.steps, GUIDANCE_SCALE, BATCH],
             "job": dataclasses.asdict(self.job),
+            **({} if self.world == EMBEDDED else {"world": self.world}),
         }
 
 
@@ -54,10 +56,10 @@ class Result:
         return cls(tuple(Seen(*each) for each in stored["seen"]), stored["fit_seconds"], stored["draw_seconds"])
 
 
-def wanted_units(method: str, jobs: Iterable[Job], half: str, steps: int) -> list[Unit]:
+def wanted_units(method: str, jobs: Iterable[Job], half: str, steps: int, world: str = EMBEDDED) -> list[Unit]:
     """The units of a method: all erasures that it can make."""
     most = ENTRIES[method].max_targets
-    return [Unit(method, job, half, steps) for job in jobs if most is None or len(job.targets) <= most]
+    return [Unit(method, job, half, steps, world) for job in jobs if most is None or len(job.targets) <= most]
 
 
 def run_all(units: Iterable[Unit], store: Store, jobs: int = 1) -> dict[Unit, Result]:
@@ -70,9 +72,9 @@ def run_unit(unit: Unit, store: Store) -> dict[str, Any]:
     """Make the erasure, draw the images with a fresh pipeline, and have the judge look; keep those that are to be shown."""
     entry, job = ENTRIES[unit.method], unit.job
     started = time.process_time()
-    erasure = entry.make(job.targets)
+    erasure = entry.make(job.targets, unit.world)
     fitted = time.process_time()
-    pipe = fast_pipeline()
+    pipe = fast_pipeline(load_pipeline(unit.world))
     if erasure is not None:
         pipe.load_erasure(erasure)
     prompts = [entry.prompt(shot, job.targets) for shot in job.shots]
