@@ -186,9 +186,7 @@ def _vocabulary(tokenizer: Any) -> str:
 def _in_order(tokenizer: Any) -> tuple[list[str], list[int]]:
     """The vocabulary without added tokens, in the order of the tokens, and their ids."""
     backend = _backend(tokenizer)
-    if (
-        backend is not None
-    ):  # in half the time: a list is made sooner than a dict, and has an order that is sorted sooner
+    if backend is not None:  # in half the time: a list is made sooner than a dict, and its order is sorted sooner
         model, size = backend.model, backend.get_vocab_size(with_added_tokens=False)
         every = list(map(model.id_to_token, range(size)))
         if len({None, *every}) == size + 1:  # the ids have no gaps, and no token has two

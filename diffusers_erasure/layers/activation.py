@@ -164,9 +164,8 @@ class Tables:
         self.sites = sites
         self.columns = [columns[name] for name, _ in sites[0][0]]
         self.limits = _limits(sites[0][0].values())
-        self.made: dict[
-            Any, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # is replaced and never changed, as threads read it
+        # Is replaced and never changed, as threads read it.
+        self.made: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, now: Pass, like: torch.Tensor) -> torch.Tensor | None:
         """What acts in this pass, [1 or B, twice the widths of all sites].

@@ -18,9 +18,8 @@ T = TypeVar("T")
 _UNSET: Any = object()
 
 _lock = threading.Lock()
-_carried: dict[
-    ContextVar[Any], tuple[Callable[[Any], Any], Callable[[Any], Any]]
-] = {}  # replaced as a whole, as other threads read it
+# Replaced as a whole, as other threads read it.
+_carried: dict[ContextVar[Any], tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {}
 
 
 def carry(
