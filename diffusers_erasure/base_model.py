@@ -187,8 +187,27 @@ def readable_weight(module: nn.Linear, name: str) -> torch.Tensor:
 
 
 def text_readers(pipe: Any) -> dict[str, nn.Linear]:
-    """Return the Linears of a pipeline's UNet that read the text rows. See [`readers_of_text`]."""
-    return readers_of_text(component(pipe, denoiser_name(pipe)))
+    """Return the Linears of a pipeline's denoiser that read the text rows: its door, or what [`readers_of_text`] gives."""
+    family = family_of(pipe)
+    model = component(pipe, family.denoiser)
+    return readers_of_text(model) if family.door is None else {family.door: _linear(model, family.door)}
+
+
+def pooled_readers(pipe: Any) -> dict[str, nn.Linear]:
+    """Return the Linear that reads the pooled text vector; none where no pooled vector is read."""
+    family = family_of(pipe)
+    if family.pooled is None:
+        return {}
+    return {family.pooled.reader: _linear(component(pipe, family.denoiser), family.pooled.reader)}
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    linear = compat.base_layer(model.get_submodule(name))
+    if not isinstance(linear, nn.Linear):
+        raise ErasureCompatibilityError(
+            f"{name!r} of {type(model).__name__} is {type(linear).__name__}, where a Linear reads the text in others of its family."
+        )
+    return linear
 
 
 def text_attentions(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,7 +1,7 @@
 """Families of base models: how text enters each denoiser, as one table of doors."""
 
 from .doors import Family, Pooled
-from .table import DENOISERS, FAMILIES
+from .table import DENOISERS, FAMILIES, POOLED_INPUTS, ROW_INPUTS
 
 
-__all__ = ["DENOISERS", "FAMILIES", "Family", "Pooled"]
+__all__ = ["DENOISERS", "FAMILIES", "POOLED_INPUTS", "ROW_INPUTS", "Family", "Pooled"]

@@ -154,6 +154,9 @@ ROWS_OF_TABLE = (
 )
 
 FAMILIES = {family.name: family for family in ROWS_OF_TABLE}
+# Inputs of denoisers that text enters, by the names under which maps act on them: rows, and pooled vectors.
+ROW_INPUTS = frozenset(family.input for family in ROWS_OF_TABLE)
+POOLED_INPUTS = frozenset(family.pooled.input for family in ROWS_OF_TABLE if family.pooled is not None)
 # Denoisers by class, with the families that they may belong to.
 DENOISERS: dict[str, tuple[Family, ...]] = {
     kind: tuple(family for family in ROWS_OF_TABLE if kind in family.classes)
