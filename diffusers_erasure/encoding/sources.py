@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import cache
-from ..base_model import component, family_of
+from ..base_model import component, door_module, family_of
 from ..errors import ErasureCompatibilityError, ErasureInputError
 from ..families import Family
 from ..logging import get_logger
@@ -310,9 +310,9 @@ def _as_fed(pipe: Any, family: Family, denoiser: nn.Module, length: int) -> AsFe
 
 
 def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
-    linear = denoiser.get_submodule(name)
-    linear = getattr(linear, "base_layer", linear)
-    assert isinstance(linear, nn.Linear)
+    linear = door_module(denoiser, name)
+    if not isinstance(linear, nn.Linear):
+        raise ErasureCompatibilityError(f"{name!r} of {type(denoiser).__name__} is no Linear; load it unquantised.")
     return linear
 
 
@@ -322,13 +322,15 @@ def _sources(pipe: Any, length: int) -> list[Source]:
 
 
 def check_prompts(pipe: Any, prompts: Sequence[str], length: int = 0) -> None:
-    """See that a pipeline can encode prompts, whole.
+    """See that a pipeline can encode prompts, whole; where T5 reads them, it is enough that this does: CLIP is given the same, and
+    cuts it.
 
     Raises:
         ErasureInputError: a prompt is longer than an encoder reads, or a LoRA is active on one.
         ErasureCompatibilityError: another family, or a text encoder or tokenizer is missing.
     """
-    for source in _sources(pipe, length):
+    sources = _sources(pipe, length)
+    for source in [each for each in sources if not each.causal and each.width] or sources:
         if isinstance(source, SideBySide):
             for reader in source.readers:
                 reader.ids(prompts)
