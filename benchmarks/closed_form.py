@@ -51,9 +51,10 @@ from benchmarks.command import finish, in_process, print_table, start, timed_arg
 from benchmarks.dense_closed_form import dense_speed
 from benchmarks.timing import interleave, peak_bytes, profiled, ratios, seconds, spread, summary
 from diffusers_erasure import Erasure, base_model, cache, combine, encoding, erase
+from diffusers_erasure.families.doors import ROWS
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.methods import base_sums, rece, speed, uce
-from diffusers_erasure.methods.rows import POOLED, ROWS, KeptRows, TargetRows
+from diffusers_erasure.methods.rows import KeptRows, TargetRows
 from diffusers_erasure.settings import resolve
 
 
@@ -402,7 +403,7 @@ def known_rows_calls(kind: str, pipe: Any, size: Size, settings: Any) -> list[Ca
         gram = kind != "speed"
         found = {
             ROWS: problem_rows(count, size.retain_rows, pipe.unet.config.cross_attention_dim, with_gram=gram),
-            POOLED: problem_rows(count, size.retain_rows, pooled, empty=1, with_gram=gram),
+            "text_embeds": problem_rows(count, size.retain_rows, pooled, empty=1, with_gram=gram),
         }
         name = f"{kind}, {count}" + ", empty cache" * fresh
         calls.append(Call(name, functools.partial(from_rows, kind, pipe, found, settings), fresh))

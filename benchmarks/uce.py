@@ -19,8 +19,9 @@ from benchmarks.builders import UNetOnly, make_unet
 from benchmarks.command import finish, print_table, start, timed_arguments
 from benchmarks.timing import interleave_calls, ratios, spread, summary
 from diffusers_erasure.base_model import text_readers
+from diffusers_erasure.families.doors import ROWS
 from diffusers_erasure.low_rank import DOWN, UP
-from diffusers_erasure.methods.rows import ROWS, KeptRows, TargetRows
+from diffusers_erasure.methods.rows import KeptRows, TargetRows
 from diffusers_erasure.methods.uce import Config, Settings, publish, solve
 from diffusers_erasure.settings import resolve
 

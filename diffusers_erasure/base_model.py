@@ -10,7 +10,7 @@ from torch import nn
 
 from . import compat
 from .errors import ErasureCompatibilityError, ErasureInputError
-from .families import DENOISERS, FAMILIES, Family
+from .families import FAMILIES, ROWS, Family, denoiser_family, reading_family
 from .fingerprints import Match, compare_component, describe_model, describe_tokenizer
 from .schema import BaseModel
 
@@ -41,20 +41,15 @@ def family_of(pipe: Any) -> Family:
     Raises:
         ErasureCompatibilityError: no family of this library fits.
     """
-    name = denoiser_name(pipe)
-    model = component(pipe, name)
-    kind = type(model).__name__
-    if kind not in DENOISERS:
+    model = component(pipe, denoiser_name(pipe))
+    family = denoiser_family(model)
+    if family is None:
         raise ErasureCompatibilityError(
-            f"{kind} belongs to no known family of base models; known are "
-            + ", ".join(family.title for family in FAMILIES.values())
+            f"{type(model).__name__} belongs to no known family of base models; known are "
+            + ", ".join(each.title for each in FAMILIES.values())
             + "."
         )
-    families = DENOISERS[kind]
-    if len(families) == 1:
-        return families[0]
-    is_xl = model.config.get("addition_embed_type") == "text_time"
-    return FAMILIES["stable-diffusion-xl" if is_xl else "stable-diffusion"]
+    return family
 
 
 def _text_components(pipe: Any, family: Family) -> Iterator[tuple[str, Any]]:
@@ -110,6 +105,11 @@ def compare_base(base: BaseModel, pipe: Any, *, needed: set[str], derived_from: 
         raise ErasureCompatibilityError(
             f"The erasure acts on {missing}, but this pipeline has no such component loaded. Load it, for example with "
             f"`from_pretrained(..., {missing[0]}=...)`."
+        )
+    if "transformer" in needed and isinstance(component(pipe, "transformer_2"), nn.Module):
+        raise ErasureCompatibilityError(
+            f"{type(pipe).__name__} has two transformers that take turns (`transformer_2`), and an erasure acts on the first alone: "
+            "the other would read the concept. Nothing was loaded."
         )
     if not base.components:
         return {}
@@ -187,8 +187,28 @@ def readable_weight(module: nn.Linear, name: str) -> torch.Tensor:
 
 
 def text_readers(pipe: Any) -> dict[str, nn.Linear]:
-    """Return the Linears of a pipeline's UNet that read the text rows. See [`readers_of_text`]."""
-    return readers_of_text(component(pipe, denoiser_name(pipe)))
+    """Return the Linears of a pipeline's denoiser that read the text rows first, by name.
+
+    Raises:
+        ErasureCompatibilityError: they are fused, or what reads the rows is no Linear.
+    """
+    return _readers_of_input(pipe, family_of(pipe).input)
+
+
+def pooled_readers(pipe: Any) -> dict[str, nn.Linear]:
+    """Return the Linear that reads the pooled text vector, by name; none where no pooled vector is read."""
+    pooled = family_of(pipe).pooled
+    return {} if pooled is None else _readers_of_input(pipe, pooled.input)
+
+
+def _readers_of_input(pipe: Any, name: str) -> dict[str, nn.Linear]:
+    model = component(pipe, denoiser_name(pipe))
+    found = input_readers(model, name)
+    if not found:
+        raise ErasureCompatibilityError(
+            f"What reads {name!r} in this {type(model).__name__} is no Linear, so its weight cannot be edited."
+        )
+    return found
 
 
 def text_attentions(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -218,3 +238,51 @@ def readers_of_text(unet: nn.Module) -> dict[str, nn.Linear]:
     if not readers:
         raise ErasureCompatibilityError(f"{type(unet).__name__} has no cross-attention that reads text rows.")
     return readers
+
+
+def door_readers(model: nn.Module) -> dict[str, dict[str, nn.Linear]]:
+    """Return the Linears that text passes first in a denoiser: by the name of what they read, and by their own.
+
+    A map of that input is another weight of these, W (T x) = (W T) x, and a bias stays as it is. Of a UNet they are the keys'
+    and values' of [`readers_of_text`], of a transformer its door (see [`~diffusers_erasure.families.Family`]), which behind a norm
+    reads `"door_input"`; where there is a pooled vector the Linear that reads it too. What is read by no Linear, as a quantised
+    layer of another class is none, is left out.
+
+    Args:
+        model (`nn.Module`): the denoiser. What is in no row of the table is read as a UNet is.
+
+    Raises:
+        ErasureCompatibilityError: a UNet has no cross-attention, or its projections are fused; or a door is missing.
+    """
+    inputs = reading_family(compat.unwrap_compiled(model)).inputs
+    return {name: readers for name in inputs if (readers := input_readers(model, name))}
+
+
+def input_readers(model: nn.Module, name: str) -> dict[str, nn.Linear]:
+    """Return the Linears that read one input of a denoiser, by name: of [`door_readers`] those of that input; empty for none."""
+    model = compat.unwrap_compiled(model)
+    family = reading_family(model)
+    if family.door is None and name == ROWS:
+        return readers_of_text(model)
+    doors = {} if family.pooled is None else {family.pooled.input: family.pooled.reader}
+    if family.door is not None:
+        doors[family.input] = family.door
+    found = {} if name not in doors else {doors[name]: door_module(model, doors[name])}
+    return {site: module for site, module in found.items() if isinstance(module, nn.Linear)}
+
+
+def door_module(model: nn.Module, name: str) -> nn.Module:
+    """Return a module that the table of doors names, below any peft wrapper.
+
+    Raises:
+        ErasureCompatibilityError: this denoiser was built without it.
+    """
+    here: nn.Module | None = model
+    for part in name.split("."):
+        here = None if here is None else compat.child(compat.base_layer(here), part)
+    if here is None:
+        raise ErasureCompatibilityError(
+            f"This {type(model).__name__} has no {name!r}, by which text enters others of its class: the erasure was made for "
+            "another architecture."
+        )
+    return compat.base_layer(here)

@@ -23,6 +23,7 @@ from .methods.rows import TargetRows, TextConfig, TextSettings, from_tensors, jo
 from .registry import method_names
 from .schema import LORA_FILE, Concept, Method
 from .stock_lora import summed_stock_lora
+from .stored import with_stored_denoiser
 
 
 logger = get_logger(__name__)
@@ -122,6 +123,7 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
     assert entry.refit is not None
     if pipe is None:
         raise ErasureInputError("A joint solve reads the base model's weights: give the pipeline as `pipe`.")
+    loaded, pipe = pipe, with_stored_denoiser(pipe)
     for part in parts:
         layers = part.config.layers
         needed = {layer.component for layer in layers}
@@ -146,7 +148,7 @@ def _joint(parts: Sequence[Erasure], pipe: Any, retain: Any, rank: int | None, m
     else:
         settings["retain"] = retained(retain, targets)
     config = make_config(entry, settings)
-    with erasures_disabled(pipe), one_fit():
+    with erasures_disabled(loaded), one_fit():
         combined = entry.refit(pipe, shown, config, _joined_rows(parts))
         assert isinstance(combined, Erasure)
         if not any(part.config.redacted for part in parts):  # what moved farthest would tell what is erased

@@ -222,7 +222,10 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def offloaded_tensor(owner: nn.Module, name: str) -> torch.Tensor | None:
-    """Return a parameter that accelerate keeps away from its module (sequential offload leaves a meta tensor there)."""
+    """Return a parameter that is kept away from its module: by accelerate (sequential offload leaves a meta tensor there), or by
+    this library, in a file."""
+    if "kept_elsewhere" in vars(owner):
+        return vars(owner)["kept_elsewhere"](name)
     hook: Any = getattr(owner, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):
         weights = getattr(part, "weights_map", None)

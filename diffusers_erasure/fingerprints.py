@@ -6,7 +6,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -51,6 +51,21 @@ class Sample:
 Parameters = list[tuple[str, nn.Module, str, nn.Parameter]]
 
 
+class StoredWeights(Protocol):
+    """The weights of a model that lie in files."""
+
+    def sample(self, wanted: Sequence[tuple[str, Sequence[int]]]) -> list[torch.Tensor | None]:
+        """Values at places of flattened tensors, each by its name; `None` for one that cannot be read."""
+
+
+_stored: weakref.WeakKeyDictionary[nn.Module, StoredWeights] = weakref.WeakKeyDictionary()
+
+
+def keep_stored(model: nn.Module, weights: StoredWeights) -> None:
+    """Have the values of a model without weights, all of it on the meta device, read from its files."""
+    _stored[model] = weights
+
+
 def _by_name(model: nn.Module) -> Parameters:
     return sorted(compat.base_parameters(model), key=lambda item: item[0])
 
@@ -79,6 +94,8 @@ def sampled_values(model: nn.Module, *, as_fused: bool = False) -> list[Sample]:
 
 def _sampled(model: nn.Module, parameters: Parameters, as_fused: bool) -> list[Sample]:
     count = max(1, SAMPLES // max(1, len(parameters)))
+    if model in _stored:
+        return _from_files(_stored[model], parameters, count)
     before = {} if as_fused else originals(compat.unwrap_compiled(model))
     places: dict[tuple[int, torch.device], tuple[list[int], torch.Tensor]] = {}  # many parameters are of one size
     picked: list[tuple[nn.Module, str, list[int], torch.dtype]] = []
@@ -101,6 +118,20 @@ def _sampled(model: nn.Module, parameters: Parameters, as_fused: bool) -> list[S
         values.append(flat.index_select(0, indices))
     read = zip(picked, _on_the_cpu(values), strict=True)
     return [Sample(owner, local, where, row, dtype) for (owner, local, where, dtype), row in read]
+
+
+def _from_files(weights: StoredWeights, parameters: Parameters, count: int) -> list[Sample]:
+    """The same values of a model that is not loaded."""
+    chosen = parameters[:: max(1, len(parameters) // SAMPLES)]
+    sizes = [_sampled_rows(owner, parameter).numel() for _, owner, _, parameter in chosen]
+    places = [[(2 * i + 1) * size // (2 * count) for i in range(count)] for size in sizes]
+    found = weights.sample([(name, where) for (name, *_), where in zip(chosen, places, strict=True)])
+    return [
+        Sample(owner, local, [], torch.full((count,), torch.nan), torch.float32)
+        if values is None
+        else Sample(owner, local, where, values.float(), values.dtype)
+        for (_, owner, local, _), where, values in zip(chosen, places, found, strict=True)
+    ]
 
 
 def _on_the_cpu(values: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from .logging import get_logger
 from .methods import MethodEntry, check_names, get_method, make_config
 from .registry import MethodDeclaration, method_names
 from .schema import Concept
+from .stored import with_stored_denoiser
 
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def erase(
     the denoiser do so with a private twin of it, which has the same weights in the same memory.
 
     Args:
-        pipe ([`DiffusionPipeline`]): the base model.
+        pipe ([`DiffusionPipeline`]): the base model. A method that needs text encoders alone ("uce", "rece", "speed") takes one
+            without its denoiser, such as `FluxPipeline.from_pretrained(path, transformer=None)`; what has to be known of that is
+            read from its files: single values, and the weights of the modules that read the text where these take part.
         targets (`str`, sequence of `str`, or `os.PathLike`): the concepts to remove, or the path of a list of them.
         anchors (`str` or sequence of `str`, *optional*): what they are mapped to: one for all, or one for each. The
             method's own choice by default.
@@ -112,8 +115,11 @@ def erase(
         raise ErasureInputError(
             f"`training` is for methods that can be interrupted and resumed; {method!r} cannot be."
         )
+    loaded = pipe
+    if entry.declared.needs == "text encoders":
+        pipe = with_stored_denoiser(pipe)
     check_family(entry.declared, pipe)
-    with erasures_disabled(pipe), one_fit():
+    with erasures_disabled(loaded), one_fit():
         shown = training is None or training.progress
         collateral = Collateral(pipe, names, replaced, task, ahead=resumable, progress=shown) if compare else None
         erasure = entry.fit(pipe, concepts, config, *([training] if resumable else []))

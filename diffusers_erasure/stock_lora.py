@@ -15,9 +15,9 @@ from .artifact import Erasure
 from .assembling import as_json, plain, rounded
 from .base_model import component
 from .errors import ErasureCompatibilityError, ErasureInputError
+from .families import FAMILIES, ROWS
 from .layers import layer_kind
 from .layers.lora_keys import lora_layers
-from .layers.text_map import POOLED, POOLED_READER, ROWS
 from .low_rank import DOWN, UP, Factors, norm, pad_rank, written
 from .schema import LORA_FILE, LayerSpec, Stock
 from .settings import Number, Range, Whole
@@ -104,6 +104,8 @@ def summed_stock_lora(erasure: Erasure, parts: Sequence[Erasure]) -> Erasure:
     exact = [part.config.stock is not None and part.config.stock.is_exact for part in parts if part.lora_for_others()]
     if len(maps) < len(erasure.config.layers) or len(exact) < len(parts) or not all(exact):
         return erasure
+    family = FAMILIES.get(erasure.config.base_model.family)
+    rows, pooled = (ROWS, None) if family is None else (family.input, family.pooled)
     bases = {site: torch.linalg.qr(erasure.layer_tensors(layer)["A"].double().T).Q for site, layer in maps.items()}
     sums: dict[str, Factors] = {}
     lost: dict[str, float] = {}
@@ -117,7 +119,9 @@ def summed_stock_lora(erasure: Erasure, parts: Sequence[Erasure]) -> Erasure:
             sums[name] = (torch.cat([sums[name][0], a]), torch.cat([sums[name][1], b], 1)) if name in sums else (a, b)
     found, worst = {}, 0.0
     for name, (a, b) in sums.items():
-        basis = bases[POOLED if name.endswith(POOLED_READER) else ROWS]
+        basis = bases.get(pooled.input if pooled is not None and name.endswith(f".{pooled.reader}") else rows)
+        if basis is None:
+            return erasure
         basis = F.pad(basis, (0, 0, 0, a.shape[1] - len(basis)))
         b = b @ (a @ basis)
         found[name], error = written(basis.T, b, None, None)

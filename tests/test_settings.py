@@ -266,8 +266,10 @@ def test_what_the_catalogue_says() -> None:
     assert (found["uce"]["presets"], found["uce"]["has_published"]) == (["object", "style", "person"], True)
     assert found["uce"]["settings"]["lamb"]["presets"]["style"] == 1e-3
     assert found["uce"]["settings"]["lamb"]["published"]["style"] == 0.5
-    assert all(entry["families"] == ["stable-diffusion", "stable-diffusion-xl"] for entry in found.values())
-    assert all(entry["needs"] == "base weights" for entry in found.values())
+    closed = {"uce", "rece", "speed"}
+    assert all("stable-diffusion" in entry["families"] for entry in found.values())
+    assert all("flux" in found[name]["families"] for name in closed)
+    assert all((entry["needs"] == "text encoders") == (name in closed) for name, entry in found.items())
     assert found["rece"]["makes"] == ["text_map", "lora"] and found["dumo"]["citation"]["year"] == 2025
     assert (found["sdd"]["presets"], found["sdd"]["has_published"]) == (["style", "object", "nudity"], True)
     assert [name for name, entry in found.items() if entry["trains"]] == ["dumo", "esd", "sdd"]

@@ -7,7 +7,7 @@ from collections import defaultdict
 import diffusers
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
-from diffusers_erasure.base_model import DENOISERS
+from diffusers_erasure.families import DENOISERS
 
 
 DENOISER = re.compile(r"\b\w*(?:UNet\w*|Transformer\w*)\b")

@@ -105,9 +105,10 @@ class Collateral:
         return told(self.words, moves[compared], self.lists, BY_ROWS, ROWS_MOVED)
 
     def _by_predictions(self, erasure: Erasure, interrupt: Interrupt) -> dict[str, Any] | None:
+        if not all(layer.component == "unet" for layer in erasure.config.layers):
+            return None
         predictions = self.predictions if self.ahead else self._predictions()
-        denoises = all(layer.component == "unet" for layer in erasure.config.layers)
-        if predictions is None or not denoises:
+        if predictions is None:
             return None
         try:
             moves = predictions.moves(erasure, interrupt)

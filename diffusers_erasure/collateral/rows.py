@@ -7,22 +7,22 @@ import torch
 from torch import nn
 
 from ..artifact import Erasure
-from ..base_model import plain_weight, text_readers
-from ..encoding import last_rows
+from ..base_model import plain_weight, pooled_readers, text_readers
+from ..encoding import row_sources
+from ..families import ROW_INPUTS
 from ..layers.layer import Layer
-from ..layers.text_map import POOLED_READER
 from ..low_rank import DOWN, UP
 
 
 MOST_SITES = 24  # projections that are looked at, evenly spaced: as telling as all of them
-ROWS = "encoder_hidden_states"
 CONTEXT = "{}"
 
 
 def row_moves(pipe: Any, erasure: Erasure, words: Sequence[str], context: str = CONTEXT) -> torch.Tensor | None:
     """For each word 1 - cos(W' x, W x), where x is the row of its last word piece: 0 where it stays, 1 at right angles.
 
-    It is the mean over projections W: over the keys' or over the values', whichever is larger. How far a row turns orders
+    It is the mean over projections W: over the keys' or over the values', whichever is larger; and of the text encoders whose
+    rows stand one after another the one whose row turns farthest. How far a row turns orders
     words better by what becomes of their pictures than how far it moves (benchmarks/collateral.py).
 
     Args:
@@ -34,11 +34,20 @@ def row_moves(pipe: Any, erasure: Erasure, words: Sequence[str], context: str = 
     Returns:
         `torch.Tensor`: float64 [N]; `None` where the erasure has other layers, or is scheduled or gated.
     """
-    readers = text_readers(pipe)
+    readers, pooled = text_readers(pipe), set(pooled_readers(pipe))
     layers = [_read(erasure, spec) for spec in erasure.config.layers]
-    if any(spec.is_modified for spec in erasure.config.layers) or not all(_of_rows(each, readers) for each in layers):
+    if any(spec.is_modified for spec in erasure.config.layers) or not all(
+        _of_rows(each, readers, pooled) for each in layers
+    ):
         return None
-    rows = last_rows(pipe, [context.format(word) for word in words])
+    length = erasure.config.method.settings.get("max_sequence_length", 0)
+    texts = [context.format(word) for word in words]
+    moves = [_turned(source.last(texts), layers, readers) for source in row_sources(pipe, length=length)]
+    return torch.stack(moves).amax(0)
+
+
+def _turned(rows: torch.Tensor, layers: Sequence[Layer], readers: Mapping[str, nn.Linear]) -> torch.Tensor:
+    """How far each row turns [N]."""
     chosen = list(readers)[:: -(-len(readers) // MOST_SITES)] if len(readers) > MOST_SITES else list(readers)
     kinds: dict[str, list[torch.Tensor]] = {}
     for site in chosen:
@@ -54,19 +63,21 @@ def _read(erasure: Erasure, spec: Any) -> Layer:
     return Layer(spec.kind, spec.sites, erasure.layer_tensors(spec), component=spec.component)
 
 
-def _of_rows(layer: Layer, readers: Mapping[str, nn.Linear]) -> bool:
-    """Whether a layer acts on text rows alone; SDXL's pooled vector goes with them."""
+def _of_rows(layer: Layer, readers: Mapping[str, nn.Linear], pooled: set[str]) -> bool:
+    """Whether a layer acts on text rows alone; the pooled vector goes with them."""
     if layer.kind == "text_map":
         return True
-    sites = set(layer.sites) - {POOLED_READER}
-    return layer.kind == "lora" and layer.component == "unet" and bool(sites) and sites <= set(readers)
+    sites = set(layer.sites) - pooled
+    return (
+        layer.kind == "lora" and layer.component in ("unet", "transformer") and bool(sites) and sites <= set(readers)
+    )
 
 
 def _changed(layer: Layer, site: str, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """W' x - W x of each row [N, o]; zero where the layer does not act there."""
     own = {name: value.double() for name, value in layer.tensors.items()}
     if layer.kind == "text_map":
-        return (rows @ own["A"].T) @ own["D"] @ weight.T if ROWS in layer.sites else torch.zeros(1)
+        return (rows @ own["A"].T) @ own["D"] @ weight.T if ROW_INPUTS & set(layer.sites) else torch.zeros(1)
     if site not in layer.sites:
         return torch.zeros(1)
     return (rows @ own[site + DOWN].T) @ own[site + UP].T

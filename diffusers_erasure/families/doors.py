@@ -6,8 +6,9 @@ door: W (T x) = (W T) x, with the bias left alone. Where a norm stands before th
 not linear.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 ROWS = "encoder_hidden_states"  # text rows as the denoiser is given them
@@ -50,6 +51,7 @@ class Family:
         prediction: what the denoiser predicts: `"scheduler"`, as the scheduler's configuration says (ε or v), or `"flow"`.
         timestep: the argument of `forward` that holds the timestep.
         clock: factor and offset from it to the timestep of the schedulers, of which 0 is the image and 1,000 the noise.
+        clock_scale: an entry of the denoiser's config by which its pipeline multiplies the timestep besides.
         packing: sides of the squares of latents that are packed into one token before the denoiser; 1 where it does so itself.
         judged: whether erasures of this family are judged on trained models here; the others' algebra alone is tested.
     """
@@ -70,6 +72,7 @@ class Family:
     prediction: Literal["scheduler", "flow"] = "flow"
     timestep: str = "timestep"
     clock: tuple[float, float] = (1.0, 0.0)
+    clock_scale: str | None = None
     packing: int = 1
     judged: bool = False
 
@@ -77,3 +80,15 @@ class Family:
     def input(self) -> str:
         """By which name a map acts on the text rows."""
         return ROWS if self.norm is None else DOOR_INPUT
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """All names by which a map may act on text: the rows as they are given, behind a norm, and the pooled vector."""
+        behind = () if self.norm is None else (DOOR_INPUT,)
+        return (ROWS, *behind, *(() if self.pooled is None else (self.pooled.input,)))
+
+    def clock_of(self, config: Mapping[str, Any]) -> tuple[float, float]:
+        """The clock of a denoiser of this family, by its config."""
+        factor, offset = self.clock
+        scale = 1.0 if self.clock_scale is None else config.get(self.clock_scale) or 1.0
+        return factor / scale, offset

@@ -1,4 +1,6 @@
-"""The table of doors: one row for each family."""
+"""The table of doors: one row for each family; and which row a denoiser belongs to."""
+
+from typing import Any
 
 from .doors import Family, Pooled
 
@@ -119,6 +121,7 @@ ROWS_OF_TABLE = (
         causal=("text_encoder",),
         door="caption_projection.linear_1",
         text_sites=_CROSS,
+        clock_scale="timestep_scale",  # 0.001 in SANA-Sprint
     ),
     Family(
         "auraflow",
@@ -154,8 +157,27 @@ ROWS_OF_TABLE = (
 )
 
 FAMILIES = {family.name: family for family in ROWS_OF_TABLE}
+# Inputs of denoisers that text enters, by the names under which maps act on them: rows, and pooled vectors.
+ROW_INPUTS = frozenset(family.input for family in ROWS_OF_TABLE)
+POOLED_INPUTS = frozenset(family.pooled.input for family in ROWS_OF_TABLE if family.pooled is not None)
 # Denoisers by class, with the families that they may belong to.
 DENOISERS: dict[str, tuple[Family, ...]] = {
     kind: tuple(family for family in ROWS_OF_TABLE if kind in family.classes)
     for kind in sorted({kind for family in ROWS_OF_TABLE for kind in family.classes})
 }
+
+
+def denoiser_family(model: Any) -> Family | None:
+    """The family of a denoiser, told by its class and a UNet's by its config too; `None` where the table has no row for it."""
+    families = DENOISERS.get(type(model).__name__, ())
+    return families[0] if len(families) == 1 else _unet_family(model) if families else None
+
+
+def reading_family(model: Any) -> Family:
+    """The family as which a denoiser reads text. What has no row reads it as a UNet does: motion UNets, ControlNet-XS."""
+    return denoiser_family(model) or _unet_family(model)
+
+
+def _unet_family(model: Any) -> Family:
+    is_xl = getattr(model, "config", {}).get("addition_embed_type") == "text_time"
+    return FAMILIES["stable-diffusion-xl" if is_xl else "stable-diffusion"]

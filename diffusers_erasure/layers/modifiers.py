@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import ErasureCompatibilityError, ErasureInputError
-from ..families import DENOISERS
+from ..families import denoiser_family
 from . import graphs
 from .buffers import PartKey, live_buffer
 from .gate import Gate
@@ -170,9 +170,10 @@ class Conditions(nn.Module):
         """
         component = compat.unwrap_compiled(component)
         arguments = list(inspect.signature(type(component).forward).parameters)[1:]  # without self
-        family = DENOISERS.get(type(component).__name__, (None,))[0]
+        family = denoiser_family(component)
         if family is not None:
-            self.clock, self.named = family.clock, (family.timestep, family.argument)
+            self.clock = family.clock_of(getattr(component, "config", {}))
+            self.named = family.timestep, family.argument
         if self.named[0] not in arguments:
             raise ErasureCompatibilityError(
                 f"{type(component).__name__} takes no 'timestep', so nothing in it can act by timestep: the erasure was made "

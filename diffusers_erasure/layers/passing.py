@@ -111,7 +111,7 @@ class Pass:
 
 
 def timesteps(given: Any, clock: tuple[float, float], device: torch.device) -> torch.Tensor:
-    """A denoiser's timestep, by factor and offset, as float32 [1] or [B].
+    """A denoiser's timestep, by factor and offset, as float32 [1] or [B]. Of one for each token it is the noisiest.
 
     Raises:
         ErasureInputError: there is none.
@@ -120,8 +120,9 @@ def timesteps(given: Any, clock: tuple[float, float], device: torch.device) -> t
         raise ErasureInputError(
             "An erasure that acts by timestep was called outside of a forward pass of its denoiser."
         )
-    value = torch.as_tensor(given, device=device).detach().reshape(-1).to(torch.float32)
-    return value if clock == (1.0, 0.0) else clock[1] + clock[0] * value
+    value = torch.as_tensor(given, device=device).detach().to(torch.float32)
+    value = value if clock == (1.0, 0.0) else clock[1] + clock[0] * value
+    return value.flatten(1).amax(1) if value.ndim > 1 else value.reshape(-1)
 
 
 class Here(threading.local):

@@ -1,13 +1,16 @@
-"""Layer kind `text_map`: a low-rank linear map on a text input of the denoiser, by a pre-hook on the denoiser.
+"""Layer kind `text_map`: a low-rank linear map on a text input of the denoiser.
 
 `x <- x + sum_i s_i (x A_i^T) D_i` for rows `x` of `encoder_hidden_states` (or of the pooled text vector): every map
 adds from the unmapped input, so the order of loading does not matter. Where all readers of that input are linear,
 this equals a LoRA `W (T - I)` on each of them (the form in which UCE is published); with a user's LoRA `U` on the same
 Linear the two differ: the map gives `(W + U) T`, the LoRA `W T + U`.
+
+Which inputs a denoiser has, its row in the table of doors says (`families/`). The map is a pre-hook on the denoiser; where a norm
+stands before the door, `door_input` is one on the door itself, which gives `W T + U` beside a user's LoRA.
 """
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -16,10 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import compat, low_rank
-from ..base_model import readers_of_text, text_attentions, weight_times
-from ..errors import ErasureCompatibilityError, ErasureFileError
+from ..base_model import door_module, input_readers, text_attentions, weight_times
+from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError
+from ..families import DOOR_INPUT, FAMILIES, ROWS, reading_family
 from ..schema import LayerSpec
-from .base import HookLayer
+from .base import HookLayer, Watched
 from .buffers import PartKey, Tensors, live_buffer, placement
 from .changes import WeightChange, double
 from .kind import LayerKind, Summand
@@ -29,17 +33,9 @@ from .passing import Pass, kept_for
 from .sites import Place, SiteEdit, SiteLayer
 
 
-ROWS, POOLED = "encoder_hidden_states", "text_embeds"
-POOLED_READER = "add_embedding.linear_1"  # SDXL's
+POOLED, POOLED_READER = "text_embeds", "add_embedding.linear_1"  # SDXL's
 TIME_IDS = (6, 5)  # of SDXL and its refiner: so many embeddings stand behind the pooled vector
-# Name of the input -> (the argument of `forward`, a key inside it, the entry of the model's config with its width).
-INPUTS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
-    ROWS: (ROWS, None, ("cross_attention_dim", "joint_attention_dim")),
-    "pooled_projections": ("pooled_projections", None, ("pooled_projection_dim",)),
-    POOLED: ("added_cond_kwargs", POOLED, ()),
-}
-# The module that reads an input where there is but one: of SD3 and Flux, and SDXL's.
-READERS = {ROWS: "context_embedder", "pooled_projections": "time_text_embed.text_embedder", POOLED: POOLED_READER}
+INPUTS = frozenset(name for family in FAMILIES.values() for name in family.inputs)
 
 
 # ---------------------------------------------------------------------------------------------------- the live side
@@ -83,18 +79,61 @@ class TextMap(SiteEdit):
             return self(rows, now)
         return kept_for(now, self, rows, lambda: self(rows, now))
 
+    def of_list(self, prompts: Sequence[Any], now: Pass) -> list[Any]:
+        """The same of a list with the rows of each picture, [L, C], or with a list of such."""
+
+        def mapped(rows: Any, index: int) -> Any:
+            if isinstance(rows, list):
+                return [mapped(each, index) for each in rows]
+            if self.factors.modified or torch.compiler.is_compiling():
+                return self.of_picture(rows, now, index, len(prompts))
+            own = self.of_picture
+            return kept_for(now, (self, index), rows, lambda: own(rows, now, index, len(prompts)))
+
+        return [mapped(rows, index) for index, rows in enumerate(prompts)]
+
+    def of_picture(self, rows: torch.Tensor, now: Pass, index: int, count: int) -> torch.Tensor:
+        """The mapped rows [L, C] of one picture of so many."""
+
+        def own(factors: torch.Tensor) -> torch.Tensor:
+            return self.factors.for_rows(factors, now, count)[index : index + 1] if len(factors) > 1 else factors
+
+        return self._mapped(rows, now, own)
+
+    def of_door(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
+        """The mapped rows as a door reads them: [B, L, C], or [rows, C] of all pictures one after another.
+
+        Raises:
+            ErasureInputError: they are of all pictures, and the factors are not the same for these.
+        """
+        return self(rows, now) if rows.ndim > 2 else self._mapped(rows, now, lambda found: self._alike(found, now))
+
     def forward(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
+        return self._mapped(rows, now, lambda factors: self.factors.for_rows(factors, now, len(rows)))
+
+    def _mapped(self, rows: torch.Tensor, now: Pass, own: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         # The hook on the denoiser fires before offload brings these buffers over, hence `to`.
         read, write = self.read.to(rows.device, rows.dtype), self.write.to(rows.device, rows.dtype)
         reduced = F.linear(rows, read)
         if not self.factors.modified and not torch.compiler.is_compiling():
             if not now.ones:
-                reduced = reduced * self.factors.for_rows(self.scales(now, reduced), now, len(rows))
-        elif (factors := self.factors(now, rows.device, len(rows), reduced.dtype)) is not None:
-            reduced = reduced * spread(factors, self.owner, reduced.ndim, -1)
+                reduced = reduced * own(self.scales(now, reduced))
+        elif (factors := self.factors.product(now, rows.device, reduced.dtype)) is not None:
+            reduced = reduced * spread(own(factors), self.owner, reduced.ndim, -1)
         if reduced.dtype != rows.dtype:  # under autocast
             return rows + F.linear(reduced, write.T)
         return torch.addmm(rows.flatten(0, -2), reduced.flatten(0, -2), write).view(rows.shape)
+
+    def _alike(self, factors: torch.Tensor, now: Pass) -> torch.Tensor:
+        """The factors of all pictures, [1, ...], where they are the same."""
+        same = len(factors) == 1 or (now.uniform and not self.factors.modified)
+        if same or (not torch.compiler.is_compiling() and bool((factors == factors[:1]).all())):
+            return factors[:1]
+        raise ErasureInputError(
+            f"An erasure acts by the strength, timestep or prompt of each of {len(factors)} pictures, but the rows of all of them reach "
+            f"this denoiser's door one after another (`{DOOR_INPUT}`). Give all pictures of a batch one strength, or make one picture a "
+            "call; with `torch.compile` an erasure with a schedule makes one picture a pass."
+        )
 
 
 class MapInput(Place):
@@ -102,7 +141,7 @@ class MapInput(Place):
 
     def __init__(self, conditions: Conditions, name: str, component: nn.Module) -> None:
         super().__init__(conditions)
-        self.argument, self.key, _ = INPUTS[name]
+        self.argument, self.key = _argument(component, name)
         self.position = _position(component, self.argument)
 
     @compat.untraced  # so that what is kept for a run is found when the model is compiled
@@ -125,7 +164,22 @@ class MapInput(Place):
             return {**value, self.key: edit.of(value[self.key], now)}
         if isinstance(value, tuple):  # an IP-Adapter's (text, image embeddings)
             return (edit.of(value[0], now), *value[1:])
-        return edit.of(value, now)
+        return edit.of_list(value, now) if isinstance(value, list) else edit.of(value, now)
+
+
+class MapDoor(Place):
+    """Forward pre-hook of a door behind a norm: maps what it reads."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        edit, now = self.at_work()
+        return None if edit is None else (edit.of_door(args[0], now), *args[1:])
+
+
+def _argument(component: nn.Module, name: str) -> tuple[str, str | None]:
+    """The argument of `forward` that holds an input, and the key inside it where it holds others too."""
+    if name == ROWS:
+        return reading_family(component).argument, None
+    return ("added_cond_kwargs", name) if name == POOLED else (name, None)
 
 
 def _position(component: nn.Module, argument: str) -> int:
@@ -137,10 +191,11 @@ def _position(component: nn.Module, argument: str) -> int:
     return names.index(argument)
 
 
-def _pooled_reader(component: nn.Module) -> nn.Linear:
-    linear = compat.base_layer(component.get_submodule(POOLED_READER))
-    assert isinstance(linear, nn.Linear)
-    return linear
+def _door(component: nn.Module) -> nn.Module:
+    """The module that reads text rows first, which `check` has seen."""
+    name = reading_family(component).door
+    assert name is not None
+    return door_module(component, name)
 
 
 class TextMapLayer(SiteLayer):
@@ -150,6 +205,9 @@ class TextMapLayer(SiteLayer):
 
     def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, Place, torch.utils.hooks.RemovableHandle]:
         component = compat.unwrap_compiled(component)
+        if site == DOOR_INPUT:
+            door, behind = _door(component), MapDoor(self.conditions)
+            return door, behind, door.register_forward_pre_hook(behind)
         place = MapInput(self.conditions, site, component)
         return component, place, component.register_forward_pre_hook(place, with_kwargs=True)
 
@@ -157,17 +215,32 @@ class TextMapLayer(SiteLayer):
         return MapPart(tensors["A"], tensors["D"], modifier)
 
     def entrances(self) -> Iterable[int]:
-        return [each.place.number for each in self.sites.values()]
+        return [each.place.number for site, each in self.sites.items() if site != DOOR_INPUT]
+
+    def watched(self) -> Iterator[Watched]:
+        """The door, by its own name; in front of others the pass is the call."""
+        each = self.sites.get(DOOR_INPUT)
+        if each is not None and each.parts:
+            names = frozenset(name for name, _ in each.parts)
+            door = reading_family(compat.unwrap_compiled(each.component)).door
+            assert door is not None
+            yield Watched(door, each.module, names, (each.handle.id,))
 
     def altered(self, component: nn.Module, spec: LayerSpec) -> Iterable[nn.Module]:
         """The denoiser, and where they are known the modules that read what is mapped."""
         component = compat.unwrap_compiled(component)
-        readers = [
-            attention.get_submodule(part) for _, attention in text_attentions(component) for part in ("to_k", "to_v")
-        ]
-        named = readers if spec.sites == (ROWS,) else []
-        named += [part for name, part in component.named_modules() if name == READERS[spec.sites[0]]]
-        return [component, *map(compat.base_layer, named)]
+        family, (site,) = reading_family(component), spec.sites
+        if family.door is None and site == ROWS:  # whatever the attentions' projections are now, fused or not
+            readers = [
+                attention.get_submodule(part)
+                for _, attention in text_attentions(component)
+                for part in ("to_k", "to_v")
+            ]
+        elif family.pooled is not None and site == family.pooled.input:
+            readers = [door_module(component, family.pooled.reader)]
+        else:
+            readers = [_door(component)]
+        return [component, *map(compat.base_layer, readers)]
 
     def placement(self, component: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         return placement(module, next(owner for _, owner, _, _ in compat.base_parameters(module)))
@@ -229,7 +302,7 @@ class TextMapKind(LayerKind):
     live: ClassVar[type[HookLayer]] = TextMapLayer
 
     def prefix(self, component: str, sites: Sequence[str]) -> str:
-        return "text_map." if tuple(sites) == (ROWS,) else "pooled_map."
+        return "text_map." if tuple(sites) in ((ROWS,), (DOOR_INPUT,)) else "pooled_map."
 
     def validate(self, spec: LayerSpec, tensors: Tensors) -> None:
         if spec.component not in ("unet", "transformer"):
@@ -248,46 +321,54 @@ class TextMapKind(LayerKind):
         return {"A": tensors["A"] * factor, "D": tensors["D"]}
 
     def check(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
-        component = compat.unwrap_compiled(component)
-        argument, _, entries = INPUTS[spec.sites[0]]
-        _position(component, argument)
+        component, (site,) = compat.unwrap_compiled(component), spec.sites
+        kind, family, width = type(component).__name__, reading_family(component), tensors["A"].shape[1]
+        if site not in family.inputs:
+            others = " and ".join(map(repr, family.inputs))
+            raise ErasureCompatibilityError(
+                f"{kind} reads no {site!r} here, but {others}: the erasure was made for another architecture."
+            )
+        if site != DOOR_INPUT:
+            _position(component, _argument(component, site)[0])
         config = getattr(component, "config", {})
-        for width in (config.get(entry) for entry in entries):
-            if isinstance(width, int) and width != tensors["A"].shape[1]:
+        if family.pooled is not None and site == family.pooled.input:
+            read = getattr(door_module(component, family.pooled.reader), "in_features", None)
+            behind = [0]
+            if site == POOLED:
+                behind = [count * config.get("addition_time_embed_dim", 0) for count in TIME_IDS]
+            if read is not None and read - width not in behind:
                 raise ErasureCompatibilityError(
-                    f"{type(component).__name__} reads text rows of width {width}; the erasure maps rows of width "
-                    f"{tensors['A'].shape[1]}: it was made for another architecture."
+                    f"The erasure maps pooled vectors of width {width}, which are not those of this {kind}: it was made for another "
+                    "architecture."
                 )
-        if spec.sites[0] != POOLED:
             return
-        if config.get("addition_embed_type") != "text_time":
-            raise ErasureCompatibilityError(
-                f"{type(component).__name__} reads no 'text_embeds' here: the erasure was made for another architecture."
-            )
-        behind = _pooled_reader(component).in_features - tensors["A"].shape[1]
-        if behind not in [count * config.get("addition_time_embed_dim", 0) for count in TIME_IDS]:
-            raise ErasureCompatibilityError(
-                f"The erasure maps pooled vectors of width {tensors['A'].shape[1]}, which are not those of this "
-                f"{type(component).__name__}: it was made for another architecture."
-            )
+        door = None if family.door is None else door_module(component, family.door)
+        own = getattr(door, "in_features", None)
+        widths = [own] if own else [config.get(entry) for entry in ("cross_attention_dim", "joint_attention_dim")]
+        for read in widths:
+            if isinstance(read, int) and read != width:
+                raise ErasureCompatibilityError(
+                    f"{kind} reads text rows of width {read}; the erasure maps rows of width {width}: it was made for another "
+                    "architecture."
+                )
 
     def weight_changes(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Sequence[WeightChange]:
-        component = compat.unwrap_compiled(component)
+        component, (site,) = compat.unwrap_compiled(component), spec.sites
         config = getattr(component, "config", {})
         added, projected = config.get("addition_embed_type"), config.get("encoder_hid_dim_type")
-        if spec.sites == (POOLED,) and added == "text_time":
-            # It reads the pooled vector, with the time embeddings behind it.
-            linear = _pooled_reader(component)
-            rest = linear.in_features - tensors["A"].shape[1]
-            a, d = (F.pad(tensors[name], (0, rest)) for name in ("A", "D"))
-            return [MapChange(POOLED_READER, linear, POOLED, a, d)]
-        if spec.sites != (ROWS,) or added not in (None, "text_time") or projected is not None:
+        of_unet = reading_family(component).door is None and site == ROWS
+        all_known = added in (None, "text_time") and projected is None
+        readers = input_readers(component, site) if all_known or not of_unet else {}
+        if not readers:
             raise ErasureCompatibilityError(
-                f"A layer {self.name!r} on {spec.sites[0]!r} of {spec.component!r} cannot be fused: not everything that reads "
+                f"A layer {self.name!r} on {site!r} of {spec.component!r} cannot be fused: not everything that reads "
                 "this input is known to be linear. Leave the erasure unfused."
             )
-        readers = readers_of_text(component)
-        return [MapChange(site, module, ROWS, tensors["A"], tensors["D"]) for site, module in readers.items()]
+        a, d = tensors["A"], tensors["D"]
+        if site == POOLED:  # its reader has the time embeddings behind it
+            rest = next(iter(readers.values())).in_features - a.shape[1]
+            a, d = F.pad(a, (0, rest)), F.pad(d, (0, rest))
+        return [MapChange(name, module, site, a, d) for name, module in readers.items()]
 
     def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
         return set(spec.sites)

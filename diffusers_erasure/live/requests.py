@@ -294,7 +294,7 @@ def pictures_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int | No
         return int(each)
     if isinstance(prompts, list | tuple):
         return len(prompts) * int(each)
-    return len(rows) * int(each) if isinstance(rows, torch.Tensor) else None
+    return len(rows) * int(each) if isinstance(rows, torch.Tensor | list) else None  # Z-Image has a list of rows
 
 
 def components(pipe: Any) -> dict[str, nn.Module]:

@@ -1,6 +1,7 @@
 """From a closed-form edit to an erasure: the LoRA or text map that is published, and what its maker is told."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,24 @@ from torch import nn
 
 from ..artifact import Erasure
 from ..assembling import Rows, bound_to_text, made_by
-from ..base_model import component, denoiser_name, describe_base, text_attentions, text_readers, weight_times
+from ..base_model import (
+    component,
+    describe_base,
+    family_of,
+    pooled_readers,
+    text_attentions,
+    text_readers,
+    weight_times,
+)
 from ..errors import ErasureCompatibilityError
+from ..families import POOLED_INPUTS
 from ..layers import layer_kind
 from ..layers.layer import Layer
-from ..layers.text_map import POOLED_READER as POOLED_SITE
 from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, compress, pad_rank, truncated, written
 from ..schema import Concept, LayerSpec, SolveRows
 from ..stock_lora import give_stock_lora
-from .rows import POOLED, ROWS, SAME, KeptRows, TargetRows, TextSettings, to_tensors
+from .rows import SAME, KeptRows, TargetRows, TextSettings, to_tensors
 
 
 logger = get_logger(__name__)
@@ -60,29 +69,30 @@ def publish(pipe: Any, maps: Mapping[str, Factors], settings: FormSettings) -> E
     """
     reason = _unlike_its_lora(pipe, maps) if settings.layer == "both" else None
     if reason is None and settings.layer != "lora":
-        edit = as_text_map(maps, settings)
+        edit = as_text_map(maps, settings, family_of(pipe).denoiser)
         if settings.layer == "both":
             _warn_of_size(pipe, len(edit.layers[0].tensors["A"]))
         return dataclasses.replace(edit, stock=settings.layer == "both", form=settings.layer)
     if reason is not None:
         logger.warning('Published as a LoRA alone (`layer="lora"`): %s', reason)
-    sites: dict[str, Any] = {}
-    a, d = compress(*maps[ROWS])
-    for site, linear in text_readers(pipe).items():
-        sites[site] = lambda site=site, linear=linear: (a, weight_times(linear, site, d.T))
-    if POOLED in maps:
-        linear = pooled_linear(pipe)
-        pooled_a, pooled_d = compress(*maps[POOLED])
-        wide = padded(pooled_d, linear.in_features)
-        sites[POOLED_SITE] = lambda: (padded(pooled_a, linear.in_features), weight_times(linear, POOLED_SITE, wide.T))
-    return dataclasses.replace(as_lora(sites, settings), form="lora")
+    sites: dict[str, Callable[[], Factors]] = {}
+    for name, factors in maps.items():
+        a, d = compress(*factors)
+        for site, linear in (pooled_readers(pipe) if name in POOLED_INPUTS else text_readers(pipe)).items():
+            sites[site] = functools.partial(_through, a, d, site, linear)
+    return dataclasses.replace(as_lora(sites, settings, family_of(pipe).denoiser), form="lora")
+
+
+def _through(a: torch.Tensor, d: torch.Tensor, site: str, linear: nn.Linear) -> Factors:
+    """W (T - I) = (W D^T) A on a Linear that reads what is mapped, and perhaps something behind it."""
+    return padded(a, linear.in_features), weight_times(linear, site, padded(d, linear.in_features).T)
 
 
 def _unlike_its_lora(pipe: Any, maps: Mapping[str, Factors]) -> str | None:
     """Why maps and a LoRA on what is known to read them would not be one edit, `None` where they are."""
-    name, kind = denoiser_name(pipe), layer_kind("text_map")
-    model = component(pipe, name)
-    linear = len(text_readers(pipe)) == 2 * sum(1 for _ in text_attentions(model))
+    family, kind = family_of(pipe), layer_kind("text_map")
+    name, model = family.denoiser, component(pipe, family.denoiser)
+    linear = family.door is not None or len(text_readers(pipe)) == 2 * sum(1 for _ in text_attentions(model))
     for site, (a, d) in maps.items():
         spec = LayerSpec(kind.name, name, (site,), kind.file, kind.prefix(name, (site,)))
         try:
@@ -106,12 +116,13 @@ def _warn_of_size(pipe: Any, rank: int) -> None:
         )
 
 
-def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextSettings) -> Edit:
+def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextSettings, component: str = "unet") -> Edit:
     """A LoRA on some sites, of one rank: those with less are padded with zeros.
 
     Args:
         sites: for each site what computes its factors, `a` [r, in] and `b` [out, r], float64.
         config ([`TextSettings`]): `rank` and `max_error`.
+        component: the denoiser's name.
     """
     parts: dict[str, Factors] = {}
     worst = 0.0
@@ -124,25 +135,18 @@ def as_lora(sites: Mapping[str, Callable[[], Factors]], config: TextSettings) ->
         a, b = parts.pop(site)
         tensors[site + DOWN] = a if len(a) == rank else pad_rank(a, rank, 0)
         tensors[site + UP] = b if len(a) == rank else pad_rank(b, rank, 1)
-    return Edit((Layer("lora", tuple(sites), tensors),), worst)
+    return Edit((Layer("lora", tuple(sites), tensors, component),), worst)
 
 
-def as_text_map(maps: Mapping[str, Factors], config: TextSettings) -> Edit:
+def as_text_map(maps: Mapping[str, Factors], config: TextSettings, component: str = "unet") -> Edit:
     """Text maps `x + (x A^T) D`, one for each input of the denoiser; `maps` gives `A` and `D`, both [r, C], float64."""
     layers = []
     worst = 0.0
     for name, (a, d) in maps.items():
         a, d, error = truncated(a, d, config.rank or None, config.max_error or None)
         worst = max(worst, error)
-        layers.append(Layer("text_map", (name,), {"A": a, "D": d}))
+        layers.append(Layer("text_map", (name,), {"A": a, "D": d}, component))
     return Edit(tuple(layers), map_error=worst)
-
-
-def pooled_linear(pipe: Any) -> nn.Linear:
-    """SDXL's Linear that reads the pooled text vector, with the time embeddings behind it."""
-    linear = component(pipe, denoiser_name(pipe)).get_submodule(POOLED_SITE)
-    assert isinstance(linear, nn.Linear)
-    return linear
 
 
 def padded(a: torch.Tensor, width: int, start: int = 0) -> torch.Tensor:
@@ -172,33 +176,40 @@ def report(
         edits: for each input the map's factors `A` and `D` [r, C], in several versions where layers differ; then means
             over them are reported.
         concepts: the concepts, in the order of the probes.
-        retained: names of the retained rows of `encoder_hidden_states`, for the warning.
+        retained: names of the retained text rows, for the warning.
         parts: the columns of the rows that were mapped by themselves. A target moved as far as its part that moved least:
             with another `prompt_2` no other part may hold the concept.
     """
     result: dict[str, Any] = {}
     for name, (rows, kept) in found.items():
         part: dict[str, Any] = {}
-        shares = _least_share(rows.probes, edits[name], parts if name == ROWS else ())
+        pooled = name in POOLED_INPUTS
+        shares = _least_share(rows.probes, edits[name], () if pooled else parts, len(concepts))
         part["completeness"] = {str(c.target): _rounded(v) for c, v in zip(concepts, shares, strict=True)}
         if len(kept.retain):
             change = _mean([_relative(kept.retain, f) for f in edits[name]])
             part["retained_change"] = {"median": _rounded(change.median()), "max": _rounded(change.max())}
-            if name == ROWS:
+            if not pooled:
                 _warn_of_neighbours(change, retained)
         null = _mean([_relative(kept.null, f) for f in edits[name]])
-        part["start_token_change" if name == ROWS else "empty_prompt_change"] = _rounded(null[0])
-        if name == ROWS:
-            part["empty_prompt_change"] = _rounded(null[1:].max()) if len(null) > 1 else 0.0
-            _warn_of_targets(part["completeness"])
-        result.update(part if name == ROWS else {"pooled": part})
+        if pooled:
+            result["pooled"] = {**part, "empty_prompt_change": _rounded(null[0])}
+            continue
+        if kept.starts:
+            part["start_token_change"] = _rounded(null[: kept.starts].max())
+        part["empty_prompt_change"] = _rounded(null[kept.starts :].max()) if len(null) > kept.starts else 0.0
+        _warn_of_targets(part["completeness"])
+        result.update(part)
     return result
 
 
 def _least_share(
-    probes: tuple[torch.Tensor, torch.Tensor], edits: Sequence[Factors], parts: Sequence[slice]
+    probes: tuple[torch.Tensor, torch.Tensor], edits: Sequence[Factors], parts: Sequence[slice], concepts: int
 ) -> torch.Tensor:
-    """How far each probe moves to its anchor, of its parts the one that moves least; a part that is the anchor's is left out."""
+    """How far each concept moves to its anchor: of its rows, and their parts, the one that moves least.
+
+    A row or a part that is the anchor's is left out, such as that of an encoder which does not know the word.
+    """
     rows, anchors = probes
     way = anchors - rows
     changes = [_change(rows, f) for f in edits]
@@ -209,8 +220,9 @@ def _least_share(
         for part, own in zip(columns, squares, strict=True)
     ]
     found = torch.stack(shares)
-    alike = (squares <= SAME**2 * squares.sum(0)) & (squares < squares.amax(0))
-    return found.masked_fill(alike, float("inf")).amin(0)
+    found, squares = (each.T.reshape(concepts, -1) for each in (found, squares))  # all of a concept's rows and parts
+    alike = (squares <= SAME**2 * squares.sum(1, keepdim=True)) & (squares < squares.amax(1, keepdim=True))
+    return found.masked_fill(alike, float("inf")).amin(1)
 
 
 def _change(rows: torch.Tensor, factors: Factors) -> torch.Tensor:
@@ -246,7 +258,7 @@ def _warn_of_targets(completeness: Mapping[str, float]) -> None:
 def _warn_of_neighbours(change: torch.Tensor, retained: Sequence[str]) -> None:
     moved = [i for i in change.argsort(descending=True).tolist() if change[i] > NEIGHBOUR_MOVED]
     if moved:
-        names = [repr(retained[i]) if i < len(retained) else f"row {i}" for i in moved[:3]]
+        names = [repr(retained[i % len(retained)]) if retained else f"row {i}" for i in moved[:3]]
         logger.warning(
             "%d retained prompts changed by more than %.0f %% of their norm: %s%s. Erase less near to them, or give an anchor "
             "that is nearer to the target.",

@@ -20,25 +20,22 @@ import torch
 from torch import nn
 
 from ..artifact import Erasure
-from ..base_model import text_readers
+from ..base_model import pooled_readers, text_readers
+from ..families import POOLED_INPUTS
 from ..schema import Concept
 from ..settings import Number, Whole, resolve
 from ..settings.texts import Templates
 from . import base_sums
 from .publishing import (
-    POOLED_SITE,
     Factors,
     Form,
     kept_names,
     make_erasure,
-    pooled_linear,
     publish,
     report,
     side_by_side,
 )
 from .rows import (
-    POOLED,
-    ROWS,
     KeptRows,
     TargetRows,
     TextConfig,
@@ -256,7 +253,7 @@ def solve_parts(
 
 def readers_of(pipe: Any, name: str) -> dict[str, nn.Linear]:
     """The projections that read one input of the denoiser."""
-    return {POOLED_SITE: pooled_linear(pipe)} if name == POOLED else text_readers(pipe)
+    return pooled_readers(pipe) if name in POOLED_INPUTS else text_readers(pipe)
 
 
 def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
@@ -264,10 +261,10 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = with_anchors(concepts, str(PUBLISHED[config.preset]["anchor"]))
     settings = resolve(config, Settings)
-    first = target_rows(pipe, concepts, settings.template_list, settings.rows)
+    first = target_rows(pipe, concepts, settings)
     if settings.rows == settings.adversarial_rows:
         return refit(pipe, concepts, config, {"": first})
-    later = target_rows(pipe, concepts, settings.template_list, settings.adversarial_rows)
+    later = target_rows(pipe, concepts, settings, settings.adversarial_rows)
     return refit(pipe, concepts, config, {"": first, "epochs": later})
 
 
@@ -276,15 +273,15 @@ def refit(
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
     settings = resolve(config, Settings)
-    kept = kept_rows(pipe, settings.retain, settings.retained_in, with_gram=settings.retain_rows == "all")
+    kept = kept_rows(pipe, settings, with_gram=settings.retain_rows == "all")
     first, later = targets[""], targets.get("epochs", targets[""])
-    names = [name for name in first if name == ROWS or settings.pooled]
+    names = [name for name in first if name not in POOLED_INPUTS or settings.pooled]
     parts = parts_of(pipe, settings)
     maps, found = {}, {}
     for name in names:
         found[name] = first[name], kept[name]
         weights = base_sums.weight_gram(readers_of(pipe, name), first[name].targets.shape[1])
-        maps[name] = solve_parts(found[name], later[name], weights, settings, parts if name == ROWS else ())
+        maps[name] = solve_parts(found[name], later[name], weights, settings, () if name in POOLED_INPUTS else parts)
     edits = {name: [factors] for name, factors in maps.items()}
     diagnostics = report(found, edits, concepts, kept_names(settings), parts)
     return make_erasure(pipe, "rece", concepts, settings, publish(pipe, maps, settings), diagnostics, targets)

@@ -1,13 +1,14 @@
 """Which text rows the closed-form methods (UCE, RECE, SPEED) map, and which they keep."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 
 from ..base_model import family_of
-from ..encoding import all_rows, gram, last_rows, null_rows, part_widths, pooled_rows, short_enough
+from ..encoding import Source, part_widths, pooled_source, row_sources, short_enough
+from ..families import POOLED_INPUTS, ROW_INPUTS
 from ..lists import Retained
 from ..schema import Concept, SolveRows
 from ..settings import Number, Whole, check_settings
@@ -16,7 +17,6 @@ from .holding import held_prompts, others_than
 
 
 Which = Literal["last", "window", "all", "whole"]
-ROWS, POOLED = "encoder_hidden_states", "text_embeds"  # inputs of the denoiser
 SAME = 1e-7  # singular values below this share of the largest are float32's rounding
 
 
@@ -29,14 +29,19 @@ class TextConfig:
     Args:
         rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target's encoding are mapped.
             `"last"` is the row of its last word piece; `"window"` that row and all after it, padding included; `"all"` all
-            rows but the start token's; `"whole"` that one too.
+            rows but the start token's; `"whole"` that one too. T5 reads in both directions, so that a word is in every row:
+            for Stable Diffusion 3, FLUX.1 and others the methods take more rows by default than for CLIP.
         templates (`str` or tuple of `str`, *optional*): `"object"`, `"style"`, `"person"`, `"object_context"`,
             `"style_context"`, `"none"`, or prompts, with `{}` for the concept, in which each target and its anchor are encoded.
         retain (tuple of `str`, *optional*): prompts that must not change.
         retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
-        pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
-            `prompt_2` is. Off, both halves are mapped together, as published, and a call with another `prompt_2` is refused.
+        pooled (`bool`, *optional*, defaults to `True`): SDXL, Stable Diffusion 3, FLUX.1: map the pooled text vector as well.
+        per_encoder (`bool`, *optional*): SDXL, Stable Diffusion 3: map what each CLIP makes of a row by itself, so that the
+            erasure acts whatever `prompt_2` is. Off, both are mapped together, as published, and a call with another `prompt_2`
+            is refused.
+        max_sequence_length (`int`, *optional*, defaults to 0): Stable Diffusion 3, FLUX.1 and others: how many rows T5 makes of
+            a prompt, as in calls of the pipeline. 0 for the pipeline's own number: 512 for FLUX.1 dev, 256 for schnell and Stable
+            Diffusion 3.
         rank (`int`, *optional*): truncate the published LoRA or map to this rank; the error is recorded. 0 for the exact one.
             Where each text encoder's half is mapped by itself, it is the rank of each.
         max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger (that of each half, where
@@ -49,6 +54,7 @@ class TextConfig:
     retain_templates: bool | None = None
     pooled: bool = True
     per_encoder: bool | None = None
+    max_sequence_length: Annotated[int, Whole(least=0)] = 0
     rank: Annotated[int | None, Whole(least=0)] = None
     max_error: Annotated[float | None, Number(below=1)] = None
 
@@ -70,6 +76,7 @@ class TextSettings:
     retain_templates: bool
     pooled: bool
     per_encoder: bool
+    max_sequence_length: int
     rank: int
     max_error: float
 
@@ -95,7 +102,8 @@ class TargetRows:
     Attributes:
         targets: E [n, C].
         anchors: G [n, C], what each row is mapped to.
-        probes: one row of each concept by itself [c, C], and of its anchor: how far these move is reported.
+        probes: one row of each concept by itself [c, C], and of its anchor: how far these move is reported. Where several
+            encoders make rows of their own, as many of each concept, one after another.
         squares: mean of |x|^2 over the rows as they were encoded; `targets` may be a rotation of them.
         count: how many rows were encoded.
         prompts: how many prompts they come from.
@@ -131,7 +139,8 @@ class KeptRows:
 
     Attributes:
         retain: R [N, C], one row of each retained prompt.
-        null: rows of the empty prompt [L, C], the start token's first.
+        null: rows of the empty prompt [L, C], the start tokens' first.
+        starts: how many of these are start tokens'.
         gram: `sum x x^T` over all rows of the retained prompts, where the method wants that.
         prompts: how many prompts are retained.
         gram_count: how many rows `gram` sums up.
@@ -144,6 +153,7 @@ class KeptRows:
     prompts: int = 0
     gram_count: int = 0
     held: torch.Tensor | None = None
+    starts: int = 1
 
     def held_beside(self, rows: TargetRows) -> torch.Tensor:
         """The held rows that do not say the same as a target or its anchor: [H, C], none where nothing is held."""
@@ -155,7 +165,8 @@ class KeptRows:
         """The same rows on some of the columns alone."""
         gram = None if self.gram is None else self.gram[columns, columns]
         held = None if self.held is None else self.held[:, columns]
-        return KeptRows(self.retain[:, columns], self.null[:, columns], gram, self.prompts, self.gram_count, held)
+        retain, null = self.retain[:, columns], self.null[:, columns]
+        return KeptRows(retain, null, gram, self.prompts, self.gram_count, held, self.starts)
 
 
 def parts_of(pipe: Any, settings: TextSettings) -> tuple[slice, ...]:
@@ -200,48 +211,106 @@ def join(parts: Sequence[TargetRows]) -> TargetRows:
     return TargetRows(targets, anchors, probes, squares, count, prompts)
 
 
-def target_rows(pipe: Any, concepts: Sequence[Concept], templates: Sequence[str], rows: str) -> dict[str, TargetRows]:
-    """Encode targets and anchors, and pick their rows: those of `encoder_hidden_states`, and SDXL's pooled vectors."""
-    pairs = [(template.format(c.target), filled(template, c.anchor)) for c in concepts for template in templates]
-    prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
-    place = {prompt: i for i, prompt in enumerate(prompts)}
-    left, right = ([place[pair[side]] for pair in pairs] for side in (0, 1))
-    own = [i * len(templates) for i in range(len(concepts))]  # each concept's first template
-
-    def picked(encoded: torch.Tensor) -> TargetRows:
-        e, g = encoded[left], encoded[right]
-        return TargetRows(e, g, (e[own], g[own]), float(e.square().sum(1).mean()), len(pairs), len(pairs))
-
-    plain = picked(last_rows(pipe, prompts))
-    found = {ROWS: plain if rows == "last" else _blocks(pipe, pairs, rows, plain)}
-    if family_of(pipe).name == "stable-diffusion-xl":
-        found[POOLED] = picked(pooled_rows(pipe, prompts))
+def inputs_of(pipe: Any, settings: TextSettings) -> dict[str, tuple[Source, ...]]:
+    """What feeds each input of the denoiser that text enters: its rows, and the pooled vector where there is one."""
+    family = family_of(pipe)
+    per_encoder, length = settings.per_encoder, settings.max_sequence_length
+    found = {family.input: row_sources(pipe, per_encoder=per_encoder, length=length)}
+    pooled = pooled_source(pipe)
+    if family.pooled is not None and pooled is not None:
+        found[family.pooled.input] = (pooled,)
     return found
 
 
-def _blocks(pipe: Any, pairs: Sequence[tuple[str, str]], rows: str, plain: TargetRows) -> TargetRows:
+def target_rows(
+    pipe: Any, concepts: Sequence[Concept], settings: TextSettings, rows: str | None = None
+) -> dict[str, TargetRows]:
+    """Encode targets and anchors, and pick their rows, for each input of the denoiser that text enters.
+
+    Args:
+        rows: which ones, where not those of the settings.
+    """
+    templates, chosen = settings.template_list, settings.rows if rows is None else rows
+    pairs = [(template.format(c.target), filled(template, c.anchor)) for c in concepts for template in templates]
+    own = [i * len(templates) for i in range(len(concepts))]  # each concept's first template
+    found = {}
+    for name, sources in inputs_of(pipe, settings).items():
+        each = [_picked(source, pairs, own) for source in sources]
+        if chosen != "last" and name not in POOLED_INPUTS:
+            each = [_blocks(source, pairs, chosen, plain) for source, plain in zip(sources, each, strict=True)]
+        found[name] = _together(each)
+    return found
+
+
+def _picked(source: Source, pairs: Sequence[tuple[str, str]], own: Sequence[int]) -> TargetRows:
+    """The last row of each pair of prompts; those in the places `own` are the probes."""
+    prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    encoded = source.last(prompts)
+    e, g = (encoded[[place[pair[side]] for pair in pairs]] for side in (0, 1))
+    return TargetRows(e, g, (e[own], g[own]), float(e.square().sum(1).mean()), len(pairs), len(pairs))
+
+
+def _together(parts: Sequence[TargetRows]) -> TargetRows:
+    """Rows of the same prompts from several sources as those of one input."""
+    if len(parts) == 1:
+        return parts[0]
+    e, g = (torch.cat([getattr(part, name) for part in parts]) for name in ("targets", "anchors"))
+    probes = [torch.stack([part.probes[side] for part in parts], dim=1).flatten(0, 1) for side in (0, 1)]
+    count = sum(part.count for part in parts)
+    squares = sum(part.squares * part.count for part in parts) / count
+    return TargetRows(e, g, (probes[0], probes[1]), squares, count, parts[0].prompts)
+
+
+def _blocks(source: Source, pairs: Sequence[tuple[str, str]], rows: str, plain: TargetRows) -> TargetRows:
     """Many rows of each pair of prompts, rotated into few as they come, so that they never lie in memory together."""
     width = plain.targets.shape[1]
     e, g = plain.targets[:0], plain.anchors[:0]
     squares, count = 0.0, 0
-    for start in range(0, len(pairs), 32):
-        chunk = pairs[start : start + 32]
+    for start in range(0, len(pairs), source.batch):
+        chunk = pairs[start : start + source.batch]
         prompts = list(dict.fromkeys(prompt for pair in chunk for prompt in pair))
-        encoded, last = all_rows(pipe, prompts)
+        encoded, last = source.all(prompts)
+        ids = source.ids(prompts)
         place = {prompt: i for i, prompt in enumerate(prompts)}
         for target, anchor in chunk:
             t, a = place[target], place[anchor]
-            # Rows are paired from the last piece on; the longer prompt decides how many there are.
-            start_token = 0 if rows == "whole" else 1
-            first, first_anchor = (last[t], last[a]) if rows == "window" else (start_token, start_token)
-            n = encoded.shape[1] - max(first, first_anchor)
-            e = torch.cat([e, encoded[t, first : first + n]])
-            g = torch.cat([g, encoded[a, first_anchor : first_anchor + n]])
-            squares, count = squares + float(encoded[t, first : first + n].square().sum()), count + n
+            lengths = len(encoded[t]), len(encoded[a])
+            if rows == "window":
+                left, right = _from((last[t], last[a]), lengths)
+            elif source.causal and source.starts:
+                first = 0 if rows == "whole" else source.starts
+                left, right = _from((first, first), lengths)
+            else:
+                left, right = aligned(ids[t], ids[a], lengths)
+            e, g = torch.cat([e, encoded[t][left]]), torch.cat([g, encoded[a][right]])
+            squares, count = squares + float(encoded[t][left].square().sum()), count + len(left)
         if len(e) > 2 * width:
             e, g = reduced(e, g)
     e, g = reduced(e, g)
     return TargetRows(e, g, plain.probes, squares / count, count, len(pairs))
+
+
+def _from(first: tuple[int, int], lengths: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """Places from a first one on, in pairs; the prompt with fewer left decides how many there are."""
+    n = min(length - start for length, start in zip(lengths, first, strict=True))
+    return list(range(first[0], first[0] + n)), list(range(first[1], first[1] + n))
+
+
+def aligned(target: Sequence[int], anchor: Sequence[int], lengths: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """All places of two prompts that differ in some tokens, in pairs: what stands before these, they, and what follows.
+
+    Where the target has more tokens than its anchor, several of its places go with the anchor's first one.
+    """
+    shorter = min(len(target), len(anchor))
+    before = next((i for i in range(shorter) if target[i] != anchor[i]), shorter)
+    behind = next((i for i in range(shorter - before) if target[-1 - i] != anchor[-1 - i]), shorter - before)
+    ends = len(target) - behind, len(anchor) - behind
+    least = min(before, lengths[1] - 1)
+    left = list(range(ends[0]))
+    right = [i if i < before else max(least, ends[1] - (ends[0] - i)) for i in left]
+    more_left, more_right = _from(ends, lengths)
+    return left + more_left, right + more_right
 
 
 def filled(template: str, concept: str | None) -> str:
@@ -249,42 +318,41 @@ def filled(template: str, concept: str | None) -> str:
     return template.format(concept) if (concept or "").strip() else ""
 
 
-def kept_rows(
-    pipe: Any, retained: Retained, templates: Sequence[str], *, with_gram: bool = False
-) -> dict[str, KeptRows]:
+def kept_rows(pipe: Any, settings: TextSettings, *, with_gram: bool = False) -> dict[str, KeptRows]:
     """Encode what is retained; with `with_gram`, sums over all rows of the retained prompts and the empty one."""
+    retained, templates = settings.retain, settings.retained_in
     # Lists are encoded whole, so that what is cached of them serves any targets; the excluded ones then go.
     whole = [*retained.prompts, *retained.excluded]
     whole = sorted({filled(template, prompt) for prompt in whole for template in templates})
     gone = {filled(template, prompt) for prompt in retained.excluded for template in templates}
     kept = torch.tensor([prompt not in gone for prompt in whole], dtype=torch.bool)
-    null = null_rows(pipe)
-    number_kept = int(kept.sum())
+    prompts = int(kept.sum()) + int(with_gram)  # the empty prompt is one of those that the sums are over
+    held = dict(zip(*held_prompts(retained), strict=True))
+    held = {prompt: held[prompt] for prompt in short_enough(pipe, list(held), settings.max_sequence_length)}
+    chosen = torch.tensor(list(held.values()), dtype=torch.bool)
     found = {}
-    rows = last_rows(pipe, whole)[kept] if whole else null[:0]
-    total = None
-    if with_gram:
-        total = null.T @ null
-        if whole:
-            total = total + gram(pipe, whole)
-            total = total - gram(pipe, sorted(gone)) if gone else total
-    prompts = number_kept + int(with_gram)  # the empty prompt is one of those that the sums are over
-    held = _held(pipe, retained, last_rows)
-    found[ROWS] = KeptRows(rows, null, total, prompts, prompts * len(null), held)
-    if family_of(pipe).name == "stable-diffusion-xl":
-        empty = pooled_rows(pipe, [""])
-        rows = pooled_rows(pipe, whole)[kept] if whole else empty[:0]
-        both = torch.cat([rows, empty])
-        held = _held(pipe, retained, pooled_rows)
-        found[POOLED] = KeptRows(rows, empty, both.T @ both if with_gram else None, prompts, len(both), held)
+    for name, sources in inputs_of(pipe, settings).items():
+        nulls = [source.null() for source in sources]
+        rows = [source.last(whole)[kept] if whole else null[:0] for source, null in zip(sources, nulls, strict=True)]
+        starts = [null[: source.starts] for source, null in zip(sources, nulls, strict=True)]
+        rest = [null[source.starts :] for source, null in zip(sources, nulls, strict=True)]
+        total: torch.Tensor | None = None
+        if with_gram:
+            sums = [_gram(source, whole, sorted(gone), null) for source, null in zip(sources, nulls, strict=True)]
+            total = sum(sums[1:], sums[0])
+        null = torch.cat([*starts, *rest])
+        own = torch.cat([source.last(list(held))[chosen] for source in sources]) if held else None
+        count = prompts * len(null)
+        found[name] = KeptRows(torch.cat(rows), null, total, prompts, count, own, sum(map(len, starts)))
     return found
 
 
-def _held(pipe: Any, retained: Retained, encode: Callable[[Any, Sequence[str]], torch.Tensor]) -> torch.Tensor | None:
-    """Rows of the default lists' entries that are held and that the encoders read whole."""
-    wanted = dict(zip(*held_prompts(retained), strict=True))
-    prompts = short_enough(pipe, list(wanted))
-    return encode(pipe, prompts)[torch.tensor([wanted[prompt] for prompt in prompts])] if prompts else None
+def _gram(source: Source, whole: Sequence[str], gone: Sequence[str], null: torch.Tensor) -> torch.Tensor:
+    total = null.T @ null
+    if whole:
+        total = total + source.gram(whole)
+        total = total - source.gram(gone) if gone else total
+    return total
 
 
 def to_tensors(
@@ -311,7 +379,7 @@ def from_tensors(
     found = {}
     for key, item in numbers.items():
         name = key.removeprefix(prefix)
-        if not key.startswith(prefix) or name not in (ROWS, POOLED):
+        if not key.startswith(prefix) or name not in ROW_INPUTS | POOLED_INPUTS:
             continue
         part = {
             entry: tensors[f"{key}.{entry}"].double()

@@ -21,8 +21,9 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..artifact import Erasure
-from ..base_model import plain_weight, text_readers, weight_times
+from ..base_model import family_of, plain_weight, pooled_readers, text_readers, weight_times
 from ..errors import ErasureInputError
+from ..families import POOLED_INPUTS
 from ..lists.names import bare
 from ..logging import get_logger
 from ..schema import Concept
@@ -31,7 +32,6 @@ from ..settings.texts import Templates
 from . import base_sums
 from .nullspace import Influence, centres_of, edit, kept_directions, refine
 from .publishing import (
-    POOLED_SITE,
     Edit,
     Factors,
     Form,
@@ -40,14 +40,11 @@ from .publishing import (
     kept_names,
     make_erasure,
     padded,
-    pooled_linear,
     publish,
     report,
     side_by_side,
 )
 from .rows import (
-    POOLED,
-    ROWS,
     KeptRows,
     TargetRows,
     TextConfig,
@@ -238,9 +235,10 @@ class Problem:
     def of(cls, columns: slice, rows: TargetRows, kept: KeptRows, settings: Settings) -> "Problem":
         """Set up; without a retain set the empty prompt's own rows are retained, as published. What is held joins it."""
         retain = torch.cat([kept.retain, kept.held_beside(rows)])
-        retain = retain if len(retain) else kept.null[1:]
+        starts, rest = kept.null[: kept.starts], kept.null[kept.starts :]
+        retain = retain if len(retain) else rest
         order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(settings.seed))
-        invariants = torch.cat([kept.null[:1], centres_of(kept.null[1:], settings.centres, settings.seed)])
+        invariants = torch.cat([starts, centres_of(rest, settings.centres, settings.seed)])
         units = Units.of(settings, rows)
         influence = Influence.of(rows.targets, rows.concepts, units.identity)
         extra = None if kept.gram is None else kept.gram / max(1, kept.gram_count)
@@ -292,17 +290,18 @@ class Site:
 
 
 def sites_of(pipe: Any, settings: Settings, problems: Mapping[str, Problem]) -> list[Site]:
-    """The projections that `params` names, and SDXL's Linear of the pooled vector."""
-    wanted = [f"to_{letter.lower()}" for letter in settings.params]
-    of_rows = [name for name in problems if name != POOLED]
+    """The projections that `params` names, or the door of the rows, and the Linear that reads the pooled vector."""
+    door = family_of(pipe).door
+    wanted = [f"to_{letter.lower()}" for letter in settings.params] if door is None else [door.rpartition(".")[2]]
+    of_rows = [name for name in problems if name not in POOLED_INPUTS]
     sites = [
         Site(name, linear, reads, problems[reads].columns)
         for name, linear in text_readers(pipe).items()
         if name.rpartition(".")[2] in wanted
         for reads in of_rows
     ]
-    if POOLED in problems:
-        sites.append(Site(POOLED_SITE, pooled_linear(pipe), POOLED, problems[POOLED].columns))
+    for reads in POOLED_INPUTS & set(problems):
+        sites += [Site(name, linear, reads, problems[reads].columns) for name, linear in pooled_readers(pipe).items()]
     return sites
 
 
@@ -335,7 +334,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = with_anchors(concepts, config.anchor)
     settings = resolve(config, Settings)
-    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings.template_list, settings.rows)})
+    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings)})
 
 
 def with_anchors(concepts: Sequence[Concept], anchor: str) -> list[Concept]:
@@ -354,9 +353,12 @@ def refit(
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
     settings = resolve(config, Settings)
-    kept = kept_rows(pipe, settings.retain, settings.retained_in, with_gram=settings.retain_rows == "all")
-    found = {name: (rows, kept[name]) for name, rows in targets[""].items() if name == ROWS or settings.pooled}
-    _warn_of_units(settings, found[ROWS][0])
+    kept = kept_rows(pipe, settings, with_gram=settings.retain_rows == "all")
+    found = {
+        name: (rows, kept[name]) for name, rows in targets[""].items() if name not in POOLED_INPUTS or settings.pooled
+    }
+    rows = next(name for name in found if name not in POOLED_INPUTS)
+    _warn_of_units(settings, found[rows][0])
     parts = parts_of(pipe, settings)
     problems = problems_of(found, settings, parts)
     sites = sites_of(pipe, settings, problems)
@@ -365,14 +367,14 @@ def refit(
         more = {
             name: adversarial_rows(problem.rows, factors, [s for s in sites if s.reads == name], settings)
             for name, problem in problems.items()
-            if name != POOLED
+            if name not in POOLED_INPUTS
         }
-        problems.update(problems_of({ROWS: found[ROWS]}, settings, parts, more))
+        problems.update(problems_of({rows: found[rows]}, settings, parts, more))
         factors, free = solve_sites(pipe, problems, sites, settings)
-    edits: dict[str, list[Factors]] = {ROWS: [], POOLED: []}
+    edits: dict[str, list[Factors]] = {name: [] for name in found}
     for own in by_name(sites).values():
         maps = [(factors[s.key][0], problems[s.reads].rows.way / problems[s.reads].rows.concepts) for s in own]
-        edits[POOLED if own[0].reads == POOLED else ROWS].append(side_by_side(maps))
+        edits[own[0].reads if own[0].reads in found else rows].append(side_by_side(maps))
     diagnostics = report(found, edits, concepts, kept_names(settings), parts)
     diagnostics["null_space"] = null_space(free, sites)
     edit = as_edit(pipe, edits, factors, sites, settings, told=config.layer is not None)
@@ -392,7 +394,7 @@ def problems_of(
     """
     problems = {}
     for name, pair in found.items():
-        cut = by_part(parts if name == ROWS else (), *pair)
+        cut = by_part(() if name in POOLED_INPUTS else parts, *pair)
         for number, (columns, rows, kept) in enumerate(cut):
             own = name if len(cut) == 1 else f"{name}.{number}"
             problems[own] = Problem.of(columns, (targets or {}).get(own, rows), kept, settings)
@@ -416,7 +418,7 @@ def as_edit(
     """
     first = {name: own[0] for name, own in edits.items() if own}
     shared = all(torch.equal(a, first[name][0]) for name, own in edits.items() for a, _ in own)
-    if settings.params == "KV" and shared:
+    if (settings.params == "KV" or family_of(pipe).door is not None) and shared:
         return publish(pipe, first, settings)
     if settings.layer != "lora":
         logger.log(
@@ -424,7 +426,7 @@ def as_edit(
             "The edit differs from layer to layer (`params`, `filter`, `augment`), so it is no map of the text rows and is "
             "published as a LoRA.",
         )
-    return dataclasses.replace(as_lora(lazy_factors(factors, sites), settings), form="lora")
+    return dataclasses.replace(as_lora(lazy_factors(factors, sites), settings, family_of(pipe).denoiser), form="lora")
 
 
 def by_name(sites: Sequence[Site]) -> dict[str, list[Site]]:
@@ -449,8 +451,8 @@ def lazy_factors(
 
 def null_space(free: Mapping[tuple[str, str], int], sites: Sequence[Site]) -> dict[str, int]:
     """Least and largest dimension of the layers' null spaces, and the width of the rows."""
-    values = [sum(free[s.key] for s in own) for own in by_name(sites).values() if own[0].reads != POOLED]
-    width = max(site.columns.stop for site in sites if site.reads != POOLED)
+    values = [sum(free[s.key] for s in own) for own in by_name(sites).values() if own[0].reads not in POOLED_INPUTS]
+    width = max(site.columns.stop for site in sites if site.reads not in POOLED_INPUTS)
     if max(values) == 0:
         raise ErasureInputError(
             f"Nothing can be erased: what is retained spans all {width} dimensions of the text rows in every layer. "

@@ -18,11 +18,12 @@ import torch
 
 from ..artifact import Erasure
 from ..base_model import text_readers
+from ..families import POOLED_INPUTS
 from ..schema import Concept
 from ..settings import Number, resolve
 from .holding import HELD, holding, scaled_up
 from .publishing import Factors, Form, FormSettings, kept_names, make_erasure, publish, report, side_by_side
-from .rows import ROWS, KeptRows, TargetRows, TextConfig, by_part, kept_rows, parts_of, target_rows
+from .rows import KeptRows, TargetRows, TextConfig, by_part, kept_rows, parts_of, target_rows
 
 
 # What the authors' code of 2025 does, whatever the concept is.
@@ -150,7 +151,7 @@ def solve_all(
     maps = {}
     for name, pair in found.items():
         solved = []
-        for _, rows, kept in by_part(parts if name == ROWS else (), *pair):
+        for _, rows, kept in by_part(() if name in POOLED_INPUTS else parts, *pair):
             norm, share = (1.0, 1.0) if settings.absolute else relative_units(rows, kept)
             factors = solve(
                 rows,
@@ -169,7 +170,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
     settings = resolve(config, Settings)
-    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings.template_list, settings.rows)})
+    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings)})
 
 
 def refit(
@@ -177,8 +178,8 @@ def refit(
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
     settings = resolve(config, Settings)
-    kept = kept_rows(pipe, settings.retain, settings.retained_in, with_gram=settings.retain_rows == "all")
-    wanted = [name for name in targets[""] if name == ROWS or settings.pooled]
+    kept = kept_rows(pipe, settings, with_gram=settings.retain_rows == "all")
+    wanted = [name for name in targets[""] if name not in POOLED_INPUTS or settings.pooled]
     found = {name: (targets[""][name], kept[name]) for name in wanted}
     parts = parts_of(pipe, settings)
     maps = solve_all(found, settings, parts)

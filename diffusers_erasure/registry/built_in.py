@@ -1,9 +1,11 @@
 """The methods that come with the library, as data. A new one is a file in `methods/` and an entry here."""
 
+from ..families import FAMILIES
 from .declaration import Citation, MethodDeclaration
 
 
 UNETS = ("stable-diffusion", "stable-diffusion-xl")
+ALL = tuple(FAMILIES)  # an edit of the text rows, wherever they enter
 METHODS = "diffusers_erasure.methods"
 
 # `python -m diffusers_erasure.methods.catalogue` writes down again what is told about them.
@@ -79,8 +81,8 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         name="rece",
         module=f"{METHODS}.rece",
         summary="RECE (ECCV 2024): UCE, then further closed-form edits against rows that still reach the target",
-        families=UNETS,
-        needs="base weights",
+        families=ALL,
+        needs="text encoders",
         makes=(
             "text_map",
             "lora",
@@ -124,8 +126,8 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         name="speed",
         module=f"{METHODS}.speed",
         summary="SPEED (ICLR 2026): closed-form edit of the values in the null space of what is retained; seconds",
-        families=UNETS,
-        needs="base weights",
+        families=ALL,
+        needs="text encoders",
         makes=(
             "lora",
             "text_map",
@@ -146,9 +148,9 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
     MethodDeclaration(
         name="uce",
         module=f"{METHODS}.uce",
-        summary="UCE (WACV 2024): closed-form edit of the cross-attention keys and values; seconds, no training",
-        families=UNETS,
-        needs="base weights",
+        summary="UCE (WACV 2024): closed-form edit of what reads the text rows; seconds, no training",
+        families=ALL,
+        needs="text encoders",
         makes=(
             "text_map",
             "lora",
