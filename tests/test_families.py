@@ -1,6 +1,7 @@
 """Text maps and LoRAs on each family of the table, against weights that were edited, on tiny random denoisers."""
 
 import inspect
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,10 @@ def test_a_row_of_the_table(name: str) -> None:
 def test_every_row_is_tested_here() -> None:
     assert {tiny.family for tiny in FAMILIES.values()} == set(TABLE)
     assert {each for row in TABLE.values() for each in row.classes} == {tiny.denoiser for tiny in FAMILIES.values()}
+
+
+def test_the_table_in_the_documentation_is_up_to_date() -> None:
+    tool = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / "family_table.py"))
+    page = tool["PAGE"].read_text(encoding="utf-8")
+    assert tool["written"](page) == page, "run `python tools/family_table.py`"
+    assert all(f"| {row.title} | " in page for row in TABLE.values())
