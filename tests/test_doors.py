@@ -345,6 +345,27 @@ def test_z_image_has_prompts_of_all_lengths_in_one_list() -> None:
         assert all(torch.equal(a, b) for a, b in zip(off, z_step(pipe, prompts), strict=True))
 
 
+def test_z_image_has_loras_where_rows_are_joined() -> None:
+    """On the door, whose rows are no pictures', strengths that differ are an error; in the blocks each picture has its own."""
+    tiny, prompts = FAMILIES[Z], [rows(20, 11, 1, 6)[0], rows(20, 12, 1, 40)[0]]
+    for site, joined in (("cap_embedder.1", True), ("layers.1.attention.to_k", False)):
+        pipe = tiny.make()
+        width = pipe.transformer.get_submodule(site).in_features
+        factors = {f"transformer.{site}.lora_A.weight": rows(width, 1)[0, :2] / width**0.5}
+        factors[f"transformer.{site}.lora_B.weight"] = rows(32, 2)[0, :2].T
+        off = z_step(pipe, prompts)
+        pipe.load_erasure(Erasure.from_lora(factors, base=pipe, concepts="zebra"), "0")
+        on = z_step(pipe, prompts)
+        with pipe.erasure_strengths({"0": [1.0, 0.0]}):
+            if joined:
+                with pytest.raises(ErasureInputError, match="one strength"):
+                    z_step(pipe, prompts)
+                continue
+            drawn = z_step(pipe, prompts)
+        assert apart(drawn[0], on[0]) < EXACT and apart(drawn[1], off[1]) < EXACT
+        assert apart(off[0], on[0]) > 100 * EXACT
+
+
 def test_z_image_by_timestep_in_a_batch() -> None:
     """All pictures of a batch have one timestep; where they have not, a door whose rows are joined is an error."""
     pipe = loaded(Z, schedule=SCHEDULE)
