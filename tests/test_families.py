@@ -1,6 +1,7 @@
 """Text maps and LoRAs on each family of the table, against weights that were edited, on tiny random denoisers."""
 
 import inspect
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers_erasure import Erasure, with_stock_lora
 from diffusers_erasure.base_model import door_readers, family_of
 from diffusers_erasure.families import FAMILIES as TABLE
 from diffusers_erasure.layers.layer import Layer
+from diffusers_erasure.low_rank import DOWN, UP
 from tests.helpers import assert_merged_weights, assert_same_weights, weights
 from tests.tiny_families import DOOR, FAMILIES, LENGTH, ROWS, Maps, Tiny, base, edit, edited, linears, maps_of
 
@@ -106,6 +108,31 @@ def test_stock_diffusers_loads_its_lora(name: str, tmp_path: Path) -> None:
     assert_close(tiny.draw(other), edited(name), base(name))
 
 
+def test_a_lora_is_another_weight(name: str) -> None:
+    """On every third Linear, wherever it stands, and off again."""
+    tiny = FAMILIES[name]
+    pipe, oracle, generator = tiny.make(), tiny.make(), torch.Generator().manual_seed(4)
+    models = getattr(pipe, tiny.component), getattr(oracle, tiny.component)
+    linears_there = [site for site, module in models[0].named_modules() if isinstance(module, nn.Linear)]
+    sites = [
+        site for site in linears_there[::3] if "-" not in site
+    ]  # which no site has: Z-Image's embedder of patches
+    factors: dict[str, torch.Tensor] = {}
+    for site in sites:
+        linear = models[1].get_submodule(site)
+        down, up = (
+            torch.randn(2, linear.in_features, generator=generator),
+            torch.randn(linear.out_features, 2, generator=generator),
+        )
+        up = up * 0.2 / linear.in_features
+        factors |= {f"{tiny.component}.{site}{DOWN}": down, f"{tiny.component}.{site}{UP}": up}
+        linear.weight.data += up @ down
+    pipe.load_erasure(Erasure.from_lora(factors, base=pipe, concepts="zebra"), "one")
+    assert_close(tiny.draw(pipe), tiny.draw(oracle), base(name))
+    pipe.set_erasures("one", 0.0)
+    assert torch.equal(tiny.draw(pipe), base(name))
+
+
 def test_by_the_schedulers_clock(name: str) -> None:
     """In the steps below 500 of the scheduler, whatever the denoiser is told, and in no others."""
     tiny, steps = FAMILIES[name], 3
@@ -177,3 +204,10 @@ def test_a_row_of_the_table(name: str) -> None:
 def test_every_row_is_tested_here() -> None:
     assert {tiny.family for tiny in FAMILIES.values()} == set(TABLE)
     assert {each for row in TABLE.values() for each in row.classes} == {tiny.denoiser for tiny in FAMILIES.values()}
+
+
+def test_the_table_in_the_documentation_is_up_to_date() -> None:
+    tool = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / "family_table.py"))
+    page = tool["PAGE"].read_text(encoding="utf-8")
+    assert tool["written"](page) == page, "run `python tools/family_table.py`"
+    assert all(f"| {row.title} | " in page for row in TABLE.values())

@@ -113,7 +113,7 @@ def texts(tiny: Tiny, batch: int = 1) -> dict[str, Any]:
             found[f"{sign}prompt_embeds_mask"] = mask
         for pooled in (POOLED, "text_embeds"):
             if pooled in tiny.widths:
-                found[f"{sign}pooled_prompt_embeds"] = rows(tiny.widths[pooled], 5 + index, batch)[:, 0]
+                found[f"{sign}pooled_prompt_embeds"] = rows(tiny.widths[pooled], 5 + index, batch, 1).squeeze(1)
     if tiny.family == "flux-2":
         del found["negative_prompt_embeds"]
     if tiny.family in ("pixart", "sana"):
@@ -136,7 +136,7 @@ XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
 POOLED_XL = {**PROJECTIONS, "text_embeds": ("add_embedding.linear_1",)}
 SIZE = {"height": 64, "width": 64}
 FLUX = {
-    **{"in_channels": 4, "num_layers": 2, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2},
+    **{"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2},
     **{"joint_attention_dim": 20, "pooled_projection_dim": 12, "axes_dims_rope": (4, 4, 8)},
 }
 SD3 = {
@@ -193,7 +193,7 @@ FAMILIES: dict[str, Tiny] = {
     "FLUX.2": Tiny(
         *("flux-2", "Flux2Pipeline", "Flux2Transformer2DModel"),
         {
-            **{"in_channels": 4, "num_layers": 2, "num_single_layers": 1, "attention_head_dim": 16},
+            **{"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16},
             **{"num_attention_heads": 2, "joint_attention_dim": 20, "axes_dims_rope": (4, 4, 4, 4)},
             "timestep_guidance_channels": 16,
         },
@@ -203,7 +203,7 @@ FAMILIES: dict[str, Tiny] = {
     "Qwen-Image": Tiny(
         *("qwen-image", "QwenImagePipeline", "QwenImageTransformer2DModel"),
         {
-            **{"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16},
+            **{"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16},
             **{"num_attention_heads": 2, "joint_attention_dim": 20, "axes_dims_rope": (8, 4, 4)},
         },
         *({DOOR: ("txt_in",)}, {ROWS: 20}, {**SIZE, "true_cfg_scale": 3.0}),

@@ -52,6 +52,7 @@ class Family:
         timestep: the argument of `forward` that holds the timestep.
         clock: factor and offset from it to the timestep of the schedulers, of which 0 is the image and 1,000 the noise.
         clock_scale: an entry of the denoiser's config by which its pipeline multiplies the timestep besides.
+        joined: whether it takes lists of pictures and prompts, of which some modules read the rows one after another.
         packing: sides of the squares of latents that are packed into one token before the denoiser; 1 where it does so itself.
         judged: whether erasures of this family are judged on trained models here; the others' algebra alone is tested.
     """
@@ -73,6 +74,7 @@ class Family:
     timestep: str = "timestep"
     clock: tuple[float, float] = (1.0, 0.0)
     clock_scale: str | None = None
+    joined: bool = False
     packing: int = 1
     judged: bool = False
 

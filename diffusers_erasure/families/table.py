@@ -96,6 +96,7 @@ ROWS_OF_TABLE = (
         door="cap_embedder.1",
         norm="cap_embedder.0",
         clock=(-1000.0, 1000.0),
+        joined=True,
     ),
     Family(
         "chroma",

@@ -129,6 +129,7 @@ class Conditions(nn.Module):
         graphs.make_known(self.number, self)
         self.clock = (1.0, 0.0)  # from the denoiser's timesteps to those of the training
         self.named = "timestep", "encoder_hidden_states"  # the arguments that hold timestep and text
+        self.joined = False  # as [`Family`] has it
         self.gates = nn.ModuleDict()  # as children, so that they move with the model
         self.names: dict[PartKey, str] = {}  # there they must have no dots
         self.count = 0
@@ -207,6 +208,7 @@ class Conditions(nn.Module):
 
     def read(self, now: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Give a pass what the denoiser is called with."""
+        now.joined = self.joined
         if self.arguments is not None:
             timestep, text = (self._argument(name, args, kwargs) for name in self.named)
             now.read(timestep, self.clock, text)
@@ -366,6 +368,8 @@ class Factors(nn.Module):
         """
         if len(factors) == 1 or len(factors) == rows:
             return factors
+        if now.joined:
+            return self._alike(factors, now)
         if rows % len(factors) == 0:  # several rows for each picture, such as the frames of a video
             return factors.repeat_interleave(rows // len(factors), 0)
         one_time = now.timestep is None or torch.as_tensor(now.timestep).numel() == 1
@@ -374,6 +378,17 @@ class Factors(nn.Module):
         raise ErasureInputError(
             f"An erasure acts by the strength, timestep or prompt of each of {len(factors)} rows, but a module got {rows}: it is "
             "chunked along the batch. Chunk along the tokens: `unet.enable_forward_chunking(chunk_size, dim=1)`."
+        )
+
+    def _alike(self, factors: torch.Tensor, now: Pass) -> torch.Tensor:
+        """What depends on factors, where it is the same for all pictures: [1, ...]."""
+        same = now.uniform and not self.modified
+        if same or (not torch.compiler.is_compiling() and bool((factors == factors[:1]).all())):
+            return factors[:1]
+        raise ErasureInputError(
+            f"An erasure acts by the strength, timestep or prompt of each of {len(factors)} pictures, but a module of this denoiser reads "
+            "the rows of all of them one after another. Give all pictures of a batch one strength, or make one picture a call; "
+            "with `torch.compile` an erasure with a schedule makes one picture a pass."
         )
 
 

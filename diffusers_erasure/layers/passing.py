@@ -34,6 +34,7 @@ class Pass:
         numbers: the strengths as numbers, one tuple for all rows or one for each; `None` where only tensors are known.
         whole: one column for each erasure that is loaded, float32 [B, loaded]: what compiled graphs read.
         older: the edits of all erasures that are loaded, where the pass belongs to a request that began before a change.
+        joined: whether modules may read the rows of all pictures one after another.
         timestep, scale: as the denoiser was given it, and the factor to the timesteps of the training.
         text: the rows that the denoiser was given.
         gates: their values [B], once asked for.
@@ -61,6 +62,7 @@ class Pass:
         self.uniform = values is not None
         self.ones = values is not None and all(value == 1 for value in values)
         self.kept = kept
+        self.joined = False
         self.timestep: Any = None
         self.clock = (1.0, 0.0)
         self.text: torch.Tensor | None = None

@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import compat, low_rank
 from ..base_model import door_module, input_readers, text_attentions, weight_times
-from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError
+from ..errors import ErasureCompatibilityError, ErasureFileError
 from ..families import DOOR_INPUT, FAMILIES, ROWS, reading_family
 from ..schema import LayerSpec
 from .base import HookLayer, Watched
@@ -96,17 +96,9 @@ class TextMap(SiteEdit):
         """The mapped rows [L, C] of one picture of so many."""
 
         def own(factors: torch.Tensor) -> torch.Tensor:
-            return self.factors.for_rows(factors, now, count)[index : index + 1] if len(factors) > 1 else factors
+            return factors if len(factors) == 1 else self.factors.for_rows(factors, now, count)[index : index + 1]
 
         return self._mapped(rows, now, own)
-
-    def of_door(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
-        """The mapped rows as a door reads them: [B, L, C], or [rows, C] of all pictures one after another.
-
-        Raises:
-            ErasureInputError: they are of all pictures, and the factors are not the same for these.
-        """
-        return self(rows, now) if rows.ndim > 2 else self._mapped(rows, now, lambda found: self._alike(found, now))
 
     def forward(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
         return self._mapped(rows, now, lambda factors: self.factors.for_rows(factors, now, len(rows)))
@@ -123,17 +115,6 @@ class TextMap(SiteEdit):
         if reduced.dtype != rows.dtype:  # under autocast
             return rows + F.linear(reduced, write.T)
         return torch.addmm(rows.flatten(0, -2), reduced.flatten(0, -2), write).view(rows.shape)
-
-    def _alike(self, factors: torch.Tensor, now: Pass) -> torch.Tensor:
-        """The factors of all pictures, [1, ...], where they are the same."""
-        same = len(factors) == 1 or (now.uniform and not self.factors.modified)
-        if same or (not torch.compiler.is_compiling() and bool((factors == factors[:1]).all())):
-            return factors[:1]
-        raise ErasureInputError(
-            f"An erasure acts by the strength, timestep or prompt of each of {len(factors)} pictures, but the rows of all of them reach "
-            f"this denoiser's door one after another (`{DOOR_INPUT}`). Give all pictures of a batch one strength, or make one picture a "
-            "call; with `torch.compile` an erasure with a schedule makes one picture a pass."
-        )
 
 
 class MapInput(Place):
@@ -172,7 +153,7 @@ class MapDoor(Place):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         edit, now = self.at_work()
-        return None if edit is None else (edit.of_door(args[0], now), *args[1:])
+        return None if edit is None else (edit(args[0], now), *args[1:])
 
 
 def _argument(component: nn.Module, name: str) -> tuple[str, str | None]:

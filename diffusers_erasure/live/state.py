@@ -10,6 +10,7 @@ from torch import nn
 from .. import compat
 from ..artifact import Erasure
 from ..errors import ErasureInactiveError, ErasureInputError, ErasureTrainingError
+from ..families import denoiser_family
 from ..layers import LiveLayer
 from ..layers.buffers import PartKey, live_buffer, set_buffer
 from ..layers.modifiers import Conditions, rows_of
@@ -50,6 +51,8 @@ class ErasureModules(nn.Module):
         self.edits = nn.ModuleDict()  # of all that is loaded; what is made for a part of it moves with nothing
         self.conditions = Conditions(self.beside)
         self.conditions.asked = self.asked
+        family = denoiser_family(component)
+        self.conditions.joined = family is not None and family.joined
         self.timed: set[PartKey] = set()  # what is attached and asks for the timestep
         self.loaded: dict[str, Loaded] = {}
         self.plan = Plan({}, ())
