@@ -62,6 +62,12 @@ class Sampler:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def first(self, count: int) -> "Sampler":
+        """The same sampler, ended after so many timesteps."""
+        found = copy.copy(self)
+        found.timesteps = self.timesteps[:count]
+        return found
+
     def noise(self, seed: int, what: Sequence[object], shape: Sequence[int]) -> torch.Tensor:
         """Where a trajectory begins, float32 `shape`, on the CPU."""
         noise = torch.randn(tuple(shape), generator=generator_for(seed, "noise", *what))

@@ -55,6 +55,28 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         ),
     ),
     MethodDeclaration(
+        name="eraseanything",
+        module=f"{METHODS}.eraseanything",
+        summary="EraseAnything (ICML 2025): ESD with less attention to the word, in turn with steps that keep the rest, as a LoRA; minutes",
+        families=TRANSFORMERS,
+        needs="base weights",
+        makes=("lora",),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="EraseAnything: Enabling Concept Erasure in Rectified Flow Transformers",
+            year=2025,
+            url="https://arxiv.org/abs/2412.20413",
+            bibtex="""\
+@inproceedings{gao2025eraseanything,
+  title={{EraseAnything: Enabling Concept Erasure in Rectified Flow Transformers}},
+  author={Gao, Daiheng and Lu, Shilin and Walters, Shaw and Zhou, Wenbo and Chu, Jiaming and Zhang, Jie and Zhang, Bang and Jia, Mengxi and Zhao, Jian and Fan, Zhaoxin and Zhang, Weiming},
+  booktitle={International Conference on Machine Learning},
+  year={2025}
+}""",
+        ),
+    ),
+    MethodDeclaration(
         name="esd",
         module=f"{METHODS}.esd",
         summary="ESD (ICCV 2023): fine-tuning away from the concept by the base's own guidance, as a LoRA; minutes",
@@ -73,6 +95,28 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
   author={Gandikota, Rohit and Materzy{\\'n}ska, Joanna and Fiotto-Kaufman, Jaden and Bau, David},
   booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
   year={2023}
+}""",
+        ),
+    ),
+    MethodDeclaration(
+        name="gem",
+        module=f"{METHODS}.gem",
+        summary="GEM (ICML 2026): towards the anchor and away from the concept, along the student's own way, as a LoRA; minutes",
+        families=TRANSFORMERS,
+        needs="base weights",
+        makes=("lora",),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="GEM: Geometric Erasure by Contrastive Velocity Matching in Rectified Flows",
+            year=2026,
+            url="https://arxiv.org/abs/2606.00140",
+            bibtex="""\
+@inproceedings{grebe2026gem,
+  title={{GEM: Geometric Erasure by Contrastive Velocity Matching in Rectified Flows}},
+  author={Grebe, Jonas Henry and Braun, Tobias and Rohrbach, Anna and Rohrbach, Marcus},
+  booktitle={International Conference on Machine Learning},
+  year={2026}
 }""",
         ),
     ),

@@ -99,11 +99,12 @@ def fit_by_training(
     objective: Objective,
     settings: TrainSettings,
     run: TrainingRun | None = None,
+    dropout: float = 0.0,
 ) -> Erasure:
-    """Train a LoRA by a method's objective, and make the erasure. The arguments are those of [`Fit`]."""
+    """Train a LoRA by a method's objective, and make the erasure. The arguments are those of [`Fit`] and [`LoraStudent`]."""
     fit = Fit(pipe, name, concepts, objective, settings, run)
     sites = find_sites(pipe, settings.train_set)
     check_rank(sites, settings.rank)
-    student = LoraStudent(list(sites), settings.rank, settings.seed, family_of(pipe).denoiser)
+    student = LoraStudent(list(sites), settings.rank, settings.seed, family_of(pipe).denoiser, dropout)
     trained = fit.train(student)
     return fit.erasure(student.layer(trained.tensors), loss=curve(trained.losses))

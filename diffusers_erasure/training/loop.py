@@ -105,6 +105,10 @@ class Trainer:
             raise ErasureInputError(f"`resolution` must be a multiple of {step}, not {config.resolution}.")
         self.shape = latent_shape(pipe, config.resolution)
         self.sampler = sampler_for(pipe, config.num_inference_steps, self.shape[1:])
+        # Predictions that are kept lie at their own latents' timesteps.
+        self.kept_roles = objective.teacher_roles if config.policy == "base" and not objective.late else ()
+        first = min(config.first_steps or len(self.sampler), len(self.sampler))
+        self.of_pool = self.sampler.first(min(first + objective.late, len(self.sampler)))
         self.examples = objective.examples(concepts, config.template_list)
         targets = [str(concept.target) for concept in concepts]
         kept = self.kept = kept_prompts(pipe, config, targets) if earlier is None else earlier.kept
@@ -156,6 +160,7 @@ class Trainer:
                     config.gradient_checkpointing,
                 )
             )
+            stack.enter_context(self.objective.inside(network.model))
             state = State(network, config, self._sources(network) if self.earlier is None else self.earlier.sources)
             if self.checkpoints is not None and self.run.resume:
                 self._resume(state, self.checkpoints)
@@ -176,11 +181,14 @@ class Trainer:
             losses = []
             for part in range(config.accumulation):
                 with self.accelerator.accumulate(network.student_module):
+                    self.student.shuffle(number, part)
                     step = self._draw(state, (number, part), total, own)
                     loss = self._loss(step)
                     losses.append(loss.detach())
                     self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(network.parameters, config.max_grad_norm)
+            for group in state.optimizer.param_groups:  # until the schedule sets it anew
+                group["lr"] *= self.objective.rate(number)
             state.optimizer.step()
             state.schedule.step()
             state.optimizer.zero_grad(set_to_none=True)
@@ -205,9 +213,9 @@ class Trainer:
     def _draw(self, state: State, what: tuple[int, int], total: int, own: slice) -> Step:
         drawn = state.sources[CONCEPTS].draw(what, total, own, lambda: self._predict(state, self.config.policy))
         retained = None
-        if RETAINED in state.sources:
+        if RETAINED in state.sources and self.objective.retains(what[0]):
             retained = state.sources[RETAINED].draw(what, total, own, lambda: state.network.teacher_rows)
-        return Step(state.network, drawn, retained)
+        return Step(state.network, drawn, retained, what[0])
 
     def _is_read(self, step: int) -> bool:
         """Whether the losses are read after a step: before anything is saved, drawn or told, and every few steps."""
@@ -278,13 +286,18 @@ class Trainer:
         count = config.trajectories
 
         def source(
-            name: str, examples: Sequence[Example], count: int, keep: Sequence[str], favoured: Sequence[int] = ()
+            name: str,
+            examples: Sequence[Example],
+            count: int,
+            keep: Sequence[str],
+            favoured: Sequence[int] = (),
+            late: int = 0,
         ) -> Source:
-            how = self.shape, config.guidance_scale or 1.0, config.seed, name, network.model.dtype, favoured
-            return Source(self.sampler, examples, count, keep, *how)
+            how = self.shape, config.guidance_scale or 1.0, config.seed, name, network.model.dtype, favoured, late
+            return Source(self.of_pool, examples, count, keep, *how)
 
-        keep = self.objective.teacher_roles if config.policy == "base" else ()
-        sources = {CONCEPTS: source(CONCEPTS, self.examples, count, keep)}
+        late = self.objective.late
+        sources = {CONCEPTS: source(CONCEPTS, self.examples, count, self.kept_roles, late=late)}
         if self.retained:
             of_retained = max(count, len(self.retained)) if count else 0
             sources[RETAINED] = source(RETAINED, self.retained, of_retained, (RETAIN,), self._favoured())

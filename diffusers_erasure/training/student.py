@@ -28,9 +28,32 @@ class Student(Protocol):
         """Let it act, or leave the base alone."""
         ...
 
+    def shuffle(self, *what: object) -> None:
+        """Draw anew what is random in its next passes with gradients; it depends on its seed and on `what` alone."""
+        ...
+
     def layer(self, tensors: Mapping[str, torch.Tensor]) -> Layer:
         """The layer that acts as it does, from its parameters' values by name, float32, on the CPU."""
         ...
+
+
+class SeededDropout(nn.Module):
+    """Dropout in passes with gradients, the same in each of them until its seed is another one: activations may be computed again.
+
+    Args:
+        share: of the values that are left out.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.seed = share, 0
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return values
+        generator = torch.Generator(device=values.device).manual_seed(self.seed)
+        kept = torch.rand(values.shape, generator=generator, device=values.device) >= self.share
+        return values * kept / (1 - self.share)
 
 
 class LoraStudent:
@@ -41,10 +64,14 @@ class LoraStudent:
         rank: its rank.
         seed: of its first values.
         component: of what they are modules.
+        dropout: share of what the LoRA reads that is left out while it is trained.
     """
 
-    def __init__(self, sites: Sequence[str], rank: int, seed: int, component: str = "unet") -> None:
+    def __init__(
+        self, sites: Sequence[str], rank: int, seed: int, component: str = "unet", dropout: float = 0.0
+    ) -> None:
         self.sites, self.rank, self.seed, self.component = tuple(sites), rank, seed, component
+        self.dropout = {site: SeededDropout(dropout) for site in self.sites} if dropout else {}
 
     @contextmanager
     def inside(self, model: Any) -> Iterator[dict[str, nn.Parameter]]:
@@ -70,6 +97,8 @@ class LoraStudent:
                 values = torch.randn(down.weight.shape, generator=generator_for(self.seed, "lora", site)) / self.rank
                 down.weight = nn.Parameter(values.to(device))
                 up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
+                if site in self.dropout:
+                    layer.lora_dropout[ADAPTER] = self.dropout[site]
                 factors[site + DOWN], factors[site + UP] = down.weight, up.weight
             yield factors
         finally:
@@ -77,6 +106,10 @@ class LoraStudent:
 
     def switch(self, model: Any, on: bool) -> None:
         (model.enable_adapters if on else model.disable_adapters)()
+
+    def shuffle(self, *what: object) -> None:
+        for site, dropout in self.dropout.items():
+            dropout.seed = generator_for(self.seed, "dropout", site, *what).initial_seed()
 
     def layer(self, tensors: Mapping[str, torch.Tensor]) -> Layer:
         return Layer("lora", self.sites, tensors, self.component)
