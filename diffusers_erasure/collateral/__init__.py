@@ -105,7 +105,7 @@ class Collateral:
         return told(self.words, moves[compared], self.lists, BY_ROWS, ROWS_MOVED)
 
     def _by_predictions(self, erasure: Erasure, interrupt: Interrupt) -> dict[str, Any] | None:
-        if not all(layer.component == "unet" for layer in erasure.config.layers):
+        if not all(layer.component in ("unet", "transformer") for layer in erasure.config.layers):
             return None
         predictions = self.predictions if self.ahead else self._predictions()
         if predictions is None:

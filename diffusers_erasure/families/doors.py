@@ -54,6 +54,9 @@ class Family:
         clock_scale: an entry of the denoiser's config by which its pipeline multiplies the timestep besides.
         joined: whether it takes lists of pictures and prompts, of which some modules read the rows one after another.
         packing: sides of the squares of latents that are packed into one token before the denoiser; 1 where it does so itself.
+        even_sigmas: whether the pipeline gives its scheduler N sigmas evenly spaced from 1 to 1 / N, before these are shifted;
+            if not, they are the scheduler's own.
+        guided: whether the pipeline guides without a classifier by default; FLUX has its guidance, if any, in the weights.
         judged: whether erasures of this family are judged on trained models here; the others' algebra alone is tested.
     """
 
@@ -76,6 +79,8 @@ class Family:
     clock_scale: str | None = None
     joined: bool = False
     packing: int = 1
+    even_sigmas: bool = False
+    guided: bool = True
     judged: bool = False
 
     @property

@@ -63,6 +63,8 @@ ROWS_OF_TABLE = (
         text_sites=_JOINT,
         clock=(1000.0, 0.0),
         packing=2,
+        even_sigmas=True,
+        guided=False,
         judged=True,
     ),
     Family(
@@ -74,6 +76,7 @@ ROWS_OF_TABLE = (
         text_sites=_JOINT,
         clock=(1000.0, 0.0),
         packing=2,
+        even_sigmas=True,
     ),
     Family(
         "qwen-image",
@@ -85,6 +88,7 @@ ROWS_OF_TABLE = (
         text_sites=_JOINT,
         clock=(1000.0, 0.0),
         packing=2,
+        even_sigmas=True,
     ),
     Family(
         "z-image",
@@ -106,6 +110,7 @@ ROWS_OF_TABLE = (
         text_sites=_JOINT,
         clock=(1000.0, 0.0),
         packing=2,
+        even_sigmas=True,
     ),
     Family(
         "pixart",
@@ -140,6 +145,7 @@ ROWS_OF_TABLE = (
         door="time_caption_embed.caption_embedder.1",
         norm="time_caption_embed.caption_embedder.0",
         clock=(-1000.0, 1000.0),
+        even_sigmas=True,
     ),
     Family(
         "wan",
@@ -154,6 +160,7 @@ ROWS_OF_TABLE = (
         ("LTXVideoTransformer3DModel",),
         door="caption_projection.linear_1",
         text_sites=_CROSS,
+        even_sigmas=True,
     ),
 )
 

@@ -24,6 +24,7 @@ from ..settings import Number, Of
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
 from ..training.config import LEARNING_RATE, STEPS, TRAJECTORIES
 from ..training.objective import STUDENT, Step, squares
+from ..training.objective import Objective as Method
 from ..training.pool import Example
 
 
@@ -125,7 +126,7 @@ def eta_of_paper(eta: float) -> float:
     return eta + 1
 
 
-class Objective:
+class Objective(Method):
     """ESD's loss. Implements [`Objective`]."""
 
     teacher_roles: tuple[str, ...] = (STUDENT, CONCEPT, NEUTRAL)

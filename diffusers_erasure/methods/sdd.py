@@ -25,6 +25,7 @@ from ..schema import Concept
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
 from ..training.config import LEARNING_RATE, STEPS, TRAJECTORIES
 from ..training.objective import STUDENT, Step, squares
+from ..training.objective import Objective as Method
 from ..training.pool import Example
 
 
@@ -97,7 +98,7 @@ class Settings(TrainSettings):
     sample_with: Literal["joined", "own"]
 
 
-class Objective:
+class Objective(Method):
     """SDD's loss. Implements [`Objective`]."""
 
     teacher_roles: tuple[str, ...] = ()

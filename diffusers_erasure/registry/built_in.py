@@ -5,6 +5,7 @@ from .declaration import Citation, MethodDeclaration
 
 
 UNETS = ("stable-diffusion", "stable-diffusion-xl")
+TRANSFORMERS = ("stable-diffusion-3", "flux")
 ALL = tuple(FAMILIES)  # an edit of the text rows, wherever they enter
 METHODS = "diffusers_erasure.methods"
 
@@ -56,10 +57,32 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         ),
     ),
     MethodDeclaration(
+        name="eraseanything",
+        module=f"{METHODS}.eraseanything",
+        summary="EraseAnything (ICML 2025): ESD with less attention to the word, in turn with steps that keep the rest, as a LoRA; minutes",
+        families=TRANSFORMERS,
+        needs="base weights",
+        makes=("lora",),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="EraseAnything: Enabling Concept Erasure in Rectified Flow Transformers",
+            year=2025,
+            url="https://arxiv.org/abs/2412.20413",
+            bibtex="""\
+@inproceedings{gao2025eraseanything,
+  title={{EraseAnything: Enabling Concept Erasure in Rectified Flow Transformers}},
+  author={Gao, Daiheng and Lu, Shilin and Walters, Shaw and Zhou, Wenbo and Chu, Jiaming and Zhang, Jie and Zhang, Bang and Jia, Mengxi and Zhao, Jian and Fan, Zhaoxin and Zhang, Weiming},
+  booktitle={International Conference on Machine Learning},
+  year={2025}
+}""",
+        ),
+    ),
+    MethodDeclaration(
         name="esd",
         module=f"{METHODS}.esd",
         summary="ESD (ICCV 2023): fine-tuning away from the concept by the base's own guidance, as a LoRA; minutes",
-        families=UNETS,
+        families=UNETS + TRANSFORMERS,
         needs="base weights",
         makes=("lora",),
         trains=True,
@@ -74,6 +97,28 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
   author={Gandikota, Rohit and Materzy{\\'n}ska, Joanna and Fiotto-Kaufman, Jaden and Bau, David},
   booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
   year={2023}
+}""",
+        ),
+    ),
+    MethodDeclaration(
+        name="gem",
+        module=f"{METHODS}.gem",
+        summary="GEM (ICML 2026): towards the anchor and away from the concept, along the student's own way, as a LoRA; minutes",
+        families=TRANSFORMERS,
+        needs="base weights",
+        makes=("lora",),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="GEM: Geometric Erasure by Contrastive Velocity Matching in Rectified Flows",
+            year=2026,
+            url="https://arxiv.org/abs/2606.00140",
+            bibtex="""\
+@inproceedings{grebe2026gem,
+  title={{GEM: Geometric Erasure by Contrastive Velocity Matching in Rectified Flows}},
+  author={Grebe, Jonas Henry and Braun, Tobias and Rohrbach, Anna and Rohrbach, Marcus},
+  booktitle={International Conference on Machine Learning},
+  year={2026}
 }""",
         ),
     ),
@@ -104,7 +149,7 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         name="sdd",
         module=f"{METHODS}.sdd",
         summary="SDD (ICML workshop 2023): self-distillation towards the empty prompt, averaged, as a LoRA; minutes",
-        families=UNETS,
+        families=UNETS + TRANSFORMERS,
         needs="base weights",
         makes=("lora",),
         trains=True,

@@ -13,10 +13,12 @@ from .sites import TRAIN_SETS, train_set_name
 
 Policy = Literal["base", "student", "ema"]
 RATE, SQUARES = 1e-4, 750.0  # the learning rate for Stable Diffusion 1.x, and the |x|^2 of its text rows
+FLOW_RATE = 1e-3  # of transformers, in which text has gone through norms before any layer that is trained reads it
 STEPS = ByFacts("300, and 25 for each further concept", lambda facts: 300 + 25 * (facts.concepts - 1))
 LEARNING_RATE = ByFacts(
-    f"{RATE:g} where text rows are as large as those of Stable Diffusion 1.x, and more where they are smaller",
-    lambda facts: float(f"{RATE * (SQUARES / max(facts.squares, 1e-12)) ** 0.5:.2g}"),
+    f"{RATE:g} where text rows are as large as those of Stable Diffusion 1.x, and more where they are smaller; "
+    f"{FLOW_RATE:g} of transformers",
+    lambda facts: FLOW_RATE if facts.flows else float(f"{RATE * (SQUARES / max(facts.squares, 1e-12)) ** 0.5:.2g}"),
 )
 TRAJECTORIES = ByFacts("16, or two a concept if these are more", lambda facts: max(16, 2 * facts.concepts))
 LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -38,9 +40,13 @@ DEFAULTS: dict[str, Any] = {
     "save": "student",
     "policy": "base",
     "trajectories": TRAJECTORIES,
+    "refresh_every": 20,
+    "refresh": 4,
     "num_inference_steps": 20,
+    "first_steps": 0,
     "guidance_scale": 3.0,
     "resolution": 0,
+    "max_sequence_length": 0,
 }
 
 
@@ -49,8 +55,10 @@ class TrainConfig:
     """Settings of a training run. Those that are left out (`None`) come from the method's preset.
 
     Args:
-        train_set (`str` or a tuple of `str`, *optional*): which layers get a LoRA: `"x"` (cross-attention), `"x-strict"` (its
-            keys and values), `"u"` (all but cross-attention), `"selfattn"`, `"full"`, or endings of module names.
+        train_set (`str` or a tuple of `str`, *optional*): which layers get a LoRA: `"x"` (cross-attention, or attention of text
+            and image together), `"x-strict"` (keys and values of text), `"u"` (all else), `"selfattn"`, `"full"`,
+            of transformers `"qk_dual"` (queries and keys of text and image) and `"text_kq"` (those of text), or endings of
+            module names.
         rank (`int`, *optional*): rank of the LoRA; its alpha is the same, so that its scale is 1.
         templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which it is trained:
             `"none"` (the concept alone, as published), `"object"`, `"style"`, `"person"`, `"object_context"`,
@@ -64,7 +72,8 @@ class TrainConfig:
             prompts come on top.
         accumulation (`int`, *optional*, defaults to 1): batches whose gradients make one step.
         learning_rate (`float`, *optional*): AdamW's learning rate. By default 1e-4 for text rows as large as those of Stable
-            Diffusion 1.x, and more in proportion where they are smaller: a LoRA does in proportion to what it reads.
+            Diffusion 1.x, and more in proportion where they are smaller: a LoRA does in proportion to what it reads; 1e-3 for
+            transformers.
         weight_decay (`float`, *optional*): AdamW's weight decay.
         lr_scheduler (`str`, *optional*): one of diffusers' schedules: `"constant"`, `"constant_with_warmup"`,
             `"linear"`, `"cosine"`, `"cosine_with_restarts"` or `"polynomial"`.
@@ -76,14 +85,18 @@ class TrainConfig:
             base's predictions along it are also the teacher's, so that a step is one forward pass.
         trajectories (`int`, *optional*): trajectories in the pool, each of `num_inference_steps` noisy latents; 0 for no
             pool: every sample is denoised anew, as published. By default 16, or two a concept if these are more.
-        refresh_every (`int`, *optional*, defaults to 20): with the policies `"student"` and `"ema"`: steps after which the
+        refresh_every (`int`, *optional*): with the policies `"student"` and `"ema"`: steps after which the
             oldest trajectories of the pool are drawn again.
-        refresh (`int`, *optional*, defaults to 4): how many trajectories are drawn again each time.
-        num_inference_steps (`int`, *optional*): steps N of the DDIM sampler that denoises; a noisy latent lies after k of them.
-        guidance_scale (`float`, *optional*): classifier-free guidance of the sampler that denoises; 1, or 0, is none.
+        refresh (`int`, *optional*): how many trajectories are drawn again each time.
+        num_inference_steps (`int`, *optional*): steps N of the sampler that denoises; a noisy latent lies after k of them.
+        first_steps (`int`, *optional*): noisy latents lie after 0 to `first_steps - 1` of these N steps; 0 for all of them.
+        guidance_scale (`float`, *optional*): guidance of the sampler that denoises, as the base model is guided: by the empty
+            prompt (1, or 0, is none), or by the number that FLUX.1-dev is given; it does nothing where a model has none.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): compute activations again in the backward pass: less
             memory, for more time.
         resolution (`int`, *optional*): pixels of a side; 0, the default, for the base's own.
+        max_sequence_length (`int`, *optional*): text rows that T5 makes of a prompt, where there is one; 0, the default, for the
+            pipeline's own number.
         seed (`int`, *optional*, defaults to 0): everything random depends on it and on the step, nothing on the process.
     """
 
@@ -112,12 +125,14 @@ class TrainConfig:
     save: Literal["student", "ema"] | None = None
     policy: Policy | None = None
     trajectories: Annotated[int | None, Whole(least=0)] = None
-    refresh_every: Annotated[int, Whole(least=1)] = 20
-    refresh: Annotated[int, Whole(least=1)] = 4
+    refresh_every: Annotated[int | None, Whole(least=1)] = None
+    refresh: Annotated[int | None, Whole(least=1)] = None
     num_inference_steps: Annotated[int | None, Whole(least=1)] = None
+    first_steps: Annotated[int | None, Whole(least=0)] = None
     guidance_scale: Annotated[float | None, Number()] = None
     gradient_checkpointing: bool = False
     resolution: Annotated[int | None, Whole(least=0)] = None
+    max_sequence_length: Annotated[int | None, Whole(least=0)] = None
     seed: Annotated[int, Whole(least=0)] = 0
 
     def stated(self) -> Mapping[str, Any]:
@@ -153,9 +168,11 @@ class TrainSettings:
     refresh_every: int
     refresh: int
     num_inference_steps: int
+    first_steps: int
     guidance_scale: float
     gradient_checkpointing: bool
     resolution: int
+    max_sequence_length: int
     seed: int
 
     def __post_init__(self) -> None:

@@ -31,6 +31,9 @@ class _Epr:
             epr.detach()
             compat.remove_child(unet, CHILD)
 
+    def shuffle(self, *what: object) -> None:
+        """Nothing in them is random."""
+
     def switch(self, unet: Any, on: bool) -> None:
         unet.get_submodule(CHILD).on = on
 

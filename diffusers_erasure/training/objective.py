@@ -1,7 +1,8 @@
 """What a fine-tuning method is: prompts for its samples, and a loss. The loop does the rest."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 
@@ -21,10 +22,11 @@ class Step:
         network ([`Network`]): teacher and student.
         drawn ([`Drawn`]): the noisy latents of the concepts.
         retained ([`Drawn`], *optional*): those of retained prompts, which join the student's forward pass.
+        number: of the step.
     """
 
-    def __init__(self, network: Network, drawn: Drawn, retained: Drawn | None = None) -> None:
-        self.network, self.drawn, self.retained = network, drawn, retained
+    def __init__(self, network: Network, drawn: Drawn, retained: Drawn | None = None, number: int = 0) -> None:
+        self.network, self.drawn, self.retained, self.number = network, drawn, retained, number
         self._student: torch.Tensor | None = None
 
     def _prompts(self, role: str, drawn: Drawn) -> list[str]:
@@ -41,7 +43,7 @@ class Step:
         if unknown:
             outputs = self.network.teacher_rows(drawn.latents, drawn.timesteps, unknown)
             found = dict(zip(unknown, outputs, strict=True))
-        device = self.network.unet.device
+        device = self.network.model.device
         return [placed(drawn.known[role], device) if role in drawn.known else found[rows[role]] for role in roles]
 
     def student(self) -> torch.Tensor:
@@ -50,7 +52,7 @@ class Step:
             latents, timesteps = self.drawn.latents, self.drawn.timesteps
             prompts = self._prompts(STUDENT, self.drawn)
             if self.retained is not None:
-                device = self.network.unet.device
+                device = self.network.model.device
                 latents = torch.cat([placed(each, device) for each in (latents, self.retained.latents)])
                 timesteps = torch.cat([timesteps, self.retained.timesteps])
                 prompts += self._prompts(RETAIN, self.retained)
@@ -74,9 +76,11 @@ class Objective(Protocol):
 
     Attributes:
         teacher_roles: roles of which the loss asks the teacher; with the policy `"base"` they are known from the denoising.
+        late: sampler steps by which noisy latents are cleaner than the timesteps that they are given; 0 is right.
     """
 
     teacher_roles: tuple[str, ...]
+    late: int = 0
 
     def examples(self, concepts: Sequence[Concept], templates: Sequence[str]) -> list[Example]:
         """Prompts by role, for each concept in each template; all concepts in the first template come first."""
@@ -85,6 +89,18 @@ class Objective(Protocol):
     def loss(self, step: Step) -> torch.Tensor:
         """The loss of each sample, float32 [B]."""
         ...
+
+    def retains(self, number: int) -> bool:
+        """Whether retained prompts are trained on in a step."""
+        return True
+
+    def rate(self, number: int) -> float:
+        """What the learning rate of a step is multiplied by."""
+        return 1.0
+
+    def inside(self, model: Any) -> AbstractContextManager[None]:
+        """A block within which the denoiser is trained, for what the loss has to watch in it."""
+        return nullcontext()
 
 
 def squares(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,7 @@ class Source:
         seed, name: everything random depends on these, and on the number of the trajectory or sample.
         dtype: of what is kept in memory, that of the network.
         favoured: examples of which half of the samples are drawn, the other half of all.
+        late: steps by which latents are cleaner than the timesteps that they are given; 0 is right.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Source:
         name: str,
         dtype: torch.dtype,
         favoured: Sequence[int] = (),
+        late: int = 0,
     ) -> None:
+        self.late = late
         self.sampler, self.examples, self.count, self.keep = sampler, list(examples), count, tuple(keep)
         self.shape, self.guidance_scale, self.dtype = tuple(shape), guidance_scale, dtype
         self.seed, self.name = seed, name
@@ -131,7 +134,7 @@ class Source:
             predict: gives the network to denoise with, where there is no pool.
         """
         generator = generator_for(self.seed, self.name, "batch", *what)
-        length = len(self.sampler)
+        length = len(self.sampler) - self.late
         # One k from each of `total` equal parts of 0..N-1: uniform, with less variance than independent ones.
         k = (
             ((torch.rand(total, generator=generator) + torch.arange(total)) * length / total)
@@ -143,6 +146,7 @@ class Source:
         if self.count:
             places = self._chosen(total, generator)[own]
             known = {role: value[places, k].float() for role, value in self.predictions.items()}
+            k = k + self.late
             examples = [self._example_at(place) for place in places.tolist()]
             return Drawn(self.latents[places, k].float(), timesteps, examples, known)
         chosen = self._chosen(total, generator)[own].tolist()
@@ -150,7 +154,7 @@ class Source:
         numbers = range(total)[own]
         noise = torch.stack([self.sampler.noise(self.seed, (self.name, *what, n), self.shape) for n in numbers])
         prompts = [each.prompts[SAMPLE] for each in examples]
-        latents = partial(predict(), self.sampler, noise, k.tolist(), prompts, self.guidance_scale)
+        latents = partial(predict(), self.sampler, noise, (k + self.late).tolist(), prompts, self.guidance_scale)
         return Drawn(latents, timesteps, examples)
 
     def _chosen(self, total: int, generator: torch.Generator) -> torch.Tensor:
