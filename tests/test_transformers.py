@@ -103,7 +103,7 @@ SDXL_SITES = (
     "unet.add_embedding.linear_1",
     "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k",
     "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
-    "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
     "text_encoder_2.text_model.encoder.layers.1.self_attn.v_proj",
 )
 
