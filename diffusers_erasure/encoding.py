@@ -41,13 +41,39 @@ def _readers(pipe: Any) -> list[tuple[Any, Any]]:
             f"Fitting needs the pipeline's {' and '.join((*family.text_encoders, *family.tokenizers))}; load them."
         )
     for encoder, _ in pairs:
-        adapters = compat.active_adapters(encoder)
-        if adapters:
-            raise ErasureInputError(
-                f"The text encoder carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. "
-                "Call `pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
-            )
+        _refuse_adapters(encoder)
     return pairs
+
+
+def _refuse_adapters(encoder: nn.Module) -> None:
+    adapters = compat.active_adapters(encoder)
+    if adapters:
+        raise ErasureInputError(
+            f"The text encoder carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. "
+            "Call `pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
+        )
+
+
+def _limits(pipe: Any, length: int) -> list[tuple[Any, int]]:
+    """The tokenizers that must read a prompt whole, and their most tokens.
+
+    Of transformers this is the last text encoder's, T5's, for which `length` is the most; without it, those of the others: all of
+    them are given what it is given, and cut it.
+    """
+    family = family_of(pipe)
+    if family.denoiser == "unet":
+        return [(tokenizer, tokenizer.model_max_length) for _, tokenizer in _readers(pipe)]
+    names = zip(family.text_encoders, family.tokenizers, strict=True)
+    pairs = [(component(pipe, encoder), component(pipe, tokenizer)) for encoder, tokenizer in names]
+    loaded = [(encoder, tokenizer) for encoder, tokenizer in pairs if encoder is not None and tokenizer is not None]
+    if not loaded:
+        raise ErasureCompatibilityError(f"The pipeline has none of {', '.join(family.text_encoders)} loaded.")
+    for encoder, _ in loaded:
+        _refuse_adapters(encoder)
+    last = loaded[-1][1]
+    if last is not pairs[-1][1]:
+        return [(tokenizer, tokenizer.model_max_length) for _, tokenizer in loaded]
+    return [(last, min(length or last.model_max_length, last.model_max_length))]
 
 
 def _as_fed(pipe: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
@@ -58,39 +84,39 @@ def _as_fed(pipe: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     return pipe.maybe_convert_prompt(list(prompts), tokenizer)
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Tokenise prompts with their special tokens, unpadded.
+def token_ids(tokenizer: Any, prompts: Sequence[str], most: int | None = None) -> list[list[int]]:
+    """Tokenise prompts with their special tokens, unpadded; at most `most`, by default as many as the tokenizer says.
 
     Raises:
         ErasureInputError: a prompt is longer than the encoder.
     """
     ids: list[list[int]] = tokenizer(list(prompts)).input_ids if prompts else []
+    most = tokenizer.model_max_length if most is None else most
     for prompt, row in zip(prompts, ids, strict=True):
-        if len(row) > tokenizer.model_max_length:
+        if len(row) > most:
             raise ErasureInputError(
-                f"The prompt {prompt[:80]!r} has {len(row)} tokens; the text encoder takes "
-                f"{tokenizer.model_max_length}. Shorten it."
+                f"The prompt {prompt[:80]!r} has {len(row)} tokens; the text encoder takes {most}. Shorten it."
             )
     return ids
 
 
-def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
-    """See that a pipeline can encode prompts, whole.
+def check_prompts(pipe: Any, prompts: Sequence[str], length: int = 0) -> None:
+    """See that a pipeline can encode prompts, whole; where T5 reads them, in `length` rows if that is given.
 
     Raises:
         ErasureInputError: a prompt is longer than an encoder reads, or a LoRA is active on one.
         ErasureCompatibilityError: another family, or a text encoder or tokenizer is missing.
     """
-    for _, tokenizer in _readers(pipe):
-        token_ids(tokenizer, _as_fed(pipe, tokenizer, prompts))
+    for tokenizer, most in _limits(pipe, length):
+        token_ids(tokenizer, _as_fed(pipe, tokenizer, prompts), most)
 
 
-def short_enough(pipe: Any, prompts: Sequence[str]) -> list[str]:
-    """Those of some prompts that all of a pipeline's text encoders read whole."""
+def short_enough(pipe: Any, prompts: Sequence[str], length: int = 0) -> list[str]:
+    """Those of some prompts that a pipeline's text encoders read whole; see [`check_prompts`]."""
     long: set[str] = set()
-    for _, tokenizer in _readers(pipe):
+    for tokenizer, most in _limits(pipe, length):
         rows = tokenizer(_as_fed(pipe, tokenizer, prompts)).input_ids if prompts else []
-        long.update(prompt for prompt, row in zip(prompts, rows, strict=True) if len(row) > tokenizer.model_max_length)
+        long.update(prompt for prompt, row in zip(prompts, rows, strict=True) if len(row) > most)
     return [prompt for prompt in prompts if prompt not in long]
 
 

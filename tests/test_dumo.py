@@ -122,7 +122,7 @@ def test_the_students_start_as_the_base_and_as_the_epr(pipe: Any) -> None:
                 network.student_rows(latents, timesteps, rows)[0], network.teacher_rows(latents, timesteps, rows)[0]
             )
             assert not any(
-                parameter.requires_grad for name, parameter in network.unet.named_parameters() if CHILD not in name
+                parameter.requires_grad for name, parameter in network.model.named_parameters() if CHILD not in name
             )
             with torch.no_grad():
                 for name, parameter in network.factors.items():

@@ -101,7 +101,7 @@ def test_a_batch_of_three_teachers_is_three_passes(pipe: Any) -> None:
     rows = [("a cat",) * 3, ("",) * 3, ("a dog", "a cat", "")]
     with Opened(pipe, ("a cat", "a dog")) as network:
         calls = []
-        handle = network.unet.register_forward_hook(lambda *a: calls.append(1))
+        handle = network.model.register_forward_hook(lambda *a: calls.append(1))
         together = network.teacher_rows(latents, timesteps, rows)
         assert len(calls) == 1
         handle.remove()
@@ -184,7 +184,7 @@ def test_train_set_by_endings_and_wrong_ones(pipe: Any) -> None:
     with pytest.raises(ErasureInputError, match=r"rank.*33.*at most 32"):
         check_rank({"a": nn.Linear(32, 64)}, 33)
     check_rank({"a": nn.Linear(32, 64), "b": nn.Conv2d(4, 64, 3)}, 32)
-    assert set(TRAIN_SETS) == {"x", "x-strict", "u", "selfattn", "full"}
+    assert set(TRAIN_SETS) == {"x", "x-strict", "u", "selfattn", "full", "qk_dual", "text_kq"}
 
 
 # ---------------------------------------------------------------------------------------------------- noisy latents
@@ -420,7 +420,7 @@ def test_retained_prompts_join_the_students_pass(pipe: Any) -> None:
     with Opened(pipe, ("a cat", "a fox")) as network:
         step = step_of(network, examples, retained)
         calls = []
-        handle = network.unet.register_forward_hook(lambda *a: calls.append(1))
+        handle = network.model.register_forward_hook(lambda *a: calls.append(1))
         step.student()
         assert len(calls) == 1
         handle.remove()

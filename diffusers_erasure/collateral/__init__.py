@@ -106,7 +106,7 @@ class Collateral:
 
     def _by_predictions(self, erasure: Erasure, interrupt: Interrupt) -> dict[str, Any] | None:
         predictions = self.predictions if self.ahead else self._predictions()
-        denoises = all(layer.component == "unet" for layer in erasure.config.layers)
+        denoises = all(layer.component in ("unet", "transformer") for layer in erasure.config.layers)
         if predictions is None or not denoises:
             return None
         try:

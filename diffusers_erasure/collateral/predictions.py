@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import compat
 from ..artifact import Erasure
-from ..base_model import component
+from ..base_model import component, family_of
+from ..denoising.calls import Caller, latent_shape
 from ..denoising.prompts import Prompts, nearest
-from ..denoising.sampler import SAMPLE, Pairs, Predict, Sampler, trajectories
+from ..denoising.sampler import SAMPLE, Pairs, Predict, Sampler, sampler_for, trajectories
 from ..denoising.twin import twin_of
 from ..errors import ErasureCompatibilityError
 from ..live.attachment import Loaded, attach, detach
@@ -54,10 +54,9 @@ class Predictions:
         self.pipe, self.progress = pipe, progress
         self.words = looked_at(pipe, words, targets)
         self.texts = [CONTEXT.format(word) for word in (*targets[:MOST_TARGETS], *self.words)]
-        unet = component(pipe, "unet")
-        size = unet.config.sample_size
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        self.prompts = Prompts(pipe, self.texts, self.size[0] * getattr(pipe, "vae_scale_factor", 8))
+        self.family = family_of(pipe)
+        self.shape = latent_shape(pipe)
+        self.prompts = Prompts(pipe, self.texts, self.shape[1] * getattr(pipe, "vae_scale_factor", 8))
 
     @torch.no_grad()
     def moves(self, erasure: Erasure, interrupt: Interrupt | None = None) -> torch.Tensor:
@@ -67,27 +66,31 @@ class Predictions:
         from their own predictions to the empty prompt's, that is taken for the whole: an edit that does next to nothing
         moves nothing far.
 
-        All passes are those of a twin of the UNet, in which no other erasure acts.
+        All passes are those of a twin of the denoiser, in which no other erasure acts.
 
         Raises:
             StoppedError: a signal came.
-            ErasureCompatibilityError: the UNet can have no twin, as it is offloaded.
+            ErasureCompatibilityError: the denoiser can have no twin, as it is offloaded.
         """
-        unet = twin_of(component(self.pipe, "unet"))
-        if unet is None:
-            raise ErasureCompatibilityError("the UNet is offloaded, cached or cast layer by layer.")
-        sampler = Sampler(self.pipe.scheduler.config, STEPS)
-        shape = (unet.config.in_channels, *self.size)
-        noise = torch.stack([sampler.noise(0, ("collateral", i), shape) for i in range(TRAJECTORIES)])
+        name = self.family.denoiser
+        model = twin_of(component(self.pipe, name))
+        if model is None:
+            raise ErasureCompatibilityError(f"the {name} is offloaded, cached or cast layer by layer.")
+        sampler = sampler_for(self.pipe, STEPS, self.shape[1:])
+        noise = torch.stack([sampler.noise(0, ("collateral", i), self.shape) for i in range(TRAJECTORIES)])
+        call = Caller(self.family, model, self.prompts, sampler)
 
         def predict(
-            latents: torch.Tensor, timesteps: torch.Tensor, rows: Sequence[Sequence[str]]
+            latents: torch.Tensor,
+            timesteps: torch.Tensor,
+            rows: Sequence[Sequence[str]],
+            guidance: Sequence[float] | None = None,  # that of trajectories without any
         ) -> list[torch.Tensor]:
             found = []
             for row in rows:
                 if interrupt is not None and interrupt.signal is not None:
                     raise StoppedError
-                found.append(self._call(unet, sampler, latents, timesteps, row))
+                found.append(call(latents, timesteps, row))
                 bar.update()
             return found
 
@@ -102,7 +105,7 @@ class Predictions:
             ]
             count = len(self.texts) - len(self.words)  # of targets, all in the first batch
             whole = self._change(predict, sampler, base[0], [""] * len(asked[0]))[:count]
-            with _attached(unet, erasure):
+            with _attached(name, model, erasure):
                 found = [self._change(predict, sampler, *each) for each in zip(base, asked, strict=True)]
         total = torch.cat(found)
         return total[count:] / torch.maximum(total[:count], whole).mean().clamp_min(1e-300)
@@ -116,22 +119,13 @@ class Predictions:
             change += (after - base.predictions[SAMPLE][:, index]).flatten(1).norm(dim=1).double().cpu()
         return change.view(-1, TRAJECTORIES).sum(1)
 
-    def _call(
-        self, unet: Any, sampler: Sampler, latents: torch.Tensor, timesteps: torch.Tensor, texts: Sequence[str]
-    ) -> torch.Tensor:
-        device = compat.execution_device(unet)
-        times = timesteps.to(device)
-        scaled = sampler.model_input(latents.to(device), times).to(unet.dtype)
-        arguments = self.prompts.batch(texts, device, unet.dtype)
-        return unet(scaled, times, return_dict=False, **arguments)[0].float()
-
 
 @contextmanager
-def _attached(unet: nn.Module, erasure: Erasure) -> Iterator[None]:
-    """Within the block an erasure acts on a UNet. Without a text encoder beside it: all prompts are encoded."""
+def _attached(component: str, model: nn.Module, erasure: Erasure) -> Iterator[None]:
+    """Within the block an erasure acts on a denoiser. Without a text encoder beside it: all prompts are encoded."""
     name = "being compared"
-    attach({"unet": unet}, ["unet"], Loaded(name, erasure, 1.0, {}, ""))
+    attach({component: model}, [component], Loaded(name, erasure, 1.0, {}, ""))
     try:
         yield
     finally:
-        detach([unet], name)  # now, as what is attached is freed only when cycles are looked for
+        detach([model], name)  # now, as what is attached is freed only when cycles are looked for

@@ -1,1 +1,1 @@
-"""The base model run by hand: prompts as it reads them, and DDIM step by step."""
+"""The base model run by hand: prompts as it reads them, and its sampler step by step."""

@@ -1,5 +1,6 @@
 """Prompts as the denoiser reads them: each is encoded once, so that the text encoders can leave the memory."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -7,10 +8,16 @@ import torch
 
 from ..base_model import component, family_of
 from ..encoding import check_prompts, last_rows
+from ..errors import ErasureCompatibilityError
+from ..families import Family
+
+
+TEXT_ROWS, POOLED, SIZES = "rows", "pooled", "sizes"
+POOLED_BATCH, POOLED_LENGTH = 16, 32  # of prompts of which the pooled vectors alone are wanted
 
 
 class Prompts:
-    """Encoded prompts of a Stable Diffusion 1.x, 2.x or XL pipeline.
+    """Encoded prompts of a Stable Diffusion 1.x, 2.x, XL, 3.x or FLUX.1 pipeline, by its own `encode_prompt`.
 
     The empty prompt is what the pipeline takes for the unconditional half of classifier-free guidance: for SDXL zeros,
     where its configuration says so.
@@ -19,36 +26,28 @@ class Prompts:
         pipe: the base model.
         prompts: all prompts that the training will use.
         size: pixels of a side, for SDXL's size conditioning.
+        length: rows that T5 makes of a prompt; 0 for the pipeline's own number, see [`text_length`].
 
     Raises:
         ErasureInputError: a prompt is longer than a text encoder reads, or a LoRA is active on one.
-        ErasureCompatibilityError: a text encoder or tokenizer is missing.
+        ErasureCompatibilityError: a text encoder or tokenizer is missing, or prompts of this family are not encoded here.
     """
 
-    def __init__(self, pipe: Any, prompts: Iterable[str], size: int) -> None:
+    def __init__(self, pipe: Any, prompts: Iterable[str], size: int, length: int = 0) -> None:
         wanted = list(dict.fromkeys(("", *prompts)))
-        check_prompts(pipe, wanted)
+        self.family = family_of(pipe)
+        self.length = length or text_length(pipe)
+        check_prompts(pipe, wanted, self.length)
         self.index = {prompt: i for i, prompt in enumerate(wanted)}
         self.size = size
-        xl = family_of(pipe).name == "stable-diffusion-xl"
-        encoder = next(model for name in family_of(pipe).text_encoders if (model := component(pipe, name)) is not None)
-        device = encoder.device
-        rows, pooled = [], []
-        with torch.no_grad():
-            for prompt in wanted:
-                found = pipe.encode_prompt(
-                    prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=prompt == ""
-                )
-                negative = prompt == ""
-                rows.append(found[1 if negative else 0][0].cpu())
-                if xl:
-                    pooled.append(found[3 if negative else 2][0].cpu())
-        self.rows = torch.stack(rows)
-        self.pooled = torch.stack(pooled) if xl else None
-        self.there: tuple[Any, dict[str, torch.Tensor]] = None, {}  # what the UNet is called with, where it is
+        found = [encoded(pipe, [prompt], self.length) for prompt in wanted]
+        self.rows = torch.cat([rows for rows, _ in found]).cpu()
+        has_pooled = self.family.pooled is not None
+        self.pooled = torch.cat([vectors for _, vectors in found]).cpu() if has_pooled else None
+        self.there: tuple[Any, dict[str, torch.Tensor]] = None, {}  # what the denoiser is called with, where it is
 
     def batch(self, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """What the UNet is called with for these prompts, one a sample."""
+        """What the denoiser is called with for these prompts, one a sample."""
         if self.there[0] != (device, dtype):
             self.there = (device, dtype), self._moved(device, dtype)
         known = self.there[1]
@@ -57,29 +56,90 @@ class Prompts:
         def picked(name: str) -> torch.Tensor:  # one by one, as nothing has to be copied for that
             return torch.stack([known[name][i] for i in chosen])
 
-        arguments: dict[str, Any] = {"encoder_hidden_states": picked("rows")}
-        if self.pooled is not None:
-            sizes = known["sizes"].repeat(len(chosen), 1)
-            arguments["added_cond_kwargs"] = {"text_embeds": picked("pooled"), "time_ids": sizes}
+        arguments: dict[str, Any] = {self.family.argument: picked(TEXT_ROWS)}
+        if self.pooled is None:
+            return arguments
+        assert self.family.pooled is not None
+        if SIZES in known:
+            sizes = known[SIZES].repeat(len(chosen), 1)
+            arguments["added_cond_kwargs"] = {self.family.pooled.input: picked(POOLED), "time_ids": sizes}
+        else:
+            arguments[self.family.pooled.input] = picked(POOLED)
         return arguments
 
     def _moved(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """All of it on a device, once: a copy in each step would be waited for."""
-        found = {"rows": self.rows.to(device, dtype)}
+        found = {TEXT_ROWS: self.rows.to(device, dtype)}
         if self.pooled is not None:
-            found["pooled"] = self.pooled.to(device, dtype)
-            size = [self.size, self.size, 0, 0, self.size, self.size]
-            found["sizes"] = torch.tensor([size], device=device, dtype=dtype)
+            found[POOLED] = self.pooled.to(device, dtype)
+            if self.family.denoiser == "unet":
+                size = [self.size, self.size, 0, 0, self.size, self.size]
+                found[SIZES] = torch.tensor([size], device=device, dtype=dtype)
         return found
 
 
+def text_length(pipe: Any) -> int:
+    """Rows that T5 makes of a prompt: the pipeline's own number, or what its tokenizer says, if that is less; 0 without T5."""
+    own = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
+    if own is None:
+        return 0
+    tokenizer = component(pipe, family_of(pipe).tokenizers[-1])
+    return min(int(own.default), getattr(tokenizer, "model_max_length", int(own.default)))
+
+
+@torch.no_grad()
+def encoded(pipe: Any, prompts: Sequence[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as the pipeline encodes them, the empty one alone: rows [B, L, C], pooled vectors [B, p] (or nothing, [0]).
+
+    Raises:
+        ErasureCompatibilityError: how this family's pipelines encode is not known here.
+    """
+    family, texts = family_of(pipe), list(prompts)
+    encoder = next(model for name in family.text_encoders if (model := component(pipe, name)) is not None)
+    device, nothing = encoder.device, torch.empty(0)
+    if family.denoiser == "unet":
+        empty = texts == [""]
+        found = pipe.encode_prompt(
+            texts[0] if len(texts) == 1 else texts,
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=empty,
+        )
+        first = 1 if empty else 0
+        return found[first], found[2 + first] if family.pooled is not None else nothing
+    if family.name == "flux":
+        rows, pooled, _ = pipe.encode_prompt(texts, None, device=device, max_sequence_length=length)
+        return rows, pooled
+    if family.name == "stable-diffusion-3":
+        more = {"do_classifier_free_guidance": False, "max_sequence_length": length}
+        rows, _, pooled, _ = pipe.encode_prompt(texts, None, None, device=device, **more)
+        return rows, pooled
+    raise ErasureCompatibilityError(_unknown(family))
+
+
+def _unknown(family: Family) -> str:
+    return f"Prompts of {family.title} cannot be encoded here; those of Stable Diffusion, SDXL, SD3 and FLUX.1 can."
+
+
 def nearest(pipe: Any, prompts: Sequence[str], targets: Sequence[str], count: int) -> list[str]:
-    """The `count` prompts nearest to each target, by the cosine of their last word pieces' rows, less the mean of all."""
+    """The `count` prompts nearest to each target, by cosine, less the mean of all.
+
+    Of UNets' prompts the rows of the last word pieces are compared, of transformers' the pooled vectors.
+    """
     if not prompts or not count:
         return []
-    rows = last_rows(pipe, [*prompts, *targets]).double()
+    rows = _vectors(pipe, [*prompts, *targets]).double()
     rows = rows - rows.mean(0)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     cosines = rows[len(prompts) :] @ rows[: len(prompts)].T
     chosen = cosines.topk(min(count, len(prompts)), dim=1).indices.flatten().tolist()
     return [prompts[i] for i in dict.fromkeys(chosen)]
+
+
+def _vectors(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """A vector for each prompt: [N, C]."""
+    if family_of(pipe).denoiser == "unet":
+        return last_rows(pipe, prompts)
+    length = min(text_length(pipe), POOLED_LENGTH)
+    starts = range(0, len(prompts), POOLED_BATCH)
+    return torch.cat([encoded(pipe, prompts[start : start + POOLED_BATCH], length)[1].cpu() for start in starts])

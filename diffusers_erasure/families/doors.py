@@ -51,6 +51,9 @@ class Family:
         timestep: the argument of `forward` that holds the timestep.
         clock: factor and offset from it to the timestep of the schedulers, of which 0 is the image and 1,000 the noise.
         packing: sides of the squares of latents that are packed into one token before the denoiser; 1 where it does so itself.
+        even_sigmas: whether the pipeline gives its scheduler N sigmas evenly spaced from 1 to 1 / N, before these are shifted;
+            if not, they are the scheduler's own.
+        guided: whether the pipeline guides without a classifier by default; FLUX has its guidance, if any, in the weights.
         judged: whether erasures of this family are judged on trained models here; the others' algebra alone is tested.
     """
 
@@ -71,6 +74,8 @@ class Family:
     timestep: str = "timestep"
     clock: tuple[float, float] = (1.0, 0.0)
     packing: int = 1
+    even_sigmas: bool = False
+    guided: bool = True
     judged: bool = False
 
     @property

@@ -61,6 +61,8 @@ ROWS_OF_TABLE = (
         text_sites=_JOINT,
         clock=(1000.0, 0.0),
         packing=2,
+        even_sigmas=True,
+        guided=False,
         judged=True,
     ),
     Family(
@@ -72,6 +74,7 @@ ROWS_OF_TABLE = (
         text_sites=_JOINT,
         clock=(1000.0, 0.0),
         packing=2,
+        even_sigmas=True,
     ),
     Family(
         "qwen-image",
@@ -83,6 +86,7 @@ ROWS_OF_TABLE = (
         text_sites=_JOINT,
         clock=(1000.0, 0.0),
         packing=2,
+        even_sigmas=True,
     ),
     Family(
         "z-image",
@@ -103,6 +107,7 @@ ROWS_OF_TABLE = (
         text_sites=_JOINT,
         clock=(1000.0, 0.0),
         packing=2,
+        even_sigmas=True,
     ),
     Family(
         "pixart",
@@ -136,6 +141,7 @@ ROWS_OF_TABLE = (
         door="time_caption_embed.caption_embedder.1",
         norm="time_caption_embed.caption_embedder.0",
         clock=(-1000.0, 1000.0),
+        even_sigmas=True,
     ),
     Family(
         "wan",
@@ -150,6 +156,7 @@ ROWS_OF_TABLE = (
         ("LTXVideoTransformer3DModel",),
         door="caption_projection.linear_1",
         text_sites=_CROSS,
+        even_sigmas=True,
     ),
 )
 

@@ -4,6 +4,7 @@ from .declaration import Citation, MethodDeclaration
 
 
 UNETS = ("stable-diffusion", "stable-diffusion-xl")
+TRANSFORMERS = ("stable-diffusion-3", "flux")
 METHODS = "diffusers_erasure.methods"
 
 # `python -m diffusers_erasure.methods.catalogue` writes down again what is told about them.
@@ -57,7 +58,7 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         name="esd",
         module=f"{METHODS}.esd",
         summary="ESD (ICCV 2023): fine-tuning away from the concept by the base's own guidance, as a LoRA; minutes",
-        families=UNETS,
+        families=UNETS + TRANSFORMERS,
         needs="base weights",
         makes=("lora",),
         trains=True,
@@ -102,7 +103,7 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         name="sdd",
         module=f"{METHODS}.sdd",
         summary="SDD (ICML workshop 2023): self-distillation towards the empty prompt, averaged, as a LoRA; minutes",
-        families=UNETS,
+        families=UNETS + TRANSFORMERS,
         needs="base weights",
         makes=("lora",),
         trains=True,

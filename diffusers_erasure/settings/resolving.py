@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ..families import FAMILIES
 from .ranges import rules_of
 
 
@@ -13,14 +14,21 @@ class Facts:
 
     Attributes:
         concepts: how many are erased.
-        squares: mean |x|^2 of their text rows.
+        squares: mean |x|^2 of their text rows, as a UNet's cross-attention reads them.
+        family: of the base model.
     """
 
     concepts: int
-    squares: float
+    squares: float = 750.0
+    family: str = "stable-diffusion"
+
+    @property
+    def flows(self) -> bool:
+        """Whether the base model predicts velocities."""
+        return FAMILIES[self.family].prediction == "flow"
 
 
-USUAL = Facts(concepts=1, squares=750.0)  # one concept, on Stable Diffusion 1.x
+USUAL = Facts(concepts=1)  # one concept, on Stable Diffusion 1.x
 
 
 @dataclass(frozen=True)

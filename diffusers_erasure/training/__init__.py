@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..artifact import Erasure
-from ..base_model import describe_base
+from ..base_model import describe_base, family_of
 from ..compat import accelerate_state_restored
-from ..encoding import last_rows
+from ..encoding import check_prompts, last_rows
 from ..layers.layer import Layer
 from ..runs.options import TrainingRun
 from ..schema import Concept
@@ -35,9 +35,12 @@ def resolved_for(pipe: Any, concepts: Sequence[Concept], config: TrainConfig, in
         ErasureInputError: the base model cannot be trained as it is, or a target is too long.
     """
     check_trainable(pipe)
-    targets = [str(concept.target) for concept in concepts]
+    family, targets = family_of(pipe), [str(concept.target) for concept in concepts]
+    if family.denoiser != "unet":
+        check_prompts(pipe, targets, config.max_sequence_length or 0)
+        return resolve(config, into, Facts(len(concepts), family=family.name))
     squares = float(last_rows(pipe, targets).double().square().sum(1).mean())
-    return resolve(config, into, Facts(len(concepts), squares))
+    return resolve(config, into, Facts(len(concepts), squares, family.name))
 
 
 class Fit:
@@ -101,6 +104,6 @@ def fit_by_training(
     fit = Fit(pipe, name, concepts, objective, settings, run)
     sites = find_sites(pipe, settings.train_set)
     check_rank(sites, settings.rank)
-    student = LoraStudent(list(sites), settings.rank, settings.seed)
+    student = LoraStudent(list(sites), settings.rank, settings.seed, family_of(pipe).denoiser)
     trained = fit.train(student)
     return fit.erasure(student.layer(trained.tensors), loss=curve(trained.losses))

@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
     "resolution": 0,
+    "max_sequence_length": 0,
 }
 
 
@@ -49,8 +50,10 @@ class TrainConfig:
     """Settings of a training run. Those that are left out (`None`) come from the method's preset.
 
     Args:
-        train_set (`str` or a tuple of `str`, *optional*): which layers get a LoRA: `"x"` (cross-attention), `"x-strict"` (its
-            keys and values), `"u"` (all but cross-attention), `"selfattn"`, `"full"`, or endings of module names.
+        train_set (`str` or a tuple of `str`, *optional*): which layers get a LoRA: `"x"` (cross-attention, or attention of text
+            and image together), `"x-strict"` (keys and values of text), `"u"` (all else), `"selfattn"`, `"full"`,
+            of transformers `"qk_dual"` (queries and keys of text and image) and `"text_kq"` (those of text), or endings of
+            module names.
         rank (`int`, *optional*): rank of the LoRA; its alpha is the same, so that its scale is 1.
         templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which it is trained:
             `"none"` (the concept alone, as published), `"object"`, `"style"`, `"person"`, `"object_context"`,
@@ -79,11 +82,14 @@ class TrainConfig:
         refresh_every (`int`, *optional*, defaults to 20): with the policies `"student"` and `"ema"`: steps after which the
             oldest trajectories of the pool are drawn again.
         refresh (`int`, *optional*, defaults to 4): how many trajectories are drawn again each time.
-        num_inference_steps (`int`, *optional*): steps N of the DDIM sampler that denoises; a noisy latent lies after k of them.
-        guidance_scale (`float`, *optional*): classifier-free guidance of the sampler that denoises; 1, or 0, is none.
+        num_inference_steps (`int`, *optional*): steps N of the sampler that denoises; a noisy latent lies after k of them.
+        guidance_scale (`float`, *optional*): guidance of the sampler that denoises, as the base model is guided: by the empty
+            prompt (1, or 0, is none), or by the number that FLUX.1-dev is given; it does nothing where a model has none.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`): compute activations again in the backward pass: less
             memory, for more time.
         resolution (`int`, *optional*): pixels of a side; 0, the default, for the base's own.
+        max_sequence_length (`int`, *optional*): text rows that T5 makes of a prompt, where there is one; 0, the default, for the
+            pipeline's own number.
         seed (`int`, *optional*, defaults to 0): everything random depends on it and on the step, nothing on the process.
     """
 
@@ -118,6 +124,7 @@ class TrainConfig:
     guidance_scale: Annotated[float | None, Number()] = None
     gradient_checkpointing: bool = False
     resolution: Annotated[int | None, Whole(least=0)] = None
+    max_sequence_length: Annotated[int | None, Whole(least=0)] = None
     seed: Annotated[int, Whole(least=0)] = 0
 
     def stated(self) -> Mapping[str, Any]:
@@ -156,6 +163,7 @@ class TrainSettings:
     guidance_scale: float
     gradient_checkpointing: bool
     resolution: int
+    max_sequence_length: int
     seed: int
 
     def __post_init__(self) -> None:

@@ -14,9 +14,10 @@ from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
 from .. import compat
-from ..base_model import component
+from ..base_model import component, family_of
+from ..denoising.calls import latent_shape
 from ..denoising.prompts import Prompts, nearest
-from ..denoising.sampler import SAMPLE, Predict, Sampler
+from ..denoising.sampler import SAMPLE, Predict, sampler_for
 from ..encoding import short_enough
 from ..errors import ErasureInputError, ErasureTrainingError
 from ..logging import get_logger
@@ -93,17 +94,17 @@ class Trainer:
         self.pipe, self.student, self.objective, self.config, self.run = pipe, student, objective, config, run
         self.earlier = earlier
         self.steps, self.batch_size = config.steps, config.batch_size
-        unet = component(pipe, "unet")
-        self.device = compat.execution_device(unet)
+        self.family = family_of(pipe)
+        model = component(pipe, self.family.denoiser)
+        self.device = compat.execution_device(model)
         self.accelerator = _accelerator(config.accumulation, self.device)
         # SDXL's VAE has as many levels as Stable Diffusion's; a pipeline without one is trained all the same.
         self.pixels = getattr(pipe, "vae_scale_factor", 8)
-        if config.resolution and config.resolution % self.pixels:
-            raise ErasureInputError(f"`resolution` must be a multiple of {self.pixels}, not {config.resolution}.")
-        size = config.resolution // self.pixels if config.resolution else unet.config.sample_size
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        self.shape = unet.config.in_channels, *self.size
-        self.sampler = Sampler(pipe.scheduler.config, config.num_inference_steps)
+        step = self.pixels * self.family.packing * getattr(model.config, "patch_size", 1)
+        if config.resolution and config.resolution % step:
+            raise ErasureInputError(f"`resolution` must be a multiple of {step}, not {config.resolution}.")
+        self.shape = latent_shape(pipe, config.resolution)
+        self.sampler = sampler_for(pipe, config.num_inference_steps, self.shape[1:])
         self.examples = objective.examples(concepts, config.template_list)
         targets = [str(concept.target) for concept in concepts]
         kept = self.kept = kept_prompts(pipe, config, targets) if earlier is None else earlier.kept
@@ -121,7 +122,7 @@ class Trainer:
         ]
         self.checkpoints: Checkpoints | None = None
         if run.checkpoint_dir is not None:
-            processes = {"processes": self.accelerator.num_processes, "dtype": str(unet.dtype)}
+            processes = {"processes": self.accelerator.num_processes, "dtype": str(model.dtype)}
             self.checkpoints = Checkpoints(
                 Path(run.checkpoint_dir).expanduser(), {**identity, **processes}, dataclasses.asdict(base)
             )
@@ -279,7 +280,7 @@ class Trainer:
         def source(
             name: str, examples: Sequence[Example], count: int, keep: Sequence[str], favoured: Sequence[int] = ()
         ) -> Source:
-            how = self.shape, config.guidance_scale or 1.0, config.seed, name, network.unet.dtype, favoured
+            how = self.shape, config.guidance_scale or 1.0, config.seed, name, network.model.dtype, favoured
             return Source(self.sampler, examples, count, keep, *how)
 
         keep = self.objective.teacher_roles if config.policy == "base" else ()
@@ -368,7 +369,8 @@ class Trainer:
 
     def _encode(self) -> Prompts:
         wanted = [prompt for example in (*self.examples, *self.retained) for prompt in example.prompts.values()]
-        return Prompts(self.pipe, [*wanted, *self.sample_prompts], self.size[0] * self.pixels)
+        pixels, length = self.shape[1] * self.pixels, self.config.max_sequence_length
+        return Prompts(self.pipe, [*wanted, *self.sample_prompts], pixels, length)
 
     def _release(self) -> None:
         """Take text encoders and VAE out of the pipeline, where the run may: nothing else makes room for the training.
@@ -377,7 +379,7 @@ class Trainer:
         """
         if not self.run.release:
             return
-        for name in ("text_encoder", "text_encoder_2", "vae", "image_encoder", "safety_checker"):
+        for name in (*self.family.text_encoders, "vae", "image_encoder", "safety_checker"):
             drawing = name == "vae" and self.run.sample_every
             if isinstance(getattr(self.pipe, name, None), torch.nn.Module) and not drawing:
                 self.pipe.register_modules(**{name: None})
@@ -411,7 +413,8 @@ def kept_prompts(pipe: Any, config: TrainSettings, targets: Sequence[str]) -> li
     held = [
         word
         for word in config.retain.held
-        if len(short_enough(pipe, texts := [template.format(word) for template in templates])) == len(texts)
+        if len(short_enough(pipe, texts := [t.format(word) for t in templates], config.max_sequence_length))
+        == len(texts)
     ]
     return [*config.retain.prompts, *nearest(pipe, held, targets, HELD_NEAREST)[:MOST_HELD]]
 

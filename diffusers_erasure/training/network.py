@@ -9,19 +9,25 @@ from accelerate import Accelerator
 from torch import nn
 
 from .. import compat
-from ..base_model import component
+from ..base_model import component, family_of
+from ..denoising.calls import Caller
 from ..denoising.prompts import Prompts
-from ..denoising.sampler import Sampler, placed
+from ..denoising.sampler import Sampler
 from ..denoising.twin import private
 from ..errors import ErasureInputError
+from ..families import Family
 from .student import Student
 
 
+DENOISER_NAMES = {"unet": "UNet", "transformer": "transformer"}
+
+
 class Network:
-    """A frozen UNet with a student in float32; made by [`in_training`].
+    """A frozen denoiser with a student in float32; made by [`in_training`].
 
     Args:
-        unet: a UNet that nobody else draws with, the student in it.
+        family ([`Family`]): of the base model.
+        model: a UNet or transformer that nobody else draws with, the student in it.
         student ([`Student`]): what is trained.
         parameters: its parameters by name.
         prompts ([`Prompts`]): encoded prompts.
@@ -31,19 +37,21 @@ class Network:
 
     def __init__(
         self,
-        unet: Any,
+        family: Family,
+        model: Any,
         student: Student,
         parameters: Mapping[str, nn.Parameter],
         prompts: Prompts,
         sampler: Sampler,
         accelerator: Accelerator,
     ) -> None:
-        self.unet = unet
+        self.model = model
         self.trained = student
         self.factors = dict(parameters)
         self.prompts = prompts
         self.sampler = sampler
-        self.student_module = accelerator.prepare_model(unet, device_placement=False)
+        self.call = Caller(family, model, prompts, sampler)
+        self.student_module = accelerator.prepare_model(model, device_placement=False)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -52,42 +60,46 @@ class Network:
 
     def student(self, latents: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """The prediction with the student on, float32 [B, C, H, W]; gradients flow where they are enabled."""
-        return self._call(self.student_module, latents, timesteps, prompts)
+        return self.call(latents, timesteps, prompts, module=self.student_module)
 
     @torch.no_grad()
     def student_rows(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Sequence[Sequence[str]]
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Sequence[Sequence[str]],
+        guidance: Sequence[float] | None = None,
     ) -> list[torch.Tensor]:
         """Predictions with the student on for several lists of prompts in one batch, without gradients."""
-        return self._rows(latents, timesteps, rows)
+        return self._rows(latents, timesteps, rows, guidance)
 
     @torch.no_grad()
     def teacher_rows(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Sequence[Sequence[str]]
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Sequence[Sequence[str]],
+        guidance: Sequence[float] | None = None,
     ) -> list[torch.Tensor]:
         """Predictions of the base, the student off, for several lists of prompts in one batch."""
-        self.trained.switch(self.unet, False)
+        self.trained.switch(self.model, False)
         try:
-            return self._rows(latents, timesteps, rows)
+            return self._rows(latents, timesteps, rows, guidance)
         finally:
-            self.trained.switch(self.unet, True)
+            self.trained.switch(self.model, True)
 
     def _rows(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, rows: Sequence[Sequence[str]]
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Sequence[Sequence[str]],
+        guidance: Sequence[float] | None,
     ) -> list[torch.Tensor]:
         count = len(rows)
         flat = [prompt for row in rows for prompt in row]
         repeated = latents.repeat(count, *(1,) * (latents.ndim - 1)), timesteps.repeat(count)
-        return list(self._call(self.unet, *repeated, flat).chunk(count))
-
-    def _call(
-        self, module: nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]
-    ) -> torch.Tensor:
-        device, dtype = self.unet.device, self.unet.dtype
-        timesteps = placed(timesteps, device)
-        scaled = self.sampler.model_input(placed(latents, device), timesteps).to(dtype)
-        arguments = self.prompts.batch(prompts, device, dtype)
-        return module(scaled, timesteps, return_dict=False, **arguments)[0].float()
+        each = None if guidance is None else [value for value in guidance for _ in range(len(latents))]
+        return list(self.call(*repeated, flat, each).chunk(count))
 
 
 def check_trainable(pipe: Any) -> None:
@@ -96,20 +108,21 @@ def check_trainable(pipe: Any) -> None:
     Raises:
         ErasureInputError: it carries LoRAs, is offloaded, or computes in float16.
     """
-    unet = component(pipe, "unet")
-    if compat.has_adapters(unet):
+    name = family_of(pipe).denoiser
+    model, called = component(pipe, name), DENOISER_NAMES[name]
+    if compat.has_adapters(model):
         raise ErasureInputError(
-            "The UNet carries LoRAs, but an erasure is trained on the clean base model. Call `pipe.unload_lora_weights()` "
+            f"The {called} carries LoRAs, but an erasure is trained on the clean base model. Call `pipe.unload_lora_weights()` "
             "first, and load them again afterwards: they compose with the erasure."
         )
-    if compat.is_offloaded(unet):
+    if compat.is_offloaded(model):
         raise ErasureInputError(
-            "The UNet is offloaded, but training needs it in memory. Load the pipeline without offloading, or call "
+            f"The {called} is offloaded, but training needs it in memory. Load the pipeline without offloading, or call "
             "`pipe.remove_all_hooks()`. With `TrainingRun(release=True)` the text encoders and the VAE leave the memory."
         )
-    if unet.dtype == torch.float16:
+    if model.dtype == torch.float16:
         raise ErasureInputError(
-            "The UNet is in float16, in which small gradients vanish. Load it with `dtype=torch.bfloat16` (or float32); "
+            f"The {called} is in float16, in which small gradients vanish. Load it with `dtype=torch.bfloat16` (or float32); "
             "the LoRA itself is trained in float32 with either."
         )
 
@@ -123,25 +136,26 @@ def in_training(
     accelerator: Accelerator,
     gradient_checkpointing: bool,
 ) -> Iterator[Network]:
-    """Put a student into a private twin of the pipeline's UNet while a block runs.
+    """Put a student into a private twin of the pipeline's denoiser while a block runs.
 
-    Where there can be no twin it is put into the UNet itself, which is afterwards as it was, bit for bit.
+    Where there can be no twin it is put into the denoiser itself, which is afterwards as it was, bit for bit.
     """
-    unet = private(component(pipe, "unet"))
-    wanted = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
-    had_checkpointing, was_training, attributes = unet.is_gradient_checkpointing, unet.training, set(vars(unet))
-    unet.requires_grad_(False).eval()
+    family = family_of(pipe)
+    model = private(component(pipe, family.denoiser))
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    had_checkpointing, was_training, attributes = model.is_gradient_checkpointing, model.training, set(vars(model))
+    model.requires_grad_(False).eval()
     try:
         if gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        with student.inside(unet) as parameters:
-            yield Network(unet, student, parameters, prompts, sampler, accelerator)
+            model.enable_gradient_checkpointing()
+        with student.inside(model) as parameters:
+            yield Network(family, model, student, parameters, prompts, sampler, accelerator)
     finally:
         if gradient_checkpointing and not had_checkpointing:
-            unet.disable_gradient_checkpointing()
-        for name, parameter in unet.named_parameters():
+            model.disable_gradient_checkpointing()
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[name])
             parameter.grad = None
-        for name in set(vars(unet)) - attributes:  # what peft and accelerate noted down on it
-            delattr(unet, name)
-        unet.train(was_training)
+        for name in set(vars(model)) - attributes:  # what peft and accelerate noted down on it
+            delattr(model, name)
+        model.train(was_training)

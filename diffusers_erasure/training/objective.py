@@ -41,7 +41,7 @@ class Step:
         if unknown:
             outputs = self.network.teacher_rows(drawn.latents, drawn.timesteps, unknown)
             found = dict(zip(unknown, outputs, strict=True))
-        device = self.network.unet.device
+        device = self.network.model.device
         return [placed(drawn.known[role], device) if role in drawn.known else found[rows[role]] for role in roles]
 
     def student(self) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Step:
             latents, timesteps = self.drawn.latents, self.drawn.timesteps
             prompts = self._prompts(STUDENT, self.drawn)
             if self.retained is not None:
-                device = self.network.unet.device
+                device = self.network.model.device
                 latents = torch.cat([placed(each, device) for each in (latents, self.retained.latents)])
                 timesteps = torch.cat([timesteps, self.retained.timesteps])
                 prompts += self._prompts(RETAIN, self.retained)

@@ -93,7 +93,7 @@ class State:
 
     def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Take what [`saved`] gave."""
-        device = self.network.unet.device
+        device = self.network.model.device
         self.losses, self.unread = tensors["losses"].tolist(), []
         with torch.no_grad():
             for name, parameter in self.network.factors.items():
