@@ -48,6 +48,9 @@ def test_stock_diffusers_draws_the_same(tmp_path: Path, which: str) -> None:
     pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
     assert_like(images(pipe), images(ours), base)
     assert_like(images(pipe), images(dense_edit(tiny_sd_pipe(), erasure)), base)
+    read = tiny_sd_pipe()
+    read.load_erasure(path, method="lora")
+    assert_like(images(read), images(ours), base)
     tensors = load_file(path)
     assert len(tensors) == 3 * (
         len(sites) + (which not in ("mlp", "all"))

@@ -15,12 +15,18 @@ from ..low_rank import Factors, pad_rank
 from ..stock_lora import stock_factors
 from ..storage import write_file
 from ..tensors import dtype_of, dump
+from .kohya_names import NAMES, PREFIX, common_rank, fused_modules
 
 
 _PREFIXES = {
-    "stable-diffusion": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
-    "stable-diffusion-xl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    "stable-diffusion": {"unet": PREFIX, "text_encoder": "lora_te_"},
+    "stable-diffusion-xl": {"unet": PREFIX, "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    "flux": {"transformer": PREFIX, "text_encoder": "lora_te1_"},
+    "stable-diffusion-3": {"transformer": PREFIX},
 }
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# The original code's names of SDXL's pooled door, the only ones that are read.
+_ORIGINAL = {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
 
 
 def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> dict[str, torch.Tensor]:
@@ -28,9 +34,14 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
 
     All modules have one rank (padded with zeros) and one alpha, equal to it: readers disagree about anything else.
 
+    Of FLUX.1 and Stable Diffusion 3 the names are those of the original code, in which a block's query, key and value are one
+    matrix. Of FLUX.1 stock diffusers reads what lies in blocks, and drops `context_embedder`, `x_embedder` and
+    `time_text_embed` without a word; of Stable Diffusion 3 it reads nothing. Give it, and ComfyUI, which knows both names, the
+    erasure's own LoRA file.
+
     Args:
-        erasure ([`Erasure`]): for Stable Diffusion 1.x, 2.x or XL, of `lora` layers alone or with a LoRA for stock diffusers
-            besides (see [`with_stock_lora`]), which then is what is written.
+        erasure ([`Erasure`]): for Stable Diffusion 1.x, 2.x, XL or 3, or FLUX.1, of `lora` layers alone or with a LoRA for stock
+            diffusers besides (see [`with_stock_lora`]), which then is what is written.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): of the factors.
 
     Returns:
@@ -67,24 +78,27 @@ def to_kohya(erasure: Erasure, *, dtype: torch.dtype | str = torch.float32) -> d
         raise ErasureInputError(
             f"A kohya file for {family} has no place for {strange[0]!r}, on which this erasure acts."
         )
+    if family in NAMES:
+        parts = {name: own if name in _TEXT_ENCODERS else fused_modules(own, family) for name, own in parts.items()}
     tensors, expected = {}, {}
-    rank = max(len(down) for factors in parts.values() for down, _ in factors.values())
+    rank = common_rank(parts.values(), joined=family in NAMES)
     for component, factors in parts.items():
         for site, own in factors.items():
             down, up = (pad_rank(factor, rank, dim).to(dtype) for dim, factor in enumerate(own))
             if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
                 raise ErasureInputError(f"Some values of {site!r} are too large for {dtype}; use float32.")
-            text = component != "unet"
+            text = component in _TEXT_ENCODERS
             name = f"text_model.{site.removeprefix('text_model.')}" if text else site
-            key = prefixes[component] + name.replace(".", "_")
+            key = prefixes[component] + _ORIGINAL.get(name, name.replace(".", "_"))
             if f"{key}.alpha" in tensors:
                 raise ErasureInputError(f"Two modules would have the name {key!r} in a kohya file.")
             tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
             tensors[f"{key}.alpha"] = torch.tensor(float(rank))
             expected[f"{component}.{name}"] = down
-        if component != "unet":
+        if component in _TEXT_ENCODERS:
             tensors.update(_marker(factors, prefixes[component], rank, dtype))
-    _check_names(tensors, expected, family)
+    if family not in NAMES:
+        _check_names(tensors, expected, family)
     return tensors
 
 

@@ -1,15 +1,27 @@
 """A plain LoRA file, loaded as an erasure on the caller's word (`load_erasure(..., method="lora")`)."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Erasure
-from ..base_model import family_of
-from ..errors import ErasureError, ErasureFileError, ErasureInputError, ErasureNotFoundError
+from ..base_model import component, family_of
+from ..errors import (
+    ErasureCompatibilityError,
+    ErasureError,
+    ErasureFileError,
+    ErasureInputError,
+    ErasureNotFoundError,
+)
+from ..families.recognising import recognised
+from ..layers import layer_kind
+from ..layers.layer import Layer
 from ..layers.lora_keys import lora_layers
+from ..low_rank import DOWN
 from ..schema import MAX_FILE_BYTES, BaseModel, Method
 from ..tensors import MAX_HEADER_BYTES, check_header
+from .kohya_names import by_component
 
 
 def read_plain_lora(pipe: Any, src: str | os.PathLike[str], *, weight_name: str | None, **hub: Any) -> Erasure:
@@ -28,6 +40,7 @@ def read_plain_lora(pipe: Any, src: str | os.PathLike[str], *, weight_name: str 
         ErasureInputError: the pipeline's class cannot load LoRAs.
         ErasureNotFoundError: there is no such file.
         ErasureFileError: the file holds keys that are no LoRA factors, is too large, or is not valid.
+        ErasureCompatibilityError: it acts on what the pipeline has not, as it was made for another family.
     """
     if not hasattr(pipe, "lora_state_dict"):
         raise ErasureInputError(f"{type(pipe).__name__} cannot load LoRAs.")
@@ -39,6 +52,7 @@ def read_plain_lora(pipe: Any, src: str | os.PathLike[str], *, weight_name: str 
             src, weight_name=weight_name, use_safetensors=True, return_lora_metadata=True, **hub
         )
         state_dict, *alphas, metadata = result
+        state_dict = by_component(state_dict, family_of(pipe).name)
         layers = lora_layers(state_dict, alphas[0] if alphas else None, metadata)
     except ErasureError:
         raise
@@ -53,7 +67,28 @@ def read_plain_lora(pipe: Any, src: str | os.PathLike[str], *, weight_name: str 
     method, source = Method("lora"), str(Path(src) / (weight_name or ""))
     erasure = Erasure.from_layers(layers, base=BaseModel(family_of(pipe).name), concepts=(), method=method)
     erasure.source = source
+    _check_fits(pipe, erasure, layers)
     return erasure
+
+
+def _check_fits(pipe: Any, erasure: Erasure, layers: Sequence[Layer]) -> None:
+    """Say for which family the file was made, as far as its names and widths tell, where it does not fit."""
+    for layer, spec in zip(layers, erasure.config.layers, strict=True):
+        model, why = component(pipe, layer.component), ""
+        if model is None:
+            why = f"it acts on {layer.component!r}, which the pipeline has not loaded."
+        else:
+            try:
+                layer_kind(spec.kind).check(model, spec, layer.tensors)
+            except ErasureCompatibilityError as error:
+                why = str(error)
+        if why:
+            widths = {site: layer.tensors[site + DOWN].shape[1] for site in layer.sites}
+            made_for, own = recognised(layer.component, widths), family_of(pipe)
+            title = "another model" if made_for in (None, own) else made_for.title
+            raise ErasureCompatibilityError(
+                f"The LoRA was made for {title}, and this pipeline is {own.title}: {why} Load it into a pipeline of its own family."
+            )
 
 
 def _check_local_files(src: Path, subfolder: str | None, weight_name: str | None) -> None:

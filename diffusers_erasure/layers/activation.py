@@ -1,7 +1,7 @@
 """Layer kind `activation`: at some timesteps some units of a module's input are replaced by stored means (ActErase).
 
-The module is the last `Linear` of a feed-forward (its input is what GEGLU gives) or of an attention. A pre-hook on it
-writes, for every token alike, `x <- x + w (mu - x)` on the units that an erasure owns at the timestep:
+The module is the last `Linear` of a feed-forward (in UNets its input is what GEGLU gives) or of an attention; in FLUX.1's single
+blocks one `Linear` is both. A pre-hook on it writes, for every token alike, `x <- x + w (mu - x)` on the units that an erasure owns at the timestep:
 
     w_i = strength_i * blend_i * schedule_i * gate_i * mask_i      for each erasure i, [C]
     w   = max_i w_i,    mu = sum_i w_i mu_i / sum_i w_i
@@ -13,6 +13,7 @@ one fused multiply-add for each module; where every w is 0 it gives `x * 1 + 0`.
 each pass.
 """
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -36,10 +37,25 @@ from .sites import Place, SiteEdit, SiteLayer, find_site
 logger = get_logger(__name__)
 
 FEED_FORWARD, ATTENTIONS = ".ff.net.2", (".attn1.to_out.0", ".attn2.to_out.0")
+# The same in the blocks of transformers, where text has its own; `attn2`, of SD3.5 medium, sees the image alone.
+JOINT_FEED_FORWARDS = (FEED_FORWARD, ".ff_context.net.2")
+JOINT_ATTENTIONS = (".attn.to_out.0", ".attn.to_add_out", ".attn2.to_out.0")
+_SINGLE = re.compile(r"single_transformer_blocks\.\d+\.proj_out")
 MASK, MEANS, TIMESTEPS, BLEND = ".mask", ".means", "timesteps", "blend"
 MAX_TIMESTEPS = 1000
 TABLES = 8  # that are kept, of different strengths
 MANY = 5  # concepts; the paper reports heavy degradation at ten
+
+
+def is_single(site: str) -> bool:
+    """Whether a site is the last `Linear` of one of FLUX.1's single blocks."""
+    return _SINGLE.fullmatch(site) is not None
+
+
+def _may_act(component: str, site: str) -> bool:
+    if component == "unet":
+        return f".{site}".endswith((FEED_FORWARD, *ATTENTIONS))
+    return f".{site}".endswith((*JOINT_FEED_FORWARDS, *JOINT_ATTENTIONS)) or is_single(site)
 
 
 # ---------------------------------------------------------------------------------------------------- the tensors
@@ -186,7 +202,7 @@ class Tables:
             return None
         tables = {values: self._table(values, device, dtype) for values in kinds}
         rows, limits = tables[own[0]]
-        index = torch.bucketize(now.now(device), limits) if len(rows) > 1 else None  # [1] or [B]
+        index = torch.bucketize(now.now(device).contiguous(), limits) if len(rows) > 1 else None  # [1] or [B]
         if len(kinds) == 1:
             return rows if index is None else rows.index_select(0, index)
         if index is not None and len(index) > 1:
@@ -322,7 +338,7 @@ class PatchInput(Place):
 
 
 class ActivationLayer(SiteLayer):
-    """All `activation` layers on one UNet."""
+    """All `activation` layers on one UNet or transformer."""
 
     edit: ClassVar[type[SiteEdit]] = ActivationPatch
     by_timestep: ClassVar[bool] = True
@@ -396,12 +412,15 @@ class ActivationKind(LayerKind):
     packed: ClassVar[bool] = True
 
     def validate(self, spec: LayerSpec, tensors: Tensors) -> None:
-        if spec.component != "unet" or spec.file != TENSOR_FILE:
-            raise ErasureFileError(f"An `activation` layer acts on a UNet and lies in {TENSOR_FILE}.")
-        odd = [site for site in spec.sites if not f".{site}".endswith((FEED_FORWARD, *ATTENTIONS))]
+        if spec.component not in ("unet", "transformer") or spec.file != TENSOR_FILE:
+            raise ErasureFileError(f"An `activation` layer acts on a UNet or transformer and lies in {TENSOR_FILE}.")
+        odd = [site for site in spec.sites if not _may_act(spec.component, site)]
         if odd:
+            known: tuple[str, ...] = (FEED_FORWARD, *ATTENTIONS)
+            if spec.component != "unet":
+                known = (*JOINT_FEED_FORWARDS, *JOINT_ATTENTIONS, "single_transformer_blocks.N.proj_out")
             raise ErasureFileError(
-                f"An `activation` layer acts on '….ff.net.2', '….attn1.to_out.0' and '….attn2.to_out.0', not on {odd[0]!r}."
+                f"On a {spec.component} an `activation` layer acts on modules whose names end in {known}, not on {odd[0]!r}."
             )
         expected = {TIMESTEPS, BLEND} | {site + half for site in spec.sites for half in (MASK, MEANS)}
         if set(tensors) != expected:
@@ -457,7 +476,11 @@ class ActivationKind(LayerKind):
                 "An `activation` layer that acts by timestep is no change of weights, so it cannot be fused. Leave the erasure "
                 "unfused, or make one that is the same at all timesteps (method `acterase`: `by_timestep=False`)."
             )
-        return [PatchChange(site, find_site(component, site), Part.of(tensors, site)) for site in spec.sites]
+        modules = {site: find_site(component, site) for site in spec.sites}
+        bare = [site for site, module in modules.items() if module.bias is None]
+        if bare:
+            raise ErasureCompatibilityError(f"{bare[0]!r} has no bias, so patches of its input cannot be fused there.")
+        return [PatchChange(site, module, Part.of(tensors, site)) for site, module in modules.items()]
 
     def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
         return {find_site(component, site) for site in spec.sites}

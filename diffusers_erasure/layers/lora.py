@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import compat, low_rank
 from ..errors import ErasureCompatibilityError, ErasureFileError
+from ..families import DENOISERS
 from ..low_rank import DOWN, UP, balanced, heaviest, norm_without, pad_rank, svd
 from ..schema import LORA_FILE, LayerSpec
 from .base import HookLayer
@@ -29,7 +30,20 @@ from .sites import Place, Site, SiteEdit, SiteLayer, attention_of, find_site, ne
 
 
 MAX_RANK = 4096
-READERS = (".attn2.to_k", ".attn2.to_v")  # what reads the text rows of a UNet
+_CROSS = (".attn2.to_k", ".attn2.to_v")  # keys and values of text in cross-attentions
+
+
+def reads_rows(component: nn.Module, site: str) -> bool:
+    """Whether a module reads the text rows as the denoiser is given them, or as all modules of its kind do in a pass.
+
+    So does a door without a norm, and each cross-attention. Keys and values of joint attentions read what the blocks before
+    have made of the rows, and the image; `attn2` of SD3.5 medium reads the image alone.
+    """
+    families = DENOISERS.get(type(compat.unwrap_compiled(component)).__name__, ())
+    if not families:
+        return site.endswith(_CROSS)
+    cross = any(name in _CROSS for family in families for name in family.text_sites)
+    return (cross and site.endswith(_CROSS)) or any(site == family.door and family.norm is None for family in families)
 
 
 # ---------------------------------------------------------------------------------------------------- the live side
@@ -180,9 +194,9 @@ class LoraLayer(SiteLayer):
         readers: list[tuple[Site, LowRankDelta, dict[PartKey, LowRankPart]]] = []
         for name, (site, own) in parts.items():
             edit = found.get(site.place.number)
-            if edit is not None and name.endswith(READERS) and not edit.factors.modified:
+            if edit is not None and not edit.factors.modified and reads_rows(site.component, name):
                 readers.append((site, edit, {key: part for key, part in own.items() if key[0] in columns}))
-        if len(readers) > 1 and len({edit.down.shape[1] for _, edit, _ in readers}) == 1:
+        if readers and len({edit.down.shape[1] for _, edit, _ in readers}) == 1:
             device, dtype = self.placement(readers[0][0].component, readers[0][0].module)
             whole = TextProduct([e for _, e, _ in readers], [p for *_, p in readers], columns, device, dtype)
             found[self.number] = whole

@@ -1,5 +1,6 @@
 """The names of a LoRA's factors in what others write, read into layers of the kind `lora`."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,6 +72,8 @@ def _factors(
         part = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         if part and not any("lora_A" in key for key in part):
             part = convert_unet_state_dict_to_peft(part)
+            if prefix.startswith("text_encoder"):
+                part = {_of_text(key): value for key, value in part.items()}
         plain.update({prefix + key: value for key, value in part.items()})
     sites = sorted(key.removesuffix(DOWN) for key in plain if key.endswith(DOWN))
     strangers = set(plain) - {site + half for site in sites for half in (DOWN, UP)}
@@ -86,6 +89,12 @@ def _factors(
         raise ErasureFileError(f"The factors of {odd[0][:120]!r} have shapes {shapes}, which are none of a LoRA.")
     scales = _scales(sites, plain, alphas, metadata)
     return {site: (plain[site + DOWN].float(), plain[site + UP].float() * scales[site]) for site in sites}
+
+
+def _of_text(key: str) -> str:
+    """A text encoder's projection by its own name; diffusers' older names are those of a UNet's attentions."""
+    key = key.replace(".lora_linear_layer.down.", ".lora_A.").replace(".lora_linear_layer.up.", ".lora_B.")
+    return re.sub(r"\.to_(q|k|v|out)(?:\.0)?(?=\.)", r".\1_proj", key)
 
 
 def _is_pair(down: torch.Tensor, up: torch.Tensor) -> bool:
@@ -110,9 +119,9 @@ def _scales(
     scales = dict.fromkeys(sites, 1.0)
     for key, alpha in (alphas or {}).items():
         # network_alphas are named like the down factor or the module, in the spelling of the file's own format
-        site = next(
-            (site for site in sites if key.replace("_lora", "").replace(".processor", "").startswith(site)), None
-        )
+        named = key.replace("_lora", "").replace(".processor", "").replace(".to_out.down.", ".to_out.0.down.")
+        named = _of_text(named) if key.startswith("text_encoder") else named
+        site = next((site for site in sites if named.startswith(site)), None)
         if site is None:
             raise ErasureFileError(f"The file has an alpha for {key[:120]!r}, but no factors for that module.")
         scales[site] = _alpha(alpha) / plain[site + DOWN].shape[0]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
@@ -94,7 +95,7 @@ class ActEraseAttnProcessor(nn.Module):
             `dict`: a processor for each of `unet.attn_processors`; where the erasure does not act, the present one.
 
         Raises:
-            ErasureInputError: the erasure has other layers, the strength is negative, the name is taken or no name, or such
+            ErasureInputError: it is no such UNet, the erasure has other layers, the strength is negative, the name is taken or no name, or such
                 processors are set already.
             ErasureCompatibilityError: it was made for another architecture.
         """
@@ -105,6 +106,11 @@ class ActEraseAttnProcessor(nn.Module):
         if not isinstance(strength, int | float) or not 0 <= strength < math.inf:
             raise ErasureInputError(f"`strength` must be a finite number of at least 0, not {strength!r}.")
         layers = erasure.config.layers
+        if not isinstance(compat.unwrap_compiled(unet), UNet2DConditionModel):
+            raise ErasureInputError(
+                f"Attention processors are made for a `UNet2DConditionModel`, not for a {type(unet).__name__}: load the erasure with "
+                "`pipe.load_erasure`, whose hooks act on all denoisers, joint attentions included, and stay on."
+            )
         if any(
             layer.kind != ActivationKind.name or layer.is_modified or not all(map(_is_attention, layer.sites))
             for layer in layers
