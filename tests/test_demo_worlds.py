@@ -12,7 +12,7 @@ from diffusers_erasure import ErasureInputError, ErasureNotFoundError, demo
 from diffusers_erasure.base_model import describe_base
 from diffusers_erasure.demo.drawing import STEPS, draw, fast_arguments, fast_pipeline
 from diffusers_erasure.demo.worlds import FOLDER_VARIABLE, folder_of, world_of
-from diffusers_erasure_cli.options import TINY
+from diffusers_erasure_cli.completion import TINY
 from tests.commands import invoke
 from tests.worlds import in_a_checkout
 

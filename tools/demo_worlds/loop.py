@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def train(modules: Sequence[nn.Module], loss: Callable[[], torch.Tensor], settin
         parameters, lr=rate, weight_decay=1e-3, betas=(0.9, 0.99), capturable=on_gpu, fused=on_gpu or None
     )
     averages = [parameter.detach().clone() for parameter in parameters]
+    average = get_ema_multi_avg_fn(settings.decay)
     mean = torch.zeros((), device=device)
 
     def step() -> None:
@@ -69,7 +71,7 @@ def train(modules: Sequence[nn.Module], loss: Callable[[], torch.Tensor], settin
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averages, [each.detach() for each in parameters], 1 - settings.decay)
+            average(averages, [each.detach() for each in parameters], 0)
             mean.mul_(0.98).add_(value.detach(), alpha=0.02)
 
     run = _captured(step, optimizer) if on_gpu and settings.graph else step
