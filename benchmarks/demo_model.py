@@ -1,6 +1,6 @@
-"""How well the embedded model draws what it is asked for, as its judge sees it.
+"""How well the embedded model, or another tiny model, draws what it is asked for, as the judge sees it.
 
-    python -m benchmarks.demo_model [--json PATH] [--smoke] [--groups GROUP ...]
+    python -m benchmarks.demo_model [--json PATH] [--smoke] [--groups GROUP ...] [--world NAME] [--steps N]
 
 Each prompt has its own seed, so the numbers do not depend on the batch size.
 """
@@ -63,6 +63,10 @@ def main() -> None:
     """The command line."""
     parser = arguments(__doc__, smoke="three objects in two styles only")
     parser.add_argument("--groups", nargs="+", metavar="GROUP", help="only these groups of prompts")
+    parser.add_argument("--world", choices=demo.WORLDS, default="sd1", help="the embedded model (sd1) by default")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="of the model's own scheduler; what it is called with by default"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -72,7 +76,8 @@ def main() -> None:
     groups = cases(objects, styles)
     if unknown := sorted(set(options.groups or ()) - set(groups)):
         parser.error(f"there are no groups {unknown}, only {list(groups)}")
-    judge = demo.load_judge()
+    steps = options.steps or demo.settings(options.world).num_inference_steps
+    pipe, judge = demo.load_pipeline(options.world), demo.load_judge()
     began = time.perf_counter()
     report: dict[str, dict[str, Any]] = {}
     for group, asked in groups.items():
@@ -80,7 +85,7 @@ def main() -> None:
             continue
         seeds = range(options.seed, options.seed + len(asked))
         prompts = [case.prompt for case in asked]
-        images = draw(demo.load_pipeline(), prompts, seeds, demo.NUM_INFERENCE_STEPS, options.batch_size)
+        images = draw(pipe, prompts, seeds, steps, options.batch_size)
         result = judge.predict(images)
         right = [seen in case.objects for case, seen in zip(asked, result.objects, strict=True)]
         styled = [
@@ -96,14 +101,18 @@ def main() -> None:
         }
     seconds = time.perf_counter() - began
     print_table(
-        f"Shares in which the judge sees what the prompt names; {seconds:.0f} s",
+        f"Shares in which the judge sees what the prompt names; {options.world}, {steps} steps; {seconds:.0f} s",
         ("prompts", "images", "object", "style"),
         (
             (group, row["images"], f"{row['object']:.1%}", "" if row["style"] is None else f"{row['style']:.1%}")
             for group, row in report.items()
         ),
     )
-    finish(options, "demo_model", {"seed": options.seed, "seconds": seconds, "groups": report})
+    finish(
+        options,
+        "demo_model",
+        {"world": options.world, "steps": steps, "seed": options.seed, "seconds": seconds, "groups": report},
+    )
 
 
 if __name__ == "__main__":

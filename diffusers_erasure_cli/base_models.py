@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffusers_erasure.errors import ErasureInputError, ErasureNotFoundError
 
-from .options import TINY
+from .completion import TINY
 
 
 if TYPE_CHECKING:

@@ -14,6 +14,10 @@ from typing import Any
 import typer
 
 
+# What the tiny models are called here, and in `diffusers_erasure.demo.WORLDS`, which is not imported for it.
+TINY = {"demo": "sd1", "demo-sdxl": "sdxl", "demo-sd3": "sd3", "demo-flux": "flux"}
+
+
 @cache
 def _library() -> Path:
     spec = find_spec("diffusers_erasure")  # finds it without running it

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from .completion import TINY
 from .options import (
     ERASURE,
-    TINY,
     Base,
     Device,
     Dtype,

@@ -20,15 +20,12 @@ if TYPE_CHECKING:
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-# What the tiny models are called here, and in `diffusers_erasure.demo.WORLDS`, which is not imported for it.
-TINY = {"demo": "sd1", "demo-sdxl": "sdxl", "demo-sd3": "sd3", "demo-flux": "flux"}
-
 Base = Annotated[
     str,
     typer.Option(
         "--base",
         help="Base model: a folder, a repository id, 'demo', or in a checkout 'demo-sdxl', 'demo-sd3', 'demo-flux'.",
-        autocompletion=completion.of(*TINY),
+        autocompletion=completion.of(*completion.TINY),
     ),
 ]
 Device = Annotated[

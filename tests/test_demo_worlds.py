@@ -2,23 +2,22 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks.drawing import draw as bench_draw
 from diffusers_erasure import ErasureInputError, ErasureNotFoundError, demo
 from diffusers_erasure.base_model import describe_base
+from diffusers_erasure.demo.drawing import STEPS, draw, fast_arguments, fast_pipeline
 from diffusers_erasure.demo.worlds import FOLDER_VARIABLE, folder_of, world_of
-from diffusers_erasure_cli.options import TINY
+from diffusers_erasure_cli.completion import TINY
 from tests.commands import invoke
+from tests.worlds import in_a_checkout
 
 
-ROOT = Path(__file__).resolve().parents[1]
 OTHERS = [name for name in demo.WORLDS if name != "sd1"]
-in_a_checkout = pytest.mark.skipif(
-    not (ROOT / ".git").exists() and not (ROOT / "tools/demo_worlds/models").exists(),
-    reason="an sdist holds no worlds",
-)
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -36,6 +35,9 @@ def test_each_draws_what_it_is_asked_for(world):
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(pairs))],
         **demo.call_arguments(settings.name),
     ).images
+    for again in (draw(fast_pipeline(pipe), pairs[:2]), bench_draw(pipe, [demo.prompt(*pairs[0])], [0])):
+        # as the demo and the benchmarks draw; channels last rounds differently
+        assert max(np.abs(np.subtract(one, other, dtype=float)).max() for one, other in zip(images, again)) < 5
     assert {image.size for image in images} == {(64, 64)}
     assert demo.load_judge().accuracy(images, objects=[name for name, _ in pairs]) == 1.0
 
@@ -73,6 +75,11 @@ def test_how_each_is_called():
     assert demo.call_arguments("flux") == {**size, "num_inference_steps": 10, "max_sequence_length": 32}
     demo.call_arguments("flux")["height"] = 1
     assert demo.call_arguments("flux")["height"] == 64
+
+
+def test_how_the_demo_draws_with_the_embedded_model(demo_pipe):
+    assert fast_arguments(demo_pipe) == demo.call_arguments("sd1") | {"num_inference_steps": STEPS}
+    assert type(fast_pipeline(demo_pipe).scheduler).__name__ == "DPMSolverMultistepScheduler"
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def rebuild(
     accelerator = accelerator or Accelerator()
     if accelerator.num_processes > 1:
         raise ErasureInputError("The rebuild is small: run it in one process, not under `accelerate launch`.")
-    with _replaced_folder(Path(output)) as work:
+    with replaced_folder(Path(output)) as work:
         record_file = work / "rebuild.json"
         record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
         for stage in STAGES:
@@ -147,7 +147,7 @@ def _run_stage(
 
 
 @contextmanager
-def _replaced_folder(output: Path) -> Iterator[Path]:
+def replaced_folder(output: Path) -> Iterator[Path]:
     """A working copy of a folder, which takes its place at the end; after an error the folder is as it was."""
     if output.exists() and not output.is_dir():
         raise ErasureInputError(f"{output} is a file; a folder is needed.")
