@@ -1,0 +1,138 @@
+"""Tiny pipelines of random weights whose denoisers are transformers that predict velocities; nothing is downloaded."""
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
+
+from tests.helpers import TOKENIZER
+
+
+LENGTH = 12  # text rows that their T5 makes
+FLUX_SITES, SD3_SITES = "transformer_blocks.0.attn.", "transformer_blocks.1.attn."
+
+
+def _clip(kind: Any, width: int, tokenizer: Any) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        projection_dim=width,
+        initializer_factor=5.0,
+    )
+    return kind(config).eval()
+
+
+def _t5(width: int, tokenizer: Any) -> Any:
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    return T5EncoderModel(config).eval()
+
+
+def _tokenizers(count: int) -> list[Any]:
+    """CLIP's words for all of them: a T5 has no words of its own before it is trained."""
+    found = [CLIPTokenizer.from_pretrained(TOKENIZER) for _ in range(count)]
+    found[-1].model_max_length = LENGTH
+    return found
+
+
+def _vae(channels: int) -> Any:
+    return AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.8,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def tiny_flux_pipe(seed: int = 0, *, guidance_embeds: bool = False, **scheduler: Any) -> Any:
+    """A `FluxPipeline` with two double and two single blocks, whose VAE makes 16 x 16 pixels of 8 x 8 latents."""
+    tokenizers = _tokenizers(2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 6, 6),
+            guidance_embeds=guidance_embeds,
+        ).eval()
+        encoders = _clip(CLIPTextModel, 32, tokenizers[0]), _t5(32, tokenizers[1])
+        vae = _vae(4)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_sd3_pipe(seed: int = 0, **scheduler: Any) -> Any:
+    """A `StableDiffusion3Pipeline` of two blocks, the second of which has SD3.5's attention of the image alone too."""
+    tokenizers = _tokenizers(3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            out_channels=4,
+            pos_embed_max_size=8,
+            dual_attention_layers=(1,),
+            qk_norm="rms_norm",
+        ).eval()
+        clips = [_clip(CLIPTextModelWithProjection, 16, tokenizer) for tokenizer in tokenizers[:2]]
+        t5, vae = _t5(32, tokenizers[2]), _vae(4)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=vae,
+        text_encoder=clips[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=clips[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=t5,
+        tokenizer_3=tokenizers[2],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
