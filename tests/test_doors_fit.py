@@ -20,7 +20,14 @@ READER = "time_text_embed.text_embedder.linear_1"
 LENGTH = 20  # rows of T5
 CLIP_ROWS = 24  # of the embedded model's tokenizer, which these pipelines have
 COMMON: dict[str, Any] = {"anchors": "animal", "retain_default": "none", "compare": False}
-PLAIN: dict[str, Any] = {**COMMON, "templates": "none", "absolute": True, "lamb": 0.3, "retain_scale": 0.2}
+PLAIN: dict[str, Any] = {
+    **COMMON,
+    "templates": "none",
+    "absolute": True,
+    "lamb": 0.3,
+    "retain_scale": 0.2,
+    "directions": 0,
+}
 WORDS = "a cat animal dog photo of on mat tree an picture in artwork drawing paper two together image".split()
 
 
@@ -170,6 +177,19 @@ def test_a_map_is_the_closed_form_on_sd3(sd3: Any, apart: bool) -> None:
     assert roundings(mapped(erasure), expected) <= ROUNDINGS
 
 
+def test_rows_go_to_the_anchor_in_few_directions(flux: Any) -> None:
+    """The map is that of anchors which lie only so far off as the leading directions of the way go; each concept has its own."""
+    settings = {**PLAIN, "rows": "window", "directions": 2, "layer": "text_map"}
+    erasure = erase(flux, "cat", **settings)
+    target, anchor = (fed(flux, prompt)[0] for prompt in ("cat", "animal"))
+    leading = torch.linalg.svd(anchor - target).Vh[:2]
+    near = target + (anchor - target) @ leading.T @ leading
+    assert roundings(mapped(erasure), formula(target, near, fed(flux, "")[0])) <= ROUNDINGS
+    assert len(erasure.layer_tensors(erasure.config.layers[0])["A"]) == 2
+    two = erase(flux, ["cat", "dog"], **settings)
+    assert len(two.layer_tensors(two.config.layers[0])["A"]) == 4
+
+
 def test_the_bias_is_no_part_of_what_is_solved(flux: Any) -> None:
     """With W g as the goal the edited door gives W g + b; with what the module gives, W g + b, it would give W g + 2 b."""
     pipe = with_t5(tiny_flux_pipe())
@@ -195,7 +215,7 @@ def test_every_row_of_t5_holds_the_word_and_all_of_them_are_mapped(flux: Any) ->
     target, anchor = (fed(flux, template.format(word))[0] for word in ("cat", "animal"))
     far = (target - anchor).norm(dim=1) / target.norm(dim=1)
     assert float(far.min()) > 0.01  # the first word's row too, and the padding's
-    settings = {**COMMON, "templates": [template], "absolute": True, "lamb": 1e-6, "retain_scale": 0.0}
+    settings = {**PLAIN, "templates": [template], "lamb": 1e-6, "retain_scale": 0.0}
     every, last = (erase(flux, "cat", **settings, rows=rows) for rows in ("all", "last"))
     assert float(moved(every, target, anchor).min()) > 0.9
     assert float(moved(last, target, anchor)[:4].min()) < 0.5
@@ -203,7 +223,7 @@ def test_every_row_of_t5_holds_the_word_and_all_of_them_are_mapped(flux: Any) ->
 
 def test_both_alphabets_of_sd3_are_mapped(sd3: Any) -> None:
     """Rows of T5 alone leave CLIP's as they are, and the other way about."""
-    settings = {**COMMON, "templates": "none", "absolute": True, "lamb": 1e-3, "retain_scale": 0.0, "rows": "last"}
+    settings = {**PLAIN, "lamb": 1e-3, "retain_scale": 0.0, "rows": "last"}
     (target, _), (anchor, _) = fed(sd3, "cat"), fed(sd3, "animal")
     places = [1, CLIP_ROWS]  # the word's row of CLIP, and of T5
 
@@ -238,7 +258,7 @@ def test_without_the_encoders_that_make_rows_there_is_nothing_to_fit(caplog: pyt
 def test_the_pooled_door_has_a_map_of_its_own(flux: Any) -> None:
     (_, target), (_, anchor) = fed(flux, "cat"), fed(flux, "animal")
     for method in ("uce", "rece", "speed"):
-        erasure = erase(flux, "cat", **COMMON, method=method)
+        erasure = erase(flux, "cat", **COMMON, method=method, directions=0)
         change, way = mapped(erasure, POOLED) @ target, anchor - target
         share = float(change @ way / way.square().sum())
         assert share > 0.8
