@@ -1,8 +1,6 @@
-"""Everything that relies on private names or habits of torch, accelerate, diffusers, peft and huggingface_hub.
+"""All that relies on private names or habits of torch, accelerate, diffusers, peft and huggingface_hub; no other module may."""
 
-No other module of the library imports or reads a private name of another library.
-"""
-
+import copy
 import functools
 import re
 import sys
@@ -222,8 +220,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def offloaded_tensor(owner: nn.Module, name: str) -> torch.Tensor | None:
-    """Return a parameter that is kept away from its module: by accelerate (sequential offload leaves a meta tensor there), or by
-    this library, in a file."""
+    """Return a parameter that accelerate (sequential offload leaves a meta tensor), or a file, keeps away from its module."""
     if "kept_elsewhere" in vars(owner):
         return vars(owner)["kept_elsewhere"](name)
     hook: Any = getattr(owner, "_hf_hook", None)
@@ -469,12 +466,20 @@ def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn
     return iter(found)
 
 
+def with_values(module: nn.Module, values: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy of a module of no children with other parameters, without hooks and accelerate's `forward`."""
+    found = copy.copy(module)
+    vars(found).pop("forward", None)
+    found._parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    found._forward_hooks, found._forward_pre_hooks = type(module._forward_hooks)(), type(module._forward_hooks)()
+    return found
+
+
 @contextmanager
 def accelerate_state_restored() -> Iterator[None]:
     """Within the block accelerate may be set up; afterwards it is set up no more, if it was not before.
 
-    accelerate keeps one state for the whole process and refuses an `Accelerator` with other options as long as it lives.
-    That of several processes stays: their connection cannot be made twice.
+    Its one state refuses an `Accelerator` with other options. That of several processes stays: they connect but once.
     """
     from accelerate.state import AcceleratorState, GradientState, PartialState
 

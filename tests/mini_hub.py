@@ -342,6 +342,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data[:limit])
             return self.cut()
+        self.server.sent += len(data)
         self.reply(status, body=data, headers=headers)
 
 
@@ -354,6 +355,7 @@ class Server(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.log: list[tuple[str, str, str]] = []
+        self.sent = 0
         self.lock = threading.RLock()
         self.faults: dict[str, Any] = {}
         self.count = 0
@@ -386,6 +388,9 @@ class Server(ThreadingHTTPServer):
                 found.append([sha, self.repos[name].messages[sha]])
                 sha = self.repos[name].parents[sha]
             return found
+        elif order["do"] == "sent":
+            sent, self.sent = self.sent, 0
+            return sent
         elif order["do"] == "log":
             log, self.log = self.log, []
             return log
@@ -464,6 +469,10 @@ class Hub:
     def commits(self, repo: str, revision: str = "main") -> list[tuple[str, str]]:
         """Commits and messages, the newest first."""
         return [(sha, message) for sha, message in self._control(do="commits", repo=repo, revision=revision)]
+
+    def sent(self) -> int:
+        """Bytes of files that were downloaded since the last call."""
+        return int(self._control(do="sent"))
 
     def log(self) -> list[tuple[str, str, str]]:
         """The requests since the last call, as (method, path, query)."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from diffusers import FluxPipeline
 from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
@@ -78,7 +78,7 @@ def test_diffusers_reader_gives_the_same_edit_of_flux(rank: int) -> None:
         *(f"lora_unet_double_blocks_3_{name}" for name in ("txt_attn_proj", "img_mod_lin")),
         "lora_unet_single_blocks_37_linear1",
     }
-    read = _convert_kohya_flux_lora_to_diffusers(dict(file))
+    read = FluxPipeline.lora_state_dict(dict(file))
     assert len({value.shape[0] for key, value in read.items() if key.endswith(DOWN)}) == 1
     expected, found = products(erasure.tensors[LORA_FILE], 601), products(read, 601)
     assert expected.keys() <= found.keys()

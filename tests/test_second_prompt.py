@@ -22,6 +22,7 @@ from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.live.second_prompt import maps_together
 from diffusers_erasure.low_rank import DOWN, UP, compress, svd, truncated, written
 from diffusers_erasure.schema import LORA_FILE
+from tests.flow_pipes import tiny_flux_pipe, tiny_sd3_pipe
 from tests.helpers import ROUNDINGS, images, normal, roundings, tiny_sd_pipe, tiny_sdxl_pipe
 
 
@@ -318,3 +319,22 @@ def test_rows_made_of_two_prompts_are_the_users_own(pipe: Any) -> None:
         pooled_prompt_embeds=pooled,
         negative_pooled_prompt_embeds=negative_pooled,
     )
+
+
+def test_clips_of_sd3_that_are_mapped_together_need_one_prompt() -> None:
+    """Which of its maps are made so no factor says, as T5's rows lie in the same columns; T5's own prompt may be any."""
+    pipe = tiny_sd3_pipe()
+    call: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent", "max_sequence_length": 12}
+    apart, together = (erase(pipe, "cat", **COMMON, per_encoder=each, compare=False) for each in (True, False))
+    assert not maps_together(pipe, apart) and maps_together(pipe, together)
+    pipe.load_erasure(apart, "one")
+    pipe("cat", prompt_2="dog", prompt_3="tree", **call)
+    pipe.unload_erasure()
+    pipe.load_erasure(together, "one")
+    pipe("cat", prompt_3="tree", **call)
+    with pytest.raises(ErasureInactiveError, match="prompt_2"):
+        pipe("cat", prompt_2="dog", **call)
+    with erasures_disabled(pipe):
+        pipe("cat", prompt_2="dog", **call)
+    flux = tiny_flux_pipe()
+    assert not maps_together(flux, erase(flux, "cat", **COMMON, per_encoder=False, compare=False))

@@ -1,6 +1,5 @@
 """Rows as a pipeline's own `encode_prompt` makes them: of families whose prompts stand in chat templates, behind masks."""
 
-import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,13 +42,7 @@ class Norm:
             if stored is None:
                 raise ErasureInputError(f"The weight of {name!r} cannot be read; load the denoiser.")
             values[local] = stored.detach().to("cpu", torch.float64)
-        found = copy.copy(original)
-        found._parameters = {local: nn.Parameter(value, requires_grad=False) for local, value in values.items()}
-        found._forward_hooks, found._forward_pre_hooks = (
-            type(original._forward_hooks)(),
-            type(original._forward_hooks)(),
-        )
-        found.__dict__.pop("forward", None)  # accelerate's, which moves weights
+        found = compat.with_values(original, values)
         return cls(found, checksum((local, value) for local, value in values.items()) or "")
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""SDXL's second prompt: what was fitted to rows whose halves are of one prompt is refused where they are of two.
+"""The second prompt of SDXL and SD3: what was fitted to rows whose halves are of one prompt is refused where they are of two.
 
-A text row of SDXL is what two text encoders make of a token, side by side, and a call may give each its own prompt. An erasure
-that maps each half by itself acts on it whatever the other is; one that maps both together, or was trained on both, was made for
-rows that such a call does not feed.
+A text row of SDXL, and one of CLIP's of Stable Diffusion 3, is what two text encoders make of a token, side by side, and a call may
+give each its own prompt. An erasure that maps each half by itself acts on it whatever the other is; one that maps both together, or
+was trained on both, was made for rows that such a call does not feed. T5's rows stand by themselves, of whatever prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from .. import compat
 from ..artifact import Erasure
 from ..base_model import component, family_of
 from ..errors import ErasureCompatibilityError, ErasureInactiveError
+from ..families import ROWS, Family
 from ..layers import layer_kind
-from ..layers.text_map import ROWS
 from ..logging import get_logger
 from ..low_rank import blocks
 from ..schema import LayerSpec
@@ -30,11 +30,12 @@ _READERS = (".attn2.to_k", ".attn2.to_v")
 
 def acting_together(pipe: Any) -> list[str]:
     """Names of the erasures on a pipeline's denoiser that act now and need both halves of the rows to be of one prompt."""
-    state = states(pipe).get("unet")
-    if state is None:
-        return []
-    view = state.view()
-    return [name for name in view.acting if view.plan.items[name].one_prompt is not None]
+    found = []
+    for denoiser in ("unet", "transformer"):
+        state = states(pipe).get(denoiser)
+        view = None if state is None else state.view()
+        found += [] if view is None else [name for name in view.acting if view.plan.items[name].one_prompt is not None]
+    return found
 
 
 def needs_guard(pipe: Any, erasure: Erasure) -> bool:
@@ -53,17 +54,27 @@ def needs_guard(pipe: Any, erasure: Erasure) -> bool:
 def maps_together(pipe: Any, erasure: Erasure) -> bool:
     """Whether an erasure was made with both text encoders and acts on the halves of their rows together.
 
-    That it acts on each by itself shows in its factors: every row of `A` has exact zeros in one half.
+    That it acts on each by itself shows in a UNet's factors: every row of `A` has exact zeros in one half. At a door, which reads
+    T5's rows in the same columns, it does not, and what the method recorded of itself counts.
     """
     try:
-        if family_of(pipe).name != "stable-diffusion-xl":
-            return False
+        family = family_of(pipe)
     except ErasureCompatibilityError:
         return False
+    if _ENCODERS not in family.rows:
+        return False
+    if family.door is not None:
+        apart = erasure.config.method.settings.get("per_encoder") is True
+        return any(_at_door(layer, family) and not (apart and layer.gate is None) for layer in erasure.config.layers)
     first = component(pipe, _ENCODERS[0])
     width = None if first is None else int(first.config.hidden_size)
     layers = [layer for layer in erasure.config.layers if set(_ENCODERS) <= set(layer.derived_from)]
     return any(layer.gate is not None or _mixes(erasure, layer, width) for layer in layers)
+
+
+def _at_door(layer: LayerSpec, family: Family) -> bool:
+    """Whether a layer was made with both encoders, and maps the rows or is a LoRA on what reads them."""
+    return set(_ENCODERS) <= set(layer.derived_from) and bool({ROWS, family.door} & set(layer.sites))
 
 
 def _mixes(erasure: Erasure, layer: LayerSpec, width: int | None) -> bool:

@@ -43,6 +43,7 @@ from .rows import (
     by_part,
     kept_rows,
     parts_of,
+    suited,
     target_rows,
 )
 from .speed import with_anchors
@@ -89,6 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
     for task, values in PUBLISHED.items()
 }
+AT_DOORS: dict[str, Any] = {"rows": "window", "adversarial_rows": "window"}  # where text enters by a door; see UCE's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +126,14 @@ class Config(TextConfig):
         layer (`"both"`, `"text_map"` or `"lora"`, *optional*): how the erasure is published: as a map of the text rows, by which
             it acts here, with the LoRA that is the same edit for stock diffusers; or as one of the two alone. The LoRA has the
             map's rank in every layer: of the published windows of rows, whose rank is high, there is the map alone.
-        pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
-            `prompt_2` is. Off, both are mapped together, and a call with another `prompt_2` is refused.
+        pooled (`bool`, *optional*, defaults to `True`): SDXL, Stable Diffusion 3, FLUX.1: map the pooled text vector as well.
+        per_encoder (`bool`, *optional*): SDXL, Stable Diffusion 3: map what each CLIP makes of a row by itself, so that the
+            erasure acts whatever `prompt_2` is. Off, as published, both are mapped together, and a call with another `prompt_2` is
+            refused.
+        max_sequence_length (`int`, *optional*, defaults to 0): rows that T5 makes of a prompt, as in calls of
+            the pipeline; 0 for the pipeline's own number, see [`TextConfig`].
+        directions (`int`, *optional*): let all rows of a concept go to its anchor's in so many directions, those in which they go
+            farthest; 0, the default, for each row's own.
         rank (`int`, *optional*): truncate what is published to this rank; the error is recorded. 0, the default, for the exact
             one.
         max_error (`float`, *optional*): truncate what is published to the least rank whose relative error is no larger; 0, the
@@ -260,6 +267,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = with_anchors(concepts, str(PUBLISHED[config.preset]["anchor"]))
+    config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
     first = target_rows(pipe, concepts, settings)
     if settings.rows == settings.adversarial_rows:
@@ -272,6 +280,7 @@ def refit(
     pipe: Any, concepts: Sequence[Concept], config: Config, targets: Mapping[str, Mapping[str, TargetRows]]
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
+    config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
     kept = kept_rows(pipe, settings, with_gram=settings.retain_rows == "all")
     first, later = targets[""], targets.get("epochs", targets[""])

@@ -1,8 +1,9 @@
 """Which text rows the closed-form methods (UCE, RECE, SPEED) map, and which they keep."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from .holding import held_prompts, others_than
 
 
 Which = Literal["last", "window", "all", "whole"]
+Config = TypeVar("Config", bound="TextConfig")
 SAME = 1e-7  # singular values below this share of the largest are float32's rounding
 
 
@@ -42,6 +44,8 @@ class TextConfig:
         max_sequence_length (`int`, *optional*, defaults to 0): Stable Diffusion 3, FLUX.1 and others: how many rows T5 makes of
             a prompt, as in calls of the pipeline. 0 for the pipeline's own number: 512 for FLUX.1 dev, 256 for schnell and Stable
             Diffusion 3.
+        directions (`int`, *optional*): let all rows of a concept go to its anchor's in so many directions, those in which they go
+            farthest; 0 for each row's own. UCE's map has the rank of these.
         rank (`int`, *optional*): truncate the published LoRA or map to this rank; the error is recorded. 0 for the exact one.
             Where each text encoder's half is mapped by itself, it is the rank of each.
         max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger (that of each half, where
@@ -55,12 +59,13 @@ class TextConfig:
     pooled: bool = True
     per_encoder: bool | None = None
     max_sequence_length: Annotated[int, Whole(least=0)] = 0
+    directions: Annotated[int | None, Whole(least=0)] = None
     rank: Annotated[int | None, Whole(least=0)] = None
     max_error: Annotated[float | None, Number(below=1)] = None
 
     def stated(self) -> Mapping[str, Any]:
         """What stands for settings that are left out; a method's config adds its preset."""
-        return {"retain_templates": False, "per_encoder": True, "rank": 0, "max_error": 0.0}
+        return {"retain_templates": False, "per_encoder": True, "directions": 0, "rank": 0, "max_error": 0.0}
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -77,6 +82,7 @@ class TextSettings:
     pooled: bool
     per_encoder: bool
     max_sequence_length: int
+    directions: int
     rank: int
     max_error: float
 
@@ -230,16 +236,46 @@ def target_rows(
     Args:
         rows: which ones, where not those of the settings.
     """
-    templates, chosen = settings.template_list, settings.rows if rows is None else rows
-    pairs = [(template.format(c.target), filled(template, c.anchor)) for c in concepts for template in templates]
-    own = [i * len(templates) for i in range(len(concepts))]  # each concept's first template
+    chosen = settings.rows if rows is None else rows
+    groups = [[each] for each in concepts] if settings.directions else [list(concepts)]
     found = {}
     for name, sources in inputs_of(pipe, settings).items():
-        each = [_picked(source, pairs, own) for source in sources]
-        if chosen != "last" and name not in POOLED_INPUTS:
-            each = [_blocks(source, pairs, chosen, plain) for source, plain in zip(sources, each, strict=True)]
-        found[name] = _together(each)
+        own = "last" if name in POOLED_INPUTS else chosen
+        parts = [
+            _together([_led(_encoded(source, group, settings, own), settings.directions) for source in sources])
+            for group in groups
+        ]
+        found[name] = parts[0] if len(parts) == 1 else join(parts)
     return found
+
+
+def _encoded(source: Source, concepts: Sequence[Concept], settings: TextSettings, rows: str) -> TargetRows:
+    """The rows of some concepts that one source makes."""
+    templates = settings.template_list
+    pairs = [(template.format(c.target), filled(template, c.anchor)) for c in concepts for template in templates]
+    # Each concept's first template is its probe.
+    plain = _picked(source, pairs, [i * len(templates) for i in range(len(concepts))])
+    return plain if rows == "last" else _blocks(source, pairs, rows, plain)
+
+
+def _led(rows: TargetRows, directions: int) -> TargetRows:
+    """Rows that go to their anchors in few directions: those in which they go farthest, all together."""
+    if not directions:
+        return rows
+    leading = torch.linalg.svd(rows.way, full_matrices=False).Vh[:directions]
+    return dataclasses.replace(rows, anchors=rows.targets + (rows.way @ leading.T) @ leading)
+
+
+def suited(config: Config, pipe: Any, at_doors: Mapping[str, Any]) -> Config:
+    """A config with what a method has by default where text enters by a door, filled in for what was left out.
+
+    Args:
+        config ([`TextConfig`]): the method's config; with `published=True` it stays as it is.
+        at_doors: settings by name.
+    """
+    if family_of(pipe).door is None or getattr(config, "published", False):
+        return config
+    return dataclasses.replace(config, **{key: v for key, v in at_doors.items() if getattr(config, key) is None})
 
 
 def _picked(source: Source, pairs: Sequence[tuple[str, str]], own: Sequence[int]) -> TargetRows:

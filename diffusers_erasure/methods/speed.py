@@ -109,7 +109,7 @@ class Config(TextConfig):
             concept; what is not given is chosen for it.
         published (`bool`, *optional*, defaults to `False`): take the authors' settings of the preset (last rows, no
             templates, absolute units) instead of this library's.
-        params (`"V"`, `"K"` or `"KV"`, *optional*): which projections are edited: values, keys or both.
+        params (`"V"`, `"K"` or `"KV"`, *optional*): which projections of a UNet are edited: values, keys or both.
         rows (`"last"`, `"window"`, `"all"` or `"whole"`, *optional*): which rows of a target are mapped: that of its last word
             piece, that and all after it, all but the start token's, or all; see [`TextConfig`].
         templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which each target and its
@@ -134,16 +134,20 @@ class Config(TextConfig):
         reg (`float`, *optional*, defaults to 0.1): RECE's weight of a small adversarial row; relative to the mean square of
             the projections' columns where `units` is `"relative"`.
         seed (`int`, *optional*, defaults to 0): seed of the augmentation, the chunks and k-means.
-        pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
-            `prompt_2` is. Off, as published, both are mapped together, and a call with another `prompt_2` is refused.
+        pooled (`bool`, *optional*, defaults to `True`): SDXL, Stable Diffusion 3, FLUX.1: map the pooled text vector as well.
+        per_encoder (`bool`, *optional*): SDXL, Stable Diffusion 3: map what each CLIP makes of a row by itself, so that the
+            erasure acts whatever `prompt_2` is. Off, as published, both together; a call with another `prompt_2` is refused.
+        max_sequence_length (`int`, *optional*, defaults to 0): rows that T5 makes of a prompt, as in calls of the pipeline; 0 for
+            the pipeline's own number, see [`TextConfig`].
+        directions (`int`, *optional*): let all rows of a concept go to its anchor's in so many directions, those in which they go
+            farthest; 0, the default, for each row's own.
         layer (`"both"`, `"text_map"` or `"lora"`, *optional*): how the erasure is published where it is one map for all layers,
-            with `params="KV"`, `filter=False` and `augment=0`: as a map of the text rows, by which it acts here, with the LoRA
-            that is the same edit for stock diffusers; or as one of the two alone. Elsewhere it is the LoRA, whatever is given.
-        rank (`int`, *optional*): truncate what is published to this rank; the error is recorded. 0, the default, for no such
-            limit.
-        max_error (`float`, *optional*): truncate what is published to the least rank whose relative error is no larger; 0
-            for none. Our presets do, as the many rows of a window lie close together.
+            with `params="KV"`, `filter=False` and `augment=0`, or where text enters by a door: as a map of the text rows, by which
+            it acts here, with the LoRA that is the same edit for stock diffusers; or as one of the two alone. Elsewhere it is the
+            LoRA, whatever is given.
+        rank (`int`, *optional*): truncate what is published to this rank; the error is recorded. 0, the default, for no limit.
+        max_error (`float`, *optional*): truncate what is published to the least rank whose relative error is no larger; 0 for
+            none. Our presets do, as the many rows of a window lie close together.
     """
 
     preset: Literal["instance", "style", "celebrity", "nudity"] = "instance"
@@ -491,11 +495,5 @@ def adversarial_rows(
     scale = float(edited.diagonal().mean()) if settings.units == "relative" else 1.0
     edited.diagonal().add_(settings.reg * scale)
     reached = rows.targets @ torch.linalg.solve(edited, mixed).T
-    return TargetRows(
-        torch.cat([rows.targets, reached]),
-        torch.cat([rows.anchors, rows.anchors]),
-        rows.probes,
-        rows.squares,
-        rows.count,
-        rows.prompts,
-    )
+    targets, anchors = torch.cat([rows.targets, reached]), torch.cat([rows.anchors, rows.anchors])
+    return dataclasses.replace(rows, targets=targets, anchors=anchors)

@@ -23,7 +23,7 @@ from ..schema import Concept
 from ..settings import Number, resolve
 from .holding import HELD, holding, scaled_up
 from .publishing import Factors, Form, FormSettings, kept_names, make_erasure, publish, report, side_by_side
-from .rows import KeptRows, TargetRows, TextConfig, by_part, kept_rows, parts_of, target_rows
+from .rows import KeptRows, TargetRows, TextConfig, by_part, kept_rows, parts_of, suited, target_rows
 
 
 # What the authors' code of 2025 does, whatever the concept is.
@@ -46,6 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
     for task, templates in (("object", "object_context"), ("style", "style"), ("person", "person"))
 }
+# Where text enters by a door: T5 puts a word into every row, and a causal encoder into all rows after it.
+AT_DOORS: dict[str, Any] = {"rows": "window", "directions": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +76,14 @@ class Config(TextConfig):
         absolute (`bool`, *optional*): take `retain_scale` and `lamb` as they are, as published.
         layer (`"both"`, `"text_map"` or `"lora"`, *optional*): how the erasure is published: as a map of the text rows, by which
             it acts here, with the LoRA that is the same edit for stock diffusers; or as one of the two alone.
-        pooled (`bool`, *optional*, defaults to `True`): SDXL: map the pooled text vector as well.
-        per_encoder (`bool`, *optional*): SDXL: map each text encoder's half of a row by itself, so that the erasure acts whatever
-            `prompt_2` is. Off, as published, both are mapped together, and a call with another `prompt_2` is refused.
+        pooled (`bool`, *optional*, defaults to `True`): SDXL, Stable Diffusion 3, FLUX.1: map the pooled text vector as well.
+        per_encoder (`bool`, *optional*): SDXL, Stable Diffusion 3: map what each CLIP makes of a row by itself, so that the
+            erasure acts whatever `prompt_2` is. Off, as published, both are mapped together, and a call with another `prompt_2` is
+            refused.
+        max_sequence_length (`int`, *optional*, defaults to 0): rows that T5 makes of a prompt, as in calls of
+            the pipeline; 0 for the pipeline's own number, see [`TextConfig`].
+        directions (`int`, *optional*): let all rows of a concept go to its anchor's in so many directions, those in which they go
+            farthest; 0 for each row's own. UCE's map has the rank of these: 2 by default for Stable Diffusion 3, FLUX.1 and others, else 0.
         rank (`int`, *optional*): truncate to this rank; the error is recorded. 0, the default, for the exact one.
         max_error (`float`, *optional*): truncate to the least rank whose relative error is no larger; 0, the default, for none.
     """
@@ -169,6 +176,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
+    config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
     return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings)})
 
@@ -177,6 +185,7 @@ def refit(
     pipe: Any, concepts: Sequence[Concept], config: Config, targets: Mapping[str, Mapping[str, TargetRows]]
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
+    config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
     kept = kept_rows(pipe, settings, with_gram=settings.retain_rows == "all")
     wanted = [name for name in targets[""] if name not in POOLED_INPUTS or settings.pooled]

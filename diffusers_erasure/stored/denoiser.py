@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from ..families import DENOISERS
 from ..fingerprints import keep_stored
 from .places import Folder, Place, Repository
 from .weights import Weights
+
+
+_views: weakref.WeakKeyDictionary[Any, tuple[str, nn.Module]] = (
+    weakref.WeakKeyDictionary()
+)  # of pipelines, as fits see them
 
 
 class WithDenoiser:
@@ -47,15 +53,18 @@ def with_stored_denoiser(pipe: Any) -> Any:
     names = [name for name in ("unet", "transformer") if hasattr(pipe, name)]
     if not names or any(component(pipe, name) is not None for name in names):
         return pipe
-    name, errors = names[0], []
+    name, errors, where = names[0], [], compat.name_or_path(pipe)
+    if pipe in _views and _views[pipe][0] == where:
+        return WithDenoiser(pipe, name, _views[pipe][1])
     for place in _places(pipe, name):
         try:
-            return WithDenoiser(pipe, name, _skeleton(pipe, name, place))
+            model = _skeleton(pipe, name, place)
+            _views[pipe] = where, model
+            return WithDenoiser(pipe, name, model)
         except (OSError, ValueError, ErasureError) as error:
             if isinstance(error, ErasureCompatibilityError):
                 raise
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
-    where = compat.name_or_path(pipe)
     raise ErasureCompatibilityError(
         f"{type(pipe).__name__} has no {name} loaded, and its files cannot be read "
         + (

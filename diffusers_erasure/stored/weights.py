@@ -50,6 +50,7 @@ class Weights:
         self.place = place
         self.entries: dict[str, Entry] = {}
         self.kept: dict[str, torch.Tensor] = {}
+        self.sampled: tuple[list[tuple[str, list[int]]], list[torch.Tensor | None]] = [], []
         for name in place.names():
             self.entries.update(_entries(place, name))
 
@@ -70,6 +71,12 @@ class Weights:
 
     def sample(self, wanted: Sequence[tuple[str, Sequence[int]]]) -> list[torch.Tensor | None]:
         """Values of tensors at places of the flattened ones, in their own dtype; `None` for one that is not there or packed."""
+        asked = [(name, list(positions)) for name, positions in wanted]
+        if asked != self.sampled[0]:  # each fit wants the same ones
+            self.sampled = asked, self._sample(asked)
+        return self.sampled[1]
+
+    def _sample(self, wanted: Sequence[tuple[str, Sequence[int]]]) -> list[torch.Tensor | None]:
         ranges = []
         for name, positions in wanted:
             entry = self.entries.get(name)
@@ -84,6 +91,8 @@ class Weights:
                 found.append(None)
                 continue
             joined = bytearray(b"".join(next(data) for _ in positions))
+            if len(joined) != len(positions) * entry.dtype.itemsize:
+                raise ErasureFileError(f"{entry.file} ends before {name!r} does.")
             found.append(torch.frombuffer(joined, dtype=entry.dtype))
         return found
 
