@@ -12,40 +12,31 @@ from torch import nn
 from diffusers_erasure import Erasure, with_stock_lora
 from diffusers_erasure.base_model import door_readers, family_of
 from diffusers_erasure.families import FAMILIES as TABLE
-from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.low_rank import DOWN, UP
 from tests.helpers import assert_merged_weights, assert_same_weights, weights
-from tests.tiny_families import DOOR, FAMILIES, LENGTH, ROWS, Maps, Tiny, base, edit, edited, linears, maps_of
-
-
-EXACT = 1e-5  # relative
-EFFECT = 1e-2  # the same: what a map changes at the least
-SCHEDULE = torch.tensor([[1.0], [0.0]])  # it acts in the half next to the picture
+from tests.tiny_families import (
+    DOOR,
+    EFFECT,
+    EXACT,
+    FAMILIES,
+    LENGTH,
+    ROWS,
+    SCHEDULE,
+    apart,
+    assert_close,
+    base,
+    edit,
+    edited,
+    erasure_of,
+    linears,
+    maps_of,
+)
 
 
 @pytest.fixture(params=FAMILIES)
 def name(request: pytest.FixtureRequest) -> str:
     found: str = request.param
     return found
-
-
-def erasure_of(tiny: Tiny, pipe: Any, maps: Maps, schedule: torch.Tensor | None = None) -> Erasure:
-    layers = [
-        Layer("text_map", (source,), {"A": a, "D": d}, tiny.component, schedule=schedule)
-        for source, (a, d) in maps.items()
-    ]
-    return Erasure.from_layers(layers, base=pipe, concepts="zebra")
-
-
-def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference over the largest value."""
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
-
-
-def assert_close(actual: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> None:
-    """`actual` is the oracle's output, which is another than that of the base."""
-    assert apart(oracle, plain) > EFFECT
-    assert apart(actual, oracle) < EXACT
 
 
 # --------------------------------------------------------------------------------------------------- what they do

@@ -13,12 +13,20 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from diffusers_erasure import Erasure
+from diffusers_erasure.layers.layer import Layer
+
 
 ROWS, DOOR, POOLED = "encoder_hidden_states", "door_input", "pooled_projections"
 CONTEXT = {ROWS: ("context_embedder",)}
 BOTH = {**CONTEXT, POOLED: ("time_text_embed.text_embedder.linear_1",)}
 CAPTION = {ROWS: ("caption_projection.linear_1",)}
 LENGTH = 6  # text rows
+EXACT = 1e-5  # relative
+EFFECT = 1e-2  # the same: what a map changes at the least
+SCHEDULE = torch.tensor([[1.0], [0.0]])  # it acts in the half next to the picture
+FLUX, SD3, QWEN, Z = "FLUX.1 dev", "SD3", "Qwen-Image", "Z-Image"
+KINDS = FLUX, SD3, QWEN  # with rows and a pooled vector, and with a norm before the door
 
 
 @dataclass(frozen=True)
@@ -135,11 +143,11 @@ PROJECTIONS = {ROWS: (".attn2.to_k", ".attn2.to_v")}
 XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
 POOLED_XL = {**PROJECTIONS, "text_embeds": ("add_embedding.linear_1",)}
 SIZE = {"height": 64, "width": 64}
-FLUX = {
+FLUX_SIZES = {
     **{"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2},
     **{"joint_attention_dim": 20, "pooled_projection_dim": 12, "axes_dims_rope": (4, 4, 8)},
 }
-SD3 = {
+SD3_SIZES = {
     **{"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8},
     **{"num_attention_heads": 4, "caption_projection_dim": 32, "joint_attention_dim": 20, "pooled_projection_dim": 12},
     **{"out_channels": 4, "pos_embed_max_size": 8},
@@ -175,20 +183,27 @@ FAMILIES: dict[str, Tiny] = {
         *(TWO, "epsilon"),
     ),
     "SD3": Tiny(
-        *("stable-diffusion-3", "StableDiffusion3Pipeline", SD3_DENOISER, SD3, BOTH, BOTH_WIDTHS),
+        *("stable-diffusion-3", "StableDiffusion3Pipeline", SD3_DENOISER, SD3_SIZES, BOTH, BOTH_WIDTHS),
         *({**SIZE, "guidance_scale": 3.0}, THREE),
     ),
     "SD3.5 medium": Tiny(
         *("stable-diffusion-3", "StableDiffusion3Pipeline", SD3_DENOISER),
-        *({**SD3, "dual_attention_layers": (0,), "qk_norm": "rms_norm"}, BOTH, BOTH_WIDTHS, SIZE, THREE),
+        *({**SD3_SIZES, "dual_attention_layers": (0,), "qk_norm": "rms_norm"}, BOTH, BOTH_WIDTHS, SIZE, THREE),
     ),
     "FLUX.1 dev": Tiny(
-        *("flux", "FluxPipeline", "FluxTransformer2DModel", {**FLUX, "guidance_embeds": True}, BOTH, BOTH_WIDTHS),
+        *(
+            "flux",
+            "FluxPipeline",
+            "FluxTransformer2DModel",
+            {**FLUX_SIZES, "guidance_embeds": True},
+            BOTH,
+            BOTH_WIDTHS,
+        ),
         *(SIZE, TWO),
         packed=16,
     ),
     "FLUX.1 schnell": Tiny(
-        *("flux", "FluxPipeline", "FluxTransformer2DModel", FLUX, BOTH, BOTH_WIDTHS, SIZE, TWO), packed=16
+        *("flux", "FluxPipeline", "FluxTransformer2DModel", FLUX_SIZES, BOTH, BOTH_WIDTHS, SIZE, TWO), packed=16
     ),
     "FLUX.2": Tiny(
         *("flux-2", "Flux2Pipeline", "Flux2Transformer2DModel"),
@@ -220,7 +235,7 @@ FAMILIES: dict[str, Tiny] = {
     "Chroma": Tiny(
         *("chroma", "ChromaPipeline", "ChromaTransformer2DModel"),
         {
-            **{key: value for key, value in FLUX.items() if key != "pooled_projection_dim"},
+            **{key: value for key, value in FLUX_SIZES.items() if key != "pooled_projection_dim"},
             **{"approximator_hidden_dim": 32, "approximator_layers": 1, "approximator_num_channels": 16},
         },
         *(CONTEXT, {ROWS: 20}, {**SIZE, "guidance_scale": 3.0}),
@@ -337,3 +352,69 @@ def edited(name: str) -> torch.Tensor:
     """What it makes with the first maps of all inputs in its weights."""
     tiny = FAMILIES[name]
     return tiny.draw(edit(tiny, tiny.make(), maps_of(tiny)))
+
+
+def erasure_of(tiny: Tiny, pipe: Any, maps: Maps, schedule: torch.Tensor | None = None) -> Erasure:
+    layers = [
+        Layer("text_map", (source,), {"A": a, "D": d}, tiny.component, schedule=schedule)
+        for source, (a, d) in maps.items()
+    ]
+    return Erasure.from_layers(layers, base=pipe, concepts="zebra")
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference over the largest value."""
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def assert_close(actual: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> None:
+    """`actual` is the oracle's output, which is another than that of the base."""
+    assert apart(oracle, plain) > EFFECT
+    assert apart(actual, oracle) < EXACT
+
+
+@cache
+def arguments(name: str, batch: int = 2) -> dict[str, Any]:
+    """What the pipeline gives its denoiser in the first step."""
+    tiny, found = FAMILIES[name], list[dict[str, Any]]()
+    pipe = tiny.make()
+    handle = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: found.append(kwargs), with_kwargs=True)
+    more = {} if tiny.family == "qwen-image" else {"guidance_scale": 1.0}
+    tiny.draw(pipe, **{**texts(tiny, batch), **more})
+    handle.remove()
+    return found[0]
+
+
+def predict(name: str, model: Any, batch: int = 2) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**arguments(name, batch))[0]
+
+
+def loaded(name: str, *maps: Maps, schedule: torch.Tensor | None = None) -> Any:
+    """A pipeline with an erasure of each of some maps, by default of the first: "0", "1" and so on."""
+    tiny = FAMILIES[name]
+    pipe = tiny.make()
+    for number, each in enumerate(maps or (maps_of(tiny),)):
+        pipe.load_erasure(erasure_of(tiny, pipe, each, schedule), str(number))
+    return pipe
+
+
+def oracle(name: str, batch: int = 2, strength: float = 1.0) -> torch.Tensor:
+    tiny = FAMILIES[name]
+    return predict(name, edit(tiny, tiny.make(), maps_of(tiny), strength).transformer, batch)
+
+
+def plain(name: str, batch: int = 2) -> torch.Tensor:
+    return predict(name, FAMILIES[name].make().transformer, batch)
+
+
+def summed(*maps: tuple[Maps, float]) -> Maps:
+    """Maps at their strengths as one."""
+    sources = maps[0][0]
+    return {
+        source: (
+            torch.cat([strength * each[source][0] for each, strength in maps]),
+            torch.cat([each[source][1] for each, _ in maps]),
+        )
+        for source in sources
+    }
