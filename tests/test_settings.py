@@ -267,13 +267,17 @@ def test_what_the_catalogue_says() -> None:
     assert found["uce"]["settings"]["lamb"]["presets"]["style"] == 1e-3
     assert found["uce"]["settings"]["lamb"]["published"]["style"] == 0.5
     closed = {"uce", "rece", "speed"}
-    assert all("stable-diffusion" in entry["families"] for entry in found.values())
-    assert all("flux" in found[name]["families"] for name in closed)
+    trained = ["dumo", "eraseanything", "esd", "gem", "sdd"]
+    of_transformers = {"gem", "eraseanything"}
+    assert all(
+        ("stable-diffusion" in entry["families"]) == (name not in of_transformers) for name, entry in found.items()
+    )
+    assert all("flux" in found[name]["families"] for name in closed | of_transformers)
     assert all((entry["needs"] == "text encoders") == (name in closed) for name, entry in found.items())
     assert found["rece"]["makes"] == ["text_map", "lora"] and found["dumo"]["citation"]["year"] == 2025
     assert (found["sdd"]["presets"], found["sdd"]["has_published"]) == (["style", "object", "nudity"], True)
-    assert [name for name, entry in found.items() if entry["trains"]] == ["dumo", "esd", "sdd"]
-    assert [name for name, entry in found.items() if entry["resumable"]] == ["acterase", "dumo", "esd", "sdd"]
+    assert [name for name, entry in found.items() if entry["trains"]] == trained
+    assert [name for name, entry in found.items() if entry["resumable"]] == ["acterase", *trained]
     assert [name for name, entry in found.items() if not entry["retains"]] == ["acterase"]
     assert "`blend`" in found["acterase"]["instead_of_retain"] and found["uce"]["instead_of_retain"] == ""
 
