@@ -266,12 +266,15 @@ def test_what_the_catalogue_says() -> None:
     assert (found["uce"]["presets"], found["uce"]["has_published"]) == (["object", "style", "person"], True)
     assert found["uce"]["settings"]["lamb"]["presets"]["style"] == 1e-3
     assert found["uce"]["settings"]["lamb"]["published"]["style"] == 0.5
-    assert all(entry["families"] == ["stable-diffusion", "stable-diffusion-xl"] for entry in found.values())
+    unets, transformers = ["stable-diffusion", "stable-diffusion-xl"], ["stable-diffusion-3", "flux"]
+    of = dict.fromkeys(("gem", "eraseanything"), transformers) | dict.fromkeys(("esd", "sdd"), unets + transformers)
+    assert all(entry["families"] == of.get(name, unets) for name, entry in found.items())
     assert all(entry["needs"] == "base weights" for entry in found.values())
     assert found["rece"]["makes"] == ["text_map", "lora"] and found["dumo"]["citation"]["year"] == 2025
     assert (found["sdd"]["presets"], found["sdd"]["has_published"]) == (["style", "object", "nudity"], True)
-    assert [name for name, entry in found.items() if entry["trains"]] == ["dumo", "esd", "sdd"]
-    assert [name for name, entry in found.items() if entry["resumable"]] == ["acterase", "dumo", "esd", "sdd"]
+    trained = ["dumo", "eraseanything", "esd", "gem", "sdd"]
+    assert [name for name, entry in found.items() if entry["trains"]] == trained
+    assert [name for name, entry in found.items() if entry["resumable"]] == ["acterase", *trained]
     assert [name for name, entry in found.items() if not entry["retains"]] == ["acterase"]
     assert "`blend`" in found["acterase"]["instead_of_retain"] and found["uce"]["instead_of_retain"] == ""
 
