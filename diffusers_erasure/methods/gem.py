@@ -55,6 +55,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **PUBLISHED,
         "dropout": 0.0,
+        "eta": 0.25,
+        "steps": 60,
+        "retain_weight": 2000.0,
         "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
     }
     for task in ("style", "object", "nudity")
