@@ -168,8 +168,8 @@ def trajectories(
     """
     free = sampler.guidance == "classifier-free" and guidance_scale != 1
     embedded = sampler.guidance == "embedded"
-    asked: dict[str, Sequence[str]] = {role: prompts[role] for role in keep}
-    asked |= {EMPTY: [""] * len(noise)} if free else {}
+    asked: dict[str, Sequence[str]] = {EMPTY: [""] * len(noise)} if free else {}
+    asked |= {role: prompts[role] for role in keep}
     # Roles with the same prompts are one row of the batch. What is kept is predicted without guidance.
     given = {_SAMPLED: (tuple(prompts[SAMPLE]), guidance_scale if embedded else PLAIN)}
     given |= {role: (tuple(value), PLAIN) for role, value in asked.items()}

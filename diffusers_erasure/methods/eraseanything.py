@@ -124,7 +124,7 @@ class Objective(esd.Objective):
     Args:
         eta: of ESD.
         attention_weight, contrast_weight: of the other terms.
-        words: retained words, for each target in order.
+        words: retained words, by target; as many of each.
         places: at which text rows the word that a prompt is about stands, by prompt.
         alternates: whether every second step preserves.
     """
@@ -134,21 +134,24 @@ class Objective(esd.Objective):
         eta: float,
         attention_weight: float,
         contrast_weight: float,
-        words: Sequence[str] = (),
+        words: Mapping[str, Sequence[str]] | None = None,
         places: Mapping[str, Sequence[int]] | None = None,
         alternates: bool = True,
     ) -> None:
         super().__init__(eta)
         self.attention_weight, self.contrast_weight = attention_weight, contrast_weight
-        self.words, self.places, self.alternates = tuple(words), dict(places or {}), alternates
+        self.words, self.places, self.alternates = dict(words or {}), dict(places or {}), alternates
+        self.count = len(next(iter(self.words.values()), ()))
         self.attention = AttentionToText()
 
     def examples(self, concepts: Sequence[Concept], templates: Sequence[str]) -> list[Example]:
         """As ESD's, and each retained word in the concept's place."""
         found = []
         for template in templates:
-            roles = {WORD.format(i): template.format(word) for i, word in enumerate(self.words)}
-            found += [Example({**each.prompts, **roles}) for each in super().examples(concepts, (template,))]
+            for concept, example in zip(concepts, super().examples(concepts, (template,)), strict=True):
+                words = self.words.get(str(concept.target), ())
+                roles = {WORD.format(i): template.format(word) for i, word in enumerate(words)}
+                found.append(Example({**example.prompts, **roles}))
         return found
 
     def inside(self, model: Any) -> AbstractContextManager[None]:
@@ -167,7 +170,7 @@ class Objective(esd.Objective):
     def loss(self, step: Step) -> torch.Tensor:
         student = step.student()
         if self.preserves(step.number):
-            return self._contrast(step) if self.contrast_weight and self.words else student.new_zeros(len(student))
+            return self._contrast(step) if self.contrast_weight and self.count else student.flatten(1).sum(1) * 0
         erased = super().loss(step)
         if not self.attention_weight:
             return erased
@@ -178,7 +181,7 @@ class Objective(esd.Objective):
     def _contrast(self, step: Step) -> torch.Tensor:
         count = len(step.drawn.latents)
         own = self._features(self.attention.take(count), step, STUDENT)
-        roles = [STUDENT, *(WORD.format(i) for i in range(len(self.words)))]
+        roles = [STUDENT, *(WORD.format(i) for i in range(self.count))]
         rows = [[example.prompts[role] for example in step.drawn.examples] for role in roles]
         step.network.teacher_rows(step.drawn.latents, step.drawn.timesteps, rows)
         taken = self.attention.take(count * len(rows)).chunk(len(rows))
@@ -206,12 +209,12 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
     targets, kept = [str(concept.target) for concept in concepts], [*settings.retain.prompts, *settings.retain.held]
     if not kept:
         logger.warning("Nothing is retained, so that no step preserves anything: name in `retain` what must stay.")
-    words = nearest(pipe, kept, targets, settings.contrast_words)[: settings.contrast_words] if kept else []
+    words = {target: nearest(pipe, kept, [target], settings.contrast_words) for target in targets if kept}
     length = settings.max_sequence_length or text_length(pipe)
     places = {
         template.format(word): word_places(pipe, template.format(word), word, length)
         for template in settings.template_list
-        for word in (*targets, *words)
+        for word in (*targets, *(word for own in words.values() for word in own))
     }
     weights = settings.attention_weight, settings.contrast_weight
     objective = Objective(settings.eta, *weights, words, places, alternates=bool(kept))

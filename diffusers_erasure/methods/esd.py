@@ -22,7 +22,7 @@ from ..errors import ErasureInputError
 from ..schema import Concept
 from ..settings import Number, Of
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
-from ..training.config import LEARNING_RATE, STEPS, TRAJECTORIES
+from ..training.config import ALL_BUT_CROSS, LEARNING_RATE, STEPS, TRAJECTORIES
 from ..training.objective import STUDENT, Step, squares
 from ..training.objective import Objective as Method
 from ..training.pool import Example
@@ -46,12 +46,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_inference_steps": 50,
         "guidance_scale": 3.0,
     }
-    for task, train_set, rank in (("style", "x", 4), ("object", "u", 8), ("nudity", "u", 16))
+    for task, train_set, rank in (("style", "x", 4), ("object", ALL_BUT_CROSS, 8), ("nudity", ALL_BUT_CROSS, 16))
 }
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **PUBLISHED[task],
-        "train_set": {"style": "x-strict", "object": "x"}.get(task, "u"),
+        "train_set": {"style": "x-strict", "object": "x"}.get(task, ALL_BUT_CROSS),
         "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
         "steps": STEPS,
         "learning_rate": LEARNING_RATE,

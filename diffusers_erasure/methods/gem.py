@@ -18,6 +18,7 @@ import torch
 
 from ..artifact import Erasure
 from ..denoising.sampler import SAMPLE
+from ..errors import ErasureInputError
 from ..schema import Concept
 from ..settings import ByFacts, Number
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
@@ -54,6 +55,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **PUBLISHED,
         "dropout": 0.0,
+        "eta": 0.25,
+        "steps": 60,
+        "retain_weight": 2000.0,
         "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
     }
     for task in ("style", "object", "nudity")
@@ -98,6 +102,13 @@ class Settings(TrainSettings):
     eta: float
     dropout: float
     published_pairing: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.published_pairing and self.num_inference_steps < 2:
+            raise ErasureInputError(
+                "`published_pairing` needs two steps of denoising at least: give `num_inference_steps`."
+            )
 
 
 class Objective(Method):

@@ -23,7 +23,7 @@ from ..errors import ErasureInputError
 from ..logging import get_logger
 from ..schema import Concept
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
-from ..training.config import LEARNING_RATE, STEPS, TRAJECTORIES
+from ..training.config import ALL_BUT_CROSS, LEARNING_RATE, STEPS, TRAJECTORIES
 from ..training.objective import STUDENT, Step, squares
 from ..training.objective import Objective as Method
 from ..training.pool import Example
@@ -52,7 +52,7 @@ PUBLISHED: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **PUBLISHED,
-        "train_set": {"nudity": "u"}.get(task, "x"),
+        "train_set": {"nudity": ALL_BUT_CROSS}.get(task, "x"),
         "rank": {"nudity": 16, "object": 8}.get(task, 4),
         "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
         "ema_decay": 0.98,

@@ -20,6 +20,7 @@ LEARNING_RATE = ByFacts(
     f"{FLOW_RATE:g} of transformers",
     lambda facts: FLOW_RATE if facts.flows else float(f"{RATE * (SQUARES / max(facts.squares, 1e-12)) ** 0.5:.2g}"),
 )
+ALL_BUT_CROSS = ByFacts("u, and x of transformers", lambda facts: "x" if facts.flows else "u")
 TRAJECTORIES = ByFacts("16, or two a concept if these are more", lambda facts: max(16, 2 * facts.concepts))
 LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
