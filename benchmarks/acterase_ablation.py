@@ -109,7 +109,7 @@ class Bench:
             assert not drawn & {right for _, right in pairs}, "a prompt is used in fitting and in testing"
             made = acterase.Calibration(self.pipe, shared, [pairs])
             begin = time.process_time()
-            with erasures_disabled(self.pipe), inputs_seen(made.unet, made.modules, made.see):
+            with erasures_disabled(self.pipe), inputs_seen(made.model, made.modules, made.see):
                 for number in range(made.batches):
                     made.batch(0, number)
             self.calibrations[key] = made, time.process_time() - begin
@@ -149,7 +149,7 @@ def patched(calibration: acterase.Calibration, settings: acterase.Settings, eras
     """Share of the units at the sites that is patched, over all timesteps."""
     (layer,) = erasure.config.layers
     tensors = erasure.layer_tensors(layer)
-    units = sum(module.in_features for module in acterase.find_sites(calibration.unet, settings).values())
+    units = sum(module.in_features for module in acterase.find_sites(calibration.model, settings).values())
     count = sum(value.numel() for name, value in tensors.items() if name.endswith(".means"))
     return count / (units * len(tensors["timesteps"]))
 

@@ -131,7 +131,7 @@ def test_the_calibration_against_a_pipelines_own_run(pipe: Any, rows: str) -> No
     settings = {"num_pairs": 2, "num_inference_steps": 4, "timesteps": 4, "guidance_scale": 3.0, "rows": rows}
     pairs = [("a photo", "a photo of a cat"), ("a table", "a cat on a table")]
     calibration = Calibration(pipe, resolve(Config(pairs=pairs, **settings), Settings), [pairs])
-    with inputs_seen(calibration.unet, calibration.modules, calibration.see):
+    with inputs_seen(calibration.model, calibration.modules, calibration.see):
         calibration.batch(0, 0)
 
     other = tiny_sd_pipe()
