@@ -37,6 +37,7 @@ from diffusers_erasure.layers.activation import MASK
 from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.methods import acterase
 from diffusers_erasure.methods.acterase_pairs import pairs_for
+from diffusers_erasure.methods.acterase_sites import find_sites
 from diffusers_erasure.methods.probes import inputs_seen
 from diffusers_erasure.schema import Concept
 from diffusers_erasure.settings import resolve
@@ -149,7 +150,7 @@ def patched(calibration: acterase.Calibration, settings: acterase.Settings, eras
     """Share of the units at the sites that is patched, over all timesteps."""
     (layer,) = erasure.config.layers
     tensors = erasure.layer_tensors(layer)
-    units = sum(module.in_features for module in acterase.find_sites(calibration.model, settings).values())
+    units = sum(module.in_features for module in find_sites(calibration.model, settings).values())
     count = sum(value.numel() for name, value in tensors.items() if name.endswith(".means"))
     return count / (units * len(tensors["timesteps"]))
 

@@ -7,7 +7,8 @@ import torch
 
 from diffusers_erasure import ErasureInputError, erase
 from diffusers_erasure.layers.activation import TIMESTEPS
-from diffusers_erasure.methods.acterase import SOURCE, TARGET, Calibration, Config, Settings, find_sites
+from diffusers_erasure.methods.acterase import SOURCE, TARGET, Calibration, Config, Settings
+from diffusers_erasure.methods.acterase_sites import find_sites
 from diffusers_erasure.methods.probes import inputs_seen
 from diffusers_erasure.settings import resolve
 from tests.helpers import EFFECT, ROUNDINGS, equal, far, roundings
@@ -30,6 +31,7 @@ def test_the_calibration_against_a_pipelines_own_run(kind: str) -> None:
     name = kind.split()[0]
     pipe = tiny_flux_pipe(guidance_embeds=True) if "guidance" in kind else PIPES[name]()
     settings = {"num_pairs": 2, "num_inference_steps": 3, "timesteps": 3, "guidance_scale": 3.0}
+    settings["max_sequence_length"] = 16
     calibration = Calibration(pipe, resolve(Config(pairs=PAIRS, **settings), Settings), [PAIRS])
     with inputs_seen(calibration.model, calibration.modules, calibration.see):
         calibration.batch(0, 0)
@@ -45,7 +47,7 @@ def test_the_calibration_against_a_pipelines_own_run(kind: str) -> None:
             prompt=[pair[side] for pair in PAIRS],
             latents=packed(noise) if name == "flux" else noise,
             guidance_scale=3.0,
-            max_sequence_length=64,
+            max_sequence_length=16,
             callback_on_step_end=lambda _, step, time, given: times.append(float(time)) or given,
         )
         assert len(seen) == 3

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from .. import compat
@@ -31,22 +30,9 @@ from ..denoising.calls import Caller, latent_shape
 from ..denoising.prompts import Prompts
 from ..denoising.sampler import EMPTY, SAMPLE, guided, sampler_for
 from ..denoising.twin import private
-from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
-from ..families import DENOISERS
-from ..layers.activation import (
-    ATTENTIONS,
-    BLEND,
-    FEED_FORWARD,
-    JOINT_ATTENTIONS,
-    JOINT_FEED_FORWARDS,
-    MASK,
-    MEANS,
-    TIMESTEPS,
-    is_single,
-    pack,
-)
+from ..errors import ErasureInputError, ErasureTrainingError
+from ..layers.activation import BLEND, MASK, MEANS, TIMESTEPS, pack
 from ..layers.layer import Layer
-from ..layers.sites import find_site
 from ..logging import get_logger
 from ..runs.checkpoint import Checkpoints
 from ..runs.interrupts import Interrupt, noted
@@ -54,28 +40,14 @@ from ..runs.options import TrainingRun
 from ..schema import MAX_LAYERS, Concept
 from ..settings import Number, Of, Whole, check_settings, resolve
 from .acterase_pairs import Pair, pairs_for
+from .acterase_sites import find_sites
 from .probes import Moments, inputs_seen
 
 
 logger = get_logger(__name__)
 
 SOURCE, TARGET = 0, 1  # sides of a pair: without the concept, and with it
-SITES = {
-    "ff": (FEED_FORWARD,),
-    "attn1": ATTENTIONS[:1],
-    "attn2": ATTENTIONS[1:],
-    "attn": ATTENTIONS,
-    "ff+attn2": (FEED_FORWARD, *ATTENTIONS[1:]),
-    "all": (FEED_FORWARD, *ATTENTIONS),
-}
-# In transformers text and image attend together, so there are no two sorts of attention.
-JOINT_SITES = {
-    "ff": JOINT_FEED_FORWARDS,
-    "attn": JOINT_ATTENTIONS,
-    "all": (*JOINT_FEED_FORWARDS, *JOINT_ATTENTIONS),
-}
 PAIRS_OF_PROMPTS = "one or more pairs of prompts, (without the concept, with it)"
-BLOCKS = {"all": "", "up": "up_blocks.", "mid": "mid_block.", "down": "down_blocks."}
 
 
 def checked_pairs(pairs: Any) -> tuple[Pair, ...]:
@@ -118,6 +90,8 @@ class Config:
         num_inference_steps (`int`, *optional*, defaults to 30): sampler steps of the calibration.
         guidance_scale (`float`, *optional*, defaults to 7.5): guidance of the calibration, as the base is guided: by the empty prompt
             (1 is none), or by the number that FLUX.1-dev is given; it does nothing where a model has none.
+        max_sequence_length (`int`, *optional*, defaults to 0): text rows that T5 makes of a prompt, where there is one; 0 for the
+            pipeline's own number.
         batch_size (`int`, *optional*, defaults to 4): pairs that are denoised at once.
         seed (`int`, *optional*, defaults to 0): seed of the noise.
     """
@@ -136,6 +110,7 @@ class Config:
     rows: Literal["conditional", "all"] = "conditional"
     num_inference_steps: Annotated[int, Whole(least=1)] = 30
     guidance_scale: Annotated[float, Number(above=0)] = 7.5
+    max_sequence_length: Annotated[int, Whole(least=0)] = 0
     batch_size: Annotated[int, Whole(least=1)] = 4
     seed: Annotated[int, Whole(least=0)] = 0
 
@@ -167,6 +142,7 @@ class Settings:
     rows: Literal["conditional", "all"]
     num_inference_steps: int
     guidance_scale: float
+    max_sequence_length: int
     batch_size: int
     seed: int
 
@@ -222,7 +198,8 @@ class Calibration:
         stored = min(settings.timesteps, steps) if settings.by_timestep else steps
         self.stored = torch.linspace(0, steps - 1, stored).round().long().tolist() if stored > 1 else [steps // 2]
         texts = [text for own in pairs for pair in own for text in pair]
-        prompts = Prompts(pipe, texts, self.shape[1] * getattr(pipe, "vae_scale_factor", 8))
+        size = self.shape[1] * getattr(pipe, "vae_scale_factor", 8)
+        prompts = Prompts(pipe, texts, size, settings.max_sequence_length)
         self.call = Caller(self.family, self.model, prompts, self.sampler)
         self.dtype = self.model.dtype
         self.seen: tuple[int, int] | None = None  # side of the pair, and number of the stored timestep
@@ -310,35 +287,6 @@ def _compact(means: torch.Tensor) -> torch.Tensor:
     """float16, which keeps means to three digits, where it can hold them."""
     half = means.half()
     return half if bool(torch.isfinite(half).all()) else means.float()
-
-
-def find_sites(model: nn.Module, settings: Settings) -> dict[str, nn.Linear]:
-    """The Linears whose input is patched, by name, in model order.
-
-    Raises:
-        ErasureInputError: the settings name what there is in UNets alone.
-        ErasureCompatibilityError: there are none, or a feed-forward is built in another way.
-    """
-    family = DENOISERS[type(compat.unwrap_compiled(model)).__name__][0]
-    joint = family.denoiser != "unet"
-    if joint and (settings.sites not in JOINT_SITES or settings.blocks != "all"):
-        raise ErasureInputError(
-            f"`sites={settings.sites!r}` and `blocks={settings.blocks!r}` are parts of a UNet. For {family.title} `sites` may be "
-            f'{", ".join(map(repr, JOINT_SITES))}, and `blocks` is "all".'
-        )
-    endings = (JOINT_SITES if joint else SITES)[settings.sites]
-    found: dict[str, nn.Linear] = {}
-    for name, _ in model.named_modules():
-        if (name.startswith(BLOCKS[settings.blocks]) and f".{name}".endswith(endings)) or (joint and is_single(name)):
-            module = find_site(model, name)
-            if not isinstance(module, nn.Linear):
-                raise ErasureCompatibilityError(f"{name!r} is a {type(module).__name__}; expected a Linear.")
-            found[name] = module
-    if not found:
-        raise ErasureCompatibilityError(
-            f"{type(model).__name__} has none of the sites {settings.sites!r} in its blocks {settings.blocks!r}."
-        )
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
