@@ -37,6 +37,7 @@ from diffusers_erasure.layers.activation import MASK
 from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.methods import acterase
 from diffusers_erasure.methods.acterase_pairs import pairs_for
+from diffusers_erasure.methods.acterase_sites import find_sites
 from diffusers_erasure.methods.probes import inputs_seen
 from diffusers_erasure.schema import Concept
 from diffusers_erasure.settings import resolve
@@ -109,7 +110,7 @@ class Bench:
             assert not drawn & {right for _, right in pairs}, "a prompt is used in fitting and in testing"
             made = acterase.Calibration(self.pipe, shared, [pairs])
             begin = time.process_time()
-            with erasures_disabled(self.pipe), inputs_seen(made.unet, made.modules, made.see):
+            with erasures_disabled(self.pipe), inputs_seen(made.model, made.modules, made.see):
                 for number in range(made.batches):
                     made.batch(0, number)
             self.calibrations[key] = made, time.process_time() - begin
@@ -149,7 +150,7 @@ def patched(calibration: acterase.Calibration, settings: acterase.Settings, eras
     """Share of the units at the sites that is patched, over all timesteps."""
     (layer,) = erasure.config.layers
     tensors = erasure.layer_tensors(layer)
-    units = sum(module.in_features for module in acterase.find_sites(calibration.unet, settings).values())
+    units = sum(module.in_features for module in find_sites(calibration.model, settings).values())
     count = sum(value.numel() for name, value in tensors.items() if name.endswith(".means"))
     return count / (units * len(tensors["timesteps"]))
 

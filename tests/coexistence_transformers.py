@@ -138,7 +138,9 @@ class Neighbour:
     def drawn(self, kind: str, pipe: Any) -> Any:
         """What the pipeline draws beside it."""
         pipe.set_progress_bar_config(disable=True)
-        return drawn(pipe, **{"num_inference_steps": 3, **self.arguments, **self.of_kind(kind)})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # SD3's ControlNet pipeline draws the hint's latents from the global generator
+            return drawn(pipe, **{"num_inference_steps": 3, **self.arguments, **self.of_kind(kind)})
 
     def plainly(self, kind: str, form: str) -> Any:
         """The plain pipeline of a form, with the neighbour."""

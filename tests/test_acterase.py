@@ -26,11 +26,11 @@ from diffusers_erasure.methods.acterase import (
     Config,
     Settings,
     diagnose,
-    find_sites,
     importance,
     unit_mask,
 )
 from diffusers_erasure.methods.acterase_pairs import PAIRS, pairs_for
+from diffusers_erasure.methods.acterase_sites import find_sites
 from diffusers_erasure.methods.probes import Moments, inputs_seen
 from diffusers_erasure.schema import TENSOR_FILE, Concept
 from diffusers_erasure.settings import resolve
@@ -131,7 +131,7 @@ def test_the_calibration_against_a_pipelines_own_run(pipe: Any, rows: str) -> No
     settings = {"num_pairs": 2, "num_inference_steps": 4, "timesteps": 4, "guidance_scale": 3.0, "rows": rows}
     pairs = [("a photo", "a photo of a cat"), ("a table", "a cat on a table")]
     calibration = Calibration(pipe, resolve(Config(pairs=pairs, **settings), Settings), [pairs])
-    with inputs_seen(calibration.unet, calibration.modules, calibration.see):
+    with inputs_seen(calibration.model, calibration.modules, calibration.see):
         calibration.batch(0, 0)
 
     other = tiny_sd_pipe()
@@ -428,14 +428,14 @@ def test_no_unit_passes(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         unchanged_by(pipe, lambda: erase(pipe, "cat", **QUICK))
 
 
-def test_only_unets() -> None:
-    class SD3Transformer2DModel(torch.nn.Module):
+def test_other_families_are_refused() -> None:
+    class WanTransformer3DModel(torch.nn.Module):
         pass
 
     class Pipe:
-        transformer = SD3Transformer2DModel()
+        transformer = WanTransformer3DModel()
 
-    with pytest.raises(ErasureCompatibilityError, match="works on stable-diffusion and stable-diffusion-xl"):
+    with pytest.raises(ErasureCompatibilityError, match="works on stable-diffusion and .* and flux, but"):
         erase(Pipe(), "cat", **QUICK)
 
 

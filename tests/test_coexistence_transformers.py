@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from diffusers_erasure import ErasureError
+from diffusers_erasure.fingerprints import describe_model
 from tests.coexistence_transformers import (
     AFTER,
     BEFORE,
@@ -151,6 +152,17 @@ def neighbour_free(kind: str, name: str, pipe: Any) -> Any:
     from tests.tiny_transformers import drawn
 
     return drawn(pipe, num_inference_steps=NEIGHBOURS[name].arguments.get("num_inference_steps", 3))
+
+
+@pytest.mark.parametrize("kind", PIPES)
+def test_an_ip_adapter_makes_no_other_base(kind: str) -> None:
+    """What it adds to the transformer is none of the model's own parameters, so that an erasure is loaded beside it."""
+    pipe = base(kind)
+    names = set(pipe.transformer.state_dict())
+    alone = describe_model(pipe.transformer)
+    NEIGHBOURS["IP-Adapter"].joins(kind, pipe)
+    assert set(pipe.transformer.state_dict()) > names
+    assert describe_model(pipe.transformer) == alone
 
 
 def test_few_are_refused() -> None:

@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from .. import compat
 from ..artifact import Erasure
 from ..assembling import bound_to_text, made_by
-from ..base_model import component, describe_base, plain_weight
+from ..base_model import component, describe_base, family_of, plain_weight
+from ..denoising.calls import Caller, latent_shape
 from ..denoising.prompts import Prompts
-from ..denoising.sampler import EMPTY, SAMPLE, Sampler, guided
+from ..denoising.sampler import EMPTY, SAMPLE, guided, sampler_for
 from ..denoising.twin import private
-from ..errors import ErasureCompatibilityError, ErasureInputError, ErasureTrainingError
-from ..layers.activation import ATTENTIONS, BLEND, FEED_FORWARD, MASK, MEANS, TIMESTEPS, pack
+from ..errors import ErasureInputError, ErasureTrainingError
+from ..layers.activation import BLEND, MASK, MEANS, TIMESTEPS, pack
 from ..layers.layer import Layer
-from ..layers.sites import find_site
 from ..logging import get_logger
 from ..runs.checkpoint import Checkpoints
 from ..runs.interrupts import Interrupt, noted
@@ -41,22 +40,14 @@ from ..runs.options import TrainingRun
 from ..schema import MAX_LAYERS, Concept
 from ..settings import Number, Of, Whole, check_settings, resolve
 from .acterase_pairs import Pair, pairs_for
+from .acterase_sites import find_sites
 from .probes import Moments, inputs_seen
 
 
 logger = get_logger(__name__)
 
 SOURCE, TARGET = 0, 1  # sides of a pair: without the concept, and with it
-SITES = {
-    "ff": (FEED_FORWARD,),
-    "attn1": ATTENTIONS[:1],
-    "attn2": ATTENTIONS[1:],
-    "attn": ATTENTIONS,
-    "ff+attn2": (FEED_FORWARD, *ATTENTIONS[1:]),
-    "all": (FEED_FORWARD, *ATTENTIONS),
-}
 PAIRS_OF_PROMPTS = "one or more pairs of prompts, (without the concept, with it)"
-BLOCKS = {"all": "", "up": "up_blocks.", "mid": "mid_block.", "down": "down_blocks."}
 
 
 def checked_pairs(pairs: Any) -> tuple[Pair, ...]:
@@ -88,15 +79,19 @@ class Config:
         blend (`float`, *optional*, defaults to 2.0): how far a unit is moved at strength 1: with 1 to its mean, as published,
             with 2 as far again beyond it.
         sites (`"ff"`, `"attn"`, `"attn1"`, `"attn2"`, `"ff+attn2"` or `"all"`, *optional*, defaults to `"ff"`): what is patched:
-            the input of each feed-forward's last Linear, of the output projections of attentions (both, self, cross), or both.
-        blocks (`"all"`, `"up"`, `"mid"` or `"down"`, *optional*, defaults to `"all"`): in which blocks of the UNet.
+            the input of each feed-forward's last Linear, of the output projections of attentions (both, self, cross), or both. In
+            transformers `"ff"`, `"attn"` and `"all"` of the image's and the text's; the last Linear of FLUX.1's single blocks is both.
+        blocks (`"all"`, `"up"`, `"mid"` or `"down"`, *optional*, defaults to `"all"`): in which blocks of a UNet.
         by_timestep (`bool`, *optional*, defaults to `True`): a mask and means for each of several timesteps. `False` pools all
             timesteps: such an erasure can be fused into the weights (`pipe.fuse_erasures()`), and then costs nothing.
         timesteps (`int`, *optional*, defaults to 20): how many timesteps are stored, evenly over the run.
         rows (`"conditional"` or `"all"`, *optional*, defaults to `"conditional"`): which branches of classifier-free guidance
             are observed. Both are patched.
-        num_inference_steps (`int`, *optional*, defaults to 30): DDIM steps of the calibration.
-        guidance_scale (`float`, *optional*, defaults to 7.5): classifier-free guidance of the calibration; 1 is none.
+        num_inference_steps (`int`, *optional*, defaults to 30): sampler steps of the calibration.
+        guidance_scale (`float`, *optional*, defaults to 7.5): guidance of the calibration, as the base is guided: by the empty prompt
+            (1 is none), or by the number that FLUX.1-dev is given; it does nothing where a model has none.
+        max_sequence_length (`int`, *optional*, defaults to 0): text rows that T5 makes of a prompt, where there is one; 0 for the
+            pipeline's own number.
         batch_size (`int`, *optional*, defaults to 4): pairs that are denoised at once.
         seed (`int`, *optional*, defaults to 0): seed of the noise.
     """
@@ -115,6 +110,7 @@ class Config:
     rows: Literal["conditional", "all"] = "conditional"
     num_inference_steps: Annotated[int, Whole(least=1)] = 30
     guidance_scale: Annotated[float, Number(above=0)] = 7.5
+    max_sequence_length: Annotated[int, Whole(least=0)] = 0
     batch_size: Annotated[int, Whole(least=1)] = 4
     seed: Annotated[int, Whole(least=0)] = 0
 
@@ -146,6 +142,7 @@ class Settings:
     rows: Literal["conditional", "all"]
     num_inference_steps: int
     guidance_scale: float
+    max_sequence_length: int
     batch_size: int
     seed: int
 
@@ -182,7 +179,7 @@ def importance(moments: Moments, site: str, columns: torch.Tensor | None) -> tor
 
 
 class Calibration:
-    """Denoises pairs of prompts, and sums what is seen: in a private twin of the UNet, where it can have one.
+    """Denoises pairs of prompts, and sums what is seen: in a private twin of the denoiser, where it can have one.
 
     Args:
         pipe: the base model.
@@ -192,17 +189,19 @@ class Calibration:
 
     def __init__(self, pipe: Any, settings: Settings, pairs: Sequence[Sequence[Pair]]) -> None:
         self.settings, self.pairs = settings, pairs
-        self.unet = private(component(pipe, "unet"))
-        self.modules = find_sites(self.unet, settings)
-        self.sampler = Sampler(pipe.scheduler.config, settings.num_inference_steps)
+        self.family = family_of(pipe)
+        self.model = private(component(pipe, self.family.denoiser))
+        self.modules = find_sites(self.model, settings)
+        self.shape = latent_shape(pipe)
+        self.sampler = sampler_for(pipe, settings.num_inference_steps, self.shape[1:])
         steps = len(self.sampler)
         stored = min(settings.timesteps, steps) if settings.by_timestep else steps
         self.stored = torch.linspace(0, steps - 1, stored).round().long().tolist() if stored > 1 else [steps // 2]
-        size = self.unet.config.sample_size
-        self.shape = (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         texts = [text for own in pairs for pair in own for text in pair]
-        self.prompts = Prompts(pipe, texts, self.shape[1] * getattr(pipe, "vae_scale_factor", 8))
-        self.device, self.dtype = compat.execution_device(self.unet), self.unet.dtype
+        size = self.shape[1] * getattr(pipe, "vae_scale_factor", 8)
+        prompts = Prompts(pipe, texts, size, settings.max_sequence_length)
+        self.call = Caller(self.family, self.model, prompts, self.sampler)
+        self.dtype = self.model.dtype
         self.seen: tuple[int, int] | None = None  # side of the pair, and number of the stored timestep
         self.clear()
 
@@ -235,19 +234,18 @@ class Calibration:
                 latents = self._step(latents, step, prompts, side)
 
     def _step(self, latents: torch.Tensor, step: int, prompts: list[str], side: int) -> torch.Tensor:
-        settings = self.settings
+        settings, free = self.settings, self.sampler.guidance == "classifier-free"
         stored = (side, self.stored.index(step)) if step in self.stored else None
         outputs = []
         # Branch by branch, so that what is seen needs no cutting where a feed-forward is chunked.
-        branches = [prompts] if settings.guidance_scale == 1 else [prompts, [""] * len(prompts)]
+        branches = [prompts, [""] * len(prompts)] if free and settings.guidance_scale != 1 else [prompts]
         for branch, texts in enumerate(branches):
             self.seen = stored if branch == 0 or settings.rows == "all" else None
-            timestep = self.sampler.timesteps[step].to(self.device)
-            model_input = self.sampler.model_input(latents.to(self.device), timestep).to(self.dtype)
-            arguments = self.prompts.batch(texts, self.device, self.dtype)
-            outputs.append(self.unet(model_input, timestep, return_dict=False, **arguments)[0].float())
+            given = [settings.guidance_scale] * len(texts)
+            outputs.append(self.call(latents, self.sampler.timesteps[step], texts, given))
         self.seen = None
-        prediction = guided(outputs, {SAMPLE: 0, EMPTY: len(outputs) - 1}, settings.guidance_scale)
+        scale = settings.guidance_scale if free else 1.0
+        prediction = guided(outputs, {SAMPLE: 0, EMPTY: len(outputs) - 1}, scale)
         return self.sampler.step(prediction.cpu(), step, latents.cpu())
 
     def tensors(self, settings: Settings | None = None) -> dict[str, torch.Tensor]:
@@ -265,7 +263,7 @@ class Calibration:
         timesteps = self.sampler.timesteps[self.stored].float()
         found = {TIMESTEPS: timesteps if settings.by_timestep else timesteps.mean(0, keepdim=True)}
         found[BLEND] = torch.tensor([float(settings.blend)])
-        for site, module in find_sites(self.unet, settings).items():
+        for site, module in find_sites(self.model, settings).items():
             means = source.mean(site)
             columns = plain_weight(module, site).norm(dim=0) if settings.importance == "wanda" else None
             without, with_it = (importance(moments, site, columns) for moments in (source, target))
@@ -291,26 +289,6 @@ def _compact(means: torch.Tensor) -> torch.Tensor:
     return half if bool(torch.isfinite(half).all()) else means.float()
 
 
-def find_sites(unet: nn.Module, settings: Settings) -> dict[str, nn.Linear]:
-    """The Linears whose input is patched, by name, in model order.
-
-    Raises:
-        ErasureCompatibilityError: there are none, or a feed-forward is built in another way.
-    """
-    found: dict[str, nn.Linear] = {}
-    for name, _ in unet.named_modules():
-        if name.startswith(BLOCKS[settings.blocks]) and f".{name}".endswith(SITES[settings.sites]):
-            module = find_site(unet, name)
-            if not isinstance(module, nn.Linear):
-                raise ErasureCompatibilityError(f"{name!r} is a {type(module).__name__}; expected a Linear.")
-            found[name] = module
-    if not found:
-        raise ErasureCompatibilityError(
-            f"{type(unet).__name__} has none of the sites {settings.sites!r} in its blocks {settings.blocks!r}."
-        )
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
@@ -327,7 +305,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
     base = describe_base(pipe)
     calibration = Calibration(pipe, settings, pairs)
     if run.release:
-        for name in ("text_encoder", "text_encoder_2"):
+        for name in calibration.family.text_encoders:
             if getattr(pipe, name, None) is not None:
                 pipe.register_modules(**{name: None})
     recorded, _ = settings.recorded()
@@ -342,7 +320,12 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
         checkpoints = Checkpoints(Path(run.checkpoint_dir).expanduser(), identity, dataclasses.asdict(base))
     layers = Run(calibration, run, checkpoints).layers()
     made = [
-        Layer("activation", tuple(sorted(n.removesuffix(MASK) for n in own if n.endswith(MASK))), own)
+        Layer(
+            "activation",
+            tuple(sorted(n.removesuffix(MASK) for n in own if n.endswith(MASK))),
+            own,
+            calibration.family.denoiser,
+        )
         for own in layers
     ]
     return Erasure.from_layers(
@@ -356,10 +339,10 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
 
 def check(pipe: Any, concepts: Sequence[Concept], run: TrainingRun) -> None:
     """Refuse what cannot be done before anything is computed."""
-    adapters = compat.active_adapters(component(pipe, "unet"))
+    adapters = compat.active_adapters(component(pipe, family_of(pipe).denoiser))
     if adapters:
         raise ErasureInputError(
-            f"The UNet carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. Call "
+            f"The denoiser carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. Call "
             "`pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
         )
     if len(concepts) > MAX_LAYERS:
@@ -399,7 +382,7 @@ class Run:
         self._resume()
         total = count * calibration.batches
         with (
-            inputs_seen(calibration.unet, calibration.modules, calibration.see),
+            inputs_seen(calibration.model, calibration.modules, calibration.see),
             noted() as interrupt,
             tqdm(
                 total=total, initial=self.step, desc="calibrating", disable=not self.run.progress, dynamic_ncols=True
