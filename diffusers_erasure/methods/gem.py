@@ -56,8 +56,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         **PUBLISHED,
         "dropout": 0.0,
         "eta": 0.25,
-        "steps": 60,
-        "retain_weight": 2000.0,
+        "retain_weight": 500.0,
+        "steps": 80,
+        "batch_size": 8,
+        "trajectories": 8,
+        "refresh_every": 4,
+        "refresh": 2,
+        "num_inference_steps": 10,
+        "first_steps": 0,
         "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
     }
     for task in ("style", "object", "nudity")
