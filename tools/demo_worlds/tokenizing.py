@@ -34,4 +34,4 @@ def train_t5_tokenizer(captions: Captions) -> T5Tokenizer:
     pieces += [(f"▁{word}", math.log(count / total)) for word, count in words]
     lowest = min(score for _, score in pieces) - _LETTERS_BELOW_WORDS
     pieces += [(letter, lowest) for letter in ("▁", *ALPHABET)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, additional_special_tokens=[], model_max_length=512)
+    return T5Tokenizer(vocab=pieces, extra_ids=0, additional_special_tokens=[], model_max_length=T5_POSITIONS)
