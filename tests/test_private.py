@@ -17,8 +17,9 @@ from peft import LoraConfig
 from torch import nn
 
 from diffusers_erasure import Erasure, compat, erase
-from diffusers_erasure.collateral.predictions import Predictions
+from diffusers_erasure.collateral import predictions
 from diffusers_erasure.denoising import twin as twins
+from diffusers_erasure.denoising.calls import Caller
 from diffusers_erasure.denoising.twin import private, twin_of
 from diffusers_erasure.layers import register_layer_kind, registry
 from diffusers_erasure.live.processor import ActEraseAttnProcessor
@@ -279,6 +280,16 @@ def drawn_beside(pipe: Any) -> Iterator[list[bool]]:
         thread.join()
 
 
+def compared_by(monkeypatch: pytest.MonkeyPatch, around: Callable[[Callable[[], torch.Tensor]], torch.Tensor]) -> None:
+    """Have the comparison's passes made by `around`, which is given each."""
+
+    class Passing(Caller):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return around(lambda: Caller.__call__(self, *args, **kwargs))
+
+    monkeypatch.setattr(predictions, "Caller", Passing)
+
+
 @pytest.mark.parametrize("name", FITS)
 def test_other_threads_draw_as_before(name: str, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more: dict[str, Any] = {} if name == "acterase" else {"checkpoint_dir": tmp_path, "sample_every": 2}
@@ -301,13 +312,17 @@ def test_other_threads_draw_as_before(name: str, pipe: Any, tmp_path: Path, monk
         (Trainer, "_after"),
         (Network, "teacher_rows"),
         (Calibration, "_step"),
-        (Predictions, "_call"),
     ):
         monkeypatch.setattr(owner, method, looked(getattr(owner, method)))
+
+    def comparing(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return compute()
+
+    compared_by(monkeypatch, looked(comparing))
     with drawn_beside(pipe) as found:
         erasure = erase(pipe, "cat", training=TrainingRun(progress=False, **more), **FITS[name])
     assert len(found) > 4 and all(found)
-    assert {"_call", "_step" if name == "acterase" else "_after"} <= set(moments)
+    assert {"comparing", "_step" if name == "acterase" else "_after"} <= set(moments)
     assert erasure.to_files() == expected.to_files() and state(pipe) == before
 
 
@@ -348,15 +363,15 @@ def test_nothing_is_moved_and_nothing_is_drawn_from_the_process_generator(
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, at: int = 3) -> list[int]:
     """Let a signal come in the comparison's pass of that number."""
-    call, calls = Predictions._call, list[int]()
+    calls = list[int]()
 
-    def passing(self: Any, *args: Any) -> torch.Tensor:
+    def passing(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         calls.append(1)
         if len(calls) == at:
             signal.raise_signal(number)
-        return call(self, *args)
+        return compute()
 
-    monkeypatch.setattr(Predictions, "_call", passing)
+    compared_by(monkeypatch, passing)
     return calls
 
 
@@ -382,14 +397,12 @@ def test_sigterm_ends_the_process_all_the_same(pipe: Any, monkeypatch: pytest.Mo
 
 
 def test_a_second_ctrl_c_is_one(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Predictions._call
-
-    def twice(self: Any, *args: Any) -> torch.Tensor:
+    def twice(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        return call(self, *args)
+        return compute()
 
-    monkeypatch.setattr(Predictions, "_call", twice)
+    compared_by(monkeypatch, twice)
     with pytest.raises(KeyboardInterrupt):
         erase(pipe, "cat", **FITS["acterase"])
 

@@ -153,6 +153,8 @@ _ENTRIES = (
     Entry("speed-published", {"published": True}, objects={"preset": "instance"}, note=HEAVIER),
     Entry("speed + adversarial rows", {"adversarial": 1}, objects={"preset": "instance"}),
     Entry("esd"),
+    Entry("gem"),
+    Entry("eraseanything"),
     Entry("dumo", max_targets=1),
     Entry("dumo-full", {"form": "full", "learning_rate": 5e-4}, max_targets=1),
     Entry("sdd"),
