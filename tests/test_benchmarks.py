@@ -96,6 +96,27 @@ def test_unet_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_transformer_step(tmp_path: Path) -> None:
+    rows = {row["variant"]: row for row in run("transformer_step", tmp_path, "--ranks", "4")["rows"]}
+    # A product and a sum in one, and a product before, for rows and pooled vector; later steps take what the first one made.
+    assert (rows["map"]["added_kernels_first"], rows["map"]["added_kernels"]) == (4, 0)
+    # The door reads the same rows in each step, so that a LoRA on it has its first product at hand.
+    assert rows["door"]["added_kernels"] == 3 and rows["door, stock"]["added_kernels"] == 8
+    # 2 double blocks with 4 queries and keys each.
+    assert rows["keys"]["added_kernels"] == 16 and rows["keys, stock"]["added_kernels"] == 32
+    assert rows["map"]["added_flops"] == 2 * 4 * 2 * (512 * 64 + 768)
+    assert rows["map"]["bytes"] == 2 * 4 * 2 * (64 + 768)
+
+
+@pytest.mark.slow
+def test_flux_fit(tmp_path: Path) -> None:
+    numbers = run("flux_fit", tmp_path)
+    assert numbers["prompts"] == 3 and numbers["seconds"] > 0
+    # Two directions of rows 64 wide, and one of pooled vectors as wide as the tiny model's.
+    assert numbers["bytes"] == 2 * 2 * (2 * 64 + 96)
+
+
+@pytest.mark.slow
 def test_serving(tmp_path: Path) -> None:
     numbers = run("serving", tmp_path, "--erasures", "text_map")
     assert [(row["variant"], row["threads"]) for row in numbers["rows"]] == [
