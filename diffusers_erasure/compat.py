@@ -456,8 +456,7 @@ def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn
             if parameter is not None:
                 found.append((f"{prefix}{name}".removeprefix("text_model."), part, name, parameter))
         for name, child in part._modules.items():
-            of_ip_adapter = not prefix and name in ("encoder_hid_proj", "image_proj")
-            added = name in ("processor", "erasure_modules") or of_ip_adapter
+            added = name in ("processor", "erasure_modules", *(() if prefix else ("encoder_hid_proj", "image_proj")))
             # `fuse_qkv_projections` adds copies, which stay after unfusing.
             added = added or (name in ("to_qkv", "to_kv", "to_added_qkv") and hasattr(part, "fused_projections"))
             if child is not None and not added:

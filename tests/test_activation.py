@@ -291,7 +291,7 @@ def one_pass(timestep: torch.Tensor, by_picture: bool = False, strengths: tuple[
     values = torch.tensor([strengths])
     names = tuple(map(str, range(len(strengths))))
     found = Pass(names, {}, values, None if by_picture else strengths, values)
-    found.read(timestep, 1.0, None)
+    found.read(timestep, (1.0, 0.0), None)
     return found
 
 
@@ -350,7 +350,7 @@ def test_one_look_up_for_all_modules_of_a_pass() -> None:
         edits[layer.sites[site].place.number](torch.zeros(1, 2, module.in_features), now)
     assert len(FF) > 1 and [type(key[0]) for key in now.looked].count(Tables) == 1
     before = dict(now.looked)
-    now.read(torch.tensor(30.0), 1.0, None)
+    now.read(torch.tensor(30.0), (1.0, 0.0), None)
     edits[layer.sites[FF[0]].place.number](torch.zeros(1, 2, pipe.unet.get_submodule(FF[0]).in_features), now)
     (key,) = (key for key in now.looked if isinstance(key[0], Tables))
     assert not torch.equal(now.looked[key], before[key])
