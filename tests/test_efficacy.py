@@ -407,10 +407,16 @@ def test_only_what_is_between_the_markers_is_replaced() -> None:
 
 def test_the_page_has_the_markers_and_says_what_its_rows_are() -> None:
     text = (ROOT / efficacy.PAGE).read_text(encoding="utf-8")
-    assert "new" in commands.replace_between(text, "efficacy", "new")
-    rows = [line.partition("**: ")[0].removeprefix("- **") for line in text.splitlines() if line.startswith("- **")]
-    shown = [name for name in rows if name in methods.ENTRIES]
-    assert "esd" in shown and "\n".join(tables.legend(shown)) in text
+    found = {}
+    for name in ("efficacy", "efficacy flux", "efficacy sd3"):
+        assert "new" in commands.replace_between(text, name, "new")
+        part = text.partition(f"<!-- {name}: begin -->")[2].partition(f"<!-- {name}: end -->")[0]
+        rows = [
+            line.partition("**: ")[0].removeprefix("- **") for line in part.splitlines() if line.startswith("- **")
+        ]
+        found[name] = [row for row in rows if row in methods.ENTRIES]
+        assert found[name] and "\n".join(tables.legend(found[name])) in part
+    assert "esd" in found["efficacy"]
 
 
 @pytest.mark.parametrize("further", (["--smoke"], ["--half", "dev"], ["--images-scale", "0.5"]))
