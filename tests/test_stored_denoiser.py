@@ -1,7 +1,9 @@
 """Fits without the denoiser: it is recognised, and its doors are read, from its files, on a disk or by ranges from the Hub."""
 
+import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 
-from diffusers_erasure import ErasureCompatibilityError, ErasureFileError, combine, erase, fingerprints
+from diffusers_erasure import ErasureCompatibilityError, ErasureError, ErasureFileError, combine, erase, fingerprints
 from diffusers_erasure.base_model import component, text_readers
 from diffusers_erasure.fingerprints import describe_model
 from diffusers_erasure.stored import places, weights, with_stored_denoiser
@@ -105,6 +107,44 @@ def test_files_that_are_missing_or_of_another_model_are_refused(tmp_path: Path) 
         erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON)
 
 
+def with_offsets(data: bytes) -> bytes:
+    """A safetensors file whose header gives all tensors the same few bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    for entry in header.values():
+        entry["data_offsets"] = [0, 8]
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + data[8 + size :]
+
+
+DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "an index that is a list": (places.INDEX, lambda _: b"[]", "no index of weights"),
+    "an index without names": (places.INDEX, lambda _: b"{}", "no index of weights"),
+    "an index that is cut off": (places.INDEX, lambda _: b"{", "no index of weights"),
+    "a file elsewhere": (places.INDEX, lambda _: b'{"weight_map": {"a": "../secret"}}', "names '../secret'"),
+    "no name": (places.INDEX, lambda _: b'{"weight_map": {"a": 1}}', "names 1"),
+    "other bytes": (places.WEIGHTS, with_offsets, "other bytes than its shape"),
+    "a list as configuration": ("config.json", lambda _: b"[]", "no configuration"),
+    "a configuration of another kind": (
+        "config.json",
+        lambda _: b'{"_class_name": "FluxTransformer2DModel", "num_layers": "two"}',
+        "cannot build a FluxTransformer2DModel",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_told(damage: str, tmp_path: Path) -> None:
+    name, changed, message = DAMAGES[damage]
+    folder = tmp_path / "model" / "transformer"
+    tiny_flux_pipe().transformer.save_pretrained(folder)
+    (tmp_path / "model" / "secret").write_bytes((folder / places.WEIGHTS).read_bytes())
+    file = folder / name
+    file.write_bytes(changed(file.read_bytes() if file.exists() else b""))
+    with pytest.raises(ErasureCompatibilityError, match=re.escape(message)):
+        erase(without(tiny_flux_pipe(), tmp_path / "model"), "cat", **COMMON)
+
+
 @pytest.fixture
 def endpoint(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """huggingface_hub speaks to the Hub on loopback; and little is read at once, as what is read is small."""
@@ -147,6 +187,25 @@ def test_a_hub_that_fails_is_told(endpoint: Hub) -> None:
         erase(without(tiny_flux_pipe(), "alice/base"), "cat", **COMMON)
     with pytest.raises(ErasureCompatibilityError, match="alice/nothing"):
         erase(without(tiny_flux_pipe(), "alice/nothing"), "cat", **COMMON)
+
+
+def test_a_hub_that_is_not_asked_is_told(endpoint: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that a file is missing: nobody knows that."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ErasureCompatibilityError, match="the Hub was not asked"):
+        erase(without(tiny_flux_pipe(), "alice/base"), "cat", **COMMON)
+
+
+def test_a_hub_that_fails_between_two_parts_is_told(endpoint: Hub, tmp_path: Path) -> None:
+    pipe = tiny_flux_pipe()
+    pipe.transformer.save_pretrained(tmp_path / "transformer")
+    files = {f"transformer/{path.name}": path.read_bytes() for path in (tmp_path / "transformer").iterdir()}
+    endpoint.set("alice/base", files=files)
+    bare = without(tiny_flux_pipe(), "alice/base")
+    erase(bare, "cat", **COMMON, layer="text_map", compare=False)
+    endpoint.set("alice/base", files={"README.md": b"nothing"})
+    with pytest.raises(ErasureError, match="alice/base"):
+        erase(bare, "cat", **COMMON, compare=False)  # the doors' weights
 
 
 @pytest.mark.parametrize("how", ["memory", "disk"])

@@ -12,16 +12,15 @@ from torch import nn
 
 from .. import compat
 from ..base_model import component
-from ..errors import ErasureCompatibilityError, ErasureError
+from ..errors import ErasureCompatibilityError, ErasureError, ErasureFileError
 from ..families import DENOISERS
 from ..fingerprints import keep_stored
 from .places import Folder, Place, Repository
 from .weights import Weights
 
 
-_views: weakref.WeakKeyDictionary[Any, tuple[str, nn.Module]] = (
-    weakref.WeakKeyDictionary()
-)  # of pipelines, as fits see them
+# Of pipelines, as fits see them.
+_views: weakref.WeakKeyDictionary[Any, tuple[str, nn.Module]] = weakref.WeakKeyDictionary()
 
 
 class WithDenoiser:
@@ -33,7 +32,7 @@ class WithDenoiser:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_pipe"], name)
 
-    @property  # type: ignore[misc]
+    @property  # type: ignore[misc]  # typeshed has a plain attribute; a property, as `isinstance` asks for it
     def __class__(self) -> Any:
         return type(self.__dict__["_pipe"])
 
@@ -101,12 +100,19 @@ def _skeleton(pipe: Any, name: str, place: Place) -> nn.Module:
     if written is None:
         raise FileNotFoundError(f"there is no {name}/config.json")
     config = json.loads(written)
+    if not isinstance(config, dict):
+        raise ErasureFileError("config.json is no configuration.")
     kind = str(config.get("_class_name"))
     if kind not in DENOISERS:
         raise ErasureCompatibilityError(f"{kind} belongs to no known family of base models; see `docs/families.md`.")
     weights = Weights(place)
-    with init_empty_weights():
-        model = getattr(diffusers, kind).from_config(config)
+    try:
+        with init_empty_weights():
+            model = getattr(diffusers, kind).from_config(config)
+    except Exception as error:  # of whatever a model's own code does with values that it does not expect
+        raise ErasureCompatibilityError(
+            f"diffusers cannot build a {kind} by the {name}'s config.json: {error}. Load the pipeline with its {name}."
+        ) from error
     model.register_to_config(_name_or_path=_said(pipe, name, place))
     model.eval().requires_grad_(False)
     shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}

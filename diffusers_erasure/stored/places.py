@@ -1,6 +1,7 @@
 """Where the files of a model lie, a folder or a repository on the Hub, and how parts of them are read."""
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import ErasureHubError
+from ..errors import ErasureFileError, ErasureHubError
+from ..hub.client import explained
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
+NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # of a file in the same folder
 GAP = 16_384  # bytes between two parts that are read with them: less than what another request costs
 REQUESTS = 32  # at the same time
 TIMEOUT = 30.0  # seconds for one part
@@ -32,9 +35,23 @@ class Place(ABC):
         """Bytes of a file; fewer where it ends before."""
 
     def names(self) -> list[str]:
-        """The files that hold the weights."""
+        """The files that hold the weights.
+
+        Raises:
+            ErasureFileError: the index that names them is damaged, or names files elsewhere.
+        """
         index = self.read(INDEX)
-        return [WEIGHTS] if index is None else sorted(set(json.loads(index)["weight_map"].values()))
+        if index is None:
+            return [WEIGHTS]
+        try:
+            names = sorted(set(json.loads(index)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ErasureFileError(f"{INDEX} is no index of weights: {error}") from error
+        # Whoever wrote the index has no say in what else of the disk is read.
+        strange = [name for name in names if not isinstance(name, str) or not NAME.fullmatch(name)]
+        if strange:
+            raise ErasureFileError(f"{INDEX} names {strange[0]!r}, which is no file beside it.")
+        return names
 
     def parts(self, wanted: Sequence[Range]) -> list[bytes]:
         """Several parts; those that lie close together are read together."""
@@ -101,25 +118,29 @@ class Repository(Place):
 
     def read(self, name: str) -> bytes | None:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        try:
-            path = hf_hub_download(self.repo, f"{self.folder}/{name}", revision=self.revision)
-        except EntryNotFoundError:
-            return None
+        with explained(self.repo, self.revision):
+            try:
+                path = hf_hub_download(self.repo, f"{self.folder}/{name}", revision=self.revision)
+            except LocalEntryNotFoundError:  # nobody knows whether there is one
+                raise
+            except EntryNotFoundError:
+                return None
         return Path(path).read_bytes()
 
     def part(self, where: Range) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, http_backoff
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
         name, start, stop = where
         asked = hf_hub_url(self.repo, f"{self.folder}/{name}", revision=self.revision)
         url = self.found.get(name, asked)
         elsewhere = urlsplit(url).netloc != urlsplit(asked).netloc  # a signed address, which no token goes to
         headers = {**({} if elsewhere else build_hf_headers()), "range": f"bytes={start}-{stop - 1}"}
-        response: Any = http_backoff("GET", url, headers=headers, timeout=TIMEOUT)
-        response.raise_for_status()
+        with explained(self.repo, self.revision):
+            response: Any = http_backoff("GET", url, headers=headers, timeout=TIMEOUT)
+            hf_raise_for_status(response)
         self.found[name] = str(response.url)
         if response.status_code != 206 or len(response.content) > stop - start:
             raise ErasureHubError(f"{url} is not sent in parts: the server answered {response.status_code}.")

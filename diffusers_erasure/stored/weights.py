@@ -1,6 +1,7 @@
 """The weights of a model in its safetensors files: which there are, single tensors, and single values of them."""
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Entry:
     start: int
     stop: int
 
+    def fits(self, first: int) -> bool:
+        """Whether its bytes lie behind the header and are as many as shape and dtype take; of a packed one that is not known."""
+        size = None if self.dtype is None else math.prod(self.shape) * self.dtype.itemsize
+        return first <= self.start <= self.stop and size in (None, self.stop - self.start)
+
 
 class Weights:
     """Tensors by name, read where they are asked for.
@@ -62,7 +68,7 @@ class Weights:
         if name not in self.kept:
             data = self.place.part((entry.file, entry.start, entry.stop))
             if len(data) != entry.stop - entry.start:
-                raise ErasureFileError(f"{entry.file} ends before {name!r} does.")
+                raise ErasureFileError(f"{entry.file} ends before {name!r} does: download it again.")
             value = torch.frombuffer(bytearray(data), dtype=entry.dtype).reshape(entry.shape)
             if sum(each.nbytes for each in self.kept.values()) + value.nbytes > KEPT:
                 self.kept.clear()
@@ -92,7 +98,7 @@ class Weights:
                 continue
             joined = bytearray(b"".join(next(data) for _ in positions))
             if len(joined) != len(positions) * entry.dtype.itemsize:
-                raise ErasureFileError(f"{entry.file} ends before {name!r} does.")
+                raise ErasureFileError(f"{entry.file} ends before {name!r} does: download it again.")
             found.append(torch.frombuffer(joined, dtype=entry.dtype))
         return found
 
@@ -106,7 +112,7 @@ def _entries(place: Place, name: str) -> dict[str, Entry]:
         head += place.part((name, len(head), 8 + size))
     try:
         header: dict[str, Any] = json.loads(head[8 : 8 + size])
-        return {
+        found = {
             key: Entry(
                 name,
                 DTYPES.get(each["dtype"]),
@@ -117,5 +123,11 @@ def _entries(place: Place, name: str) -> dict[str, Entry]:
             for key, each in header.items()
             if key != "__metadata__"
         }
+        wrong = [key for key, each in found.items() if not each.fits(8 + size)]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ErasureFileError(f"{name} is no safetensors file: {error}") from error
+    if wrong:
+        raise ErasureFileError(
+            f"{name} is damaged: its header gives {wrong[0]!r} other bytes than its shape and dtype take."
+        )
+    return found
