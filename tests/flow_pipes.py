@@ -4,48 +4,20 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.helpers import TOKENIZER
+from tests.tiny_transformers import clip, t5, vae
 
 
 LENGTH = 12  # text rows that their T5 makes
 FLUX_SITES, SD3_SITES = "transformer_blocks.0.attn.", "transformer_blocks.1.attn."
-
-
-def _clip(kind: Any, width: int, tokenizer: Any) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        projection_dim=width,
-        initializer_factor=5.0,
-    )
-    return kind(config).eval()
-
-
-def _t5(width: int, tokenizer: Any) -> Any:
-    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    return T5EncoderModel(config).eval()
 
 
 def _tokenizers(count: int) -> list[Any]:
@@ -55,19 +27,8 @@ def _tokenizers(count: int) -> list[Any]:
     return found
 
 
-def _vae(channels: int) -> Any:
-    return AutoencoderKL(
-        latent_channels=channels,
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.8,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+def _vae() -> Any:
+    return vae(scaling_factor=0.8, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def tiny_flux_pipe(seed: int = 0, *, guidance_embeds: bool = False, **scheduler: Any) -> Any:
@@ -86,11 +47,11 @@ def tiny_flux_pipe(seed: int = 0, *, guidance_embeds: bool = False, **scheduler:
             axes_dims_rope=(4, 6, 6),
             guidance_embeds=guidance_embeds,
         ).eval()
-        encoders = _clip(CLIPTextModel, 32, tokenizers[0]), _t5(32, tokenizers[1])
-        vae = _vae(4)
+        encoders = clip(CLIPTextModel, 32, tokenizers[0], 3), t5(32, tokenizers[1], 1.0)
+        decoder = _vae()
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
-        vae=vae,
+        vae=decoder,
         text_encoder=encoders[0],
         tokenizer=tokenizers[0],
         text_encoder_2=encoders[1],
@@ -121,17 +82,17 @@ def tiny_sd3_pipe(seed: int = 0, **scheduler: Any) -> Any:
             dual_attention_layers=(1,),
             qk_norm="rms_norm",
         ).eval()
-        clips = [_clip(CLIPTextModelWithProjection, 16, tokenizer) for tokenizer in tokenizers[:2]]
-        t5, vae = _t5(32, tokenizers[2]), _vae(4)
+        clips = [clip(CLIPTextModelWithProjection, 16, tokenizer, 3) for tokenizer in tokenizers[:2]]
+        third, decoder = t5(32, tokenizers[2], 1.0), _vae()
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
-        vae=vae,
+        vae=decoder,
         text_encoder=clips[0],
         tokenizer=tokenizers[0],
         text_encoder_2=clips[1],
         tokenizer_2=tokenizers[1],
-        text_encoder_3=t5,
+        text_encoder_3=third,
         tokenizer_3=tokenizers[2],
     )
     pipe.set_progress_bar_config(disable=True)

@@ -65,12 +65,13 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, additional_special_tokens=[], model_max_length=64)
 
 
-def _clip(tokenizer: Any, width: int, projected: bool) -> Any:
+def clip(kind: Any, width: int, tokenizer: Any, layers: int = 2) -> Any:
+    """A CLIP text encoder of a class."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
@@ -78,17 +79,19 @@ def _clip(tokenizer: Any, width: int, projected: bool) -> Any:
         projection_dim=width,
         initializer_factor=5.0,
     )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+    return kind(config).eval()
 
 
-def _t5(tokenizer: Any, width: int) -> Any:
+def t5(width: int, tokenizer: Any, size: float = 2.0) -> Any:
+    """A T5 encoder, with weights of a size."""
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=width, d_ff=64, d_kv=8, num_layers=2, num_heads=4, initializer_factor=2.0
+        vocab_size=len(tokenizer), d_model=width, d_ff=64, d_kv=8, num_layers=2, num_heads=4, initializer_factor=size
     )
     return T5EncoderModel(config).eval()
 
 
-def _vae() -> Any:
+def vae(**settings: Any) -> Any:
+    """A VAE of 16 x 16 pixels and 8 x 8 latents."""
     return AutoencoderKL(
         latent_channels=4,
         block_out_channels=(8, 16),
@@ -96,8 +99,7 @@ def _vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
         sample_size=SIDE,
-        scaling_factor=0.5,
-        shift_factor=0.0,
+        **{"scaling_factor": 0.5, "shift_factor": 0.0, **settings},
     ).eval()
 
 
@@ -132,10 +134,10 @@ def tiny_flux_pipe(seed: int = 0, *, guidance_embeds: bool = False) -> Any:
                     axes_dims_rope=(4, 4, 8),
                 )
             ),
-            vae=_vae(),
-            text_encoder=_clip(tokenizer, 24, projected=False),
+            vae=vae(),
+            text_encoder=clip(CLIPTextModel, 24, tokenizer),
             tokenizer=tokenizer,
-            text_encoder_2=_t5(second, 40),
+            text_encoder_2=t5(40, second),
             tokenizer_2=second,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         )
@@ -169,12 +171,12 @@ def tiny_sd3_pipe(seed: int = 0) -> Any:
                     qk_norm="rms_norm",
                 )
             ),
-            vae=_vae(),
-            text_encoder=_clip(first, 16, projected=True),
+            vae=vae(),
+            text_encoder=clip(CLIPTextModelWithProjection, 16, first),
             tokenizer=first,
-            text_encoder_2=_clip(second, 24, projected=True),
+            text_encoder_2=clip(CLIPTextModelWithProjection, 24, second),
             tokenizer_2=second,
-            text_encoder_3=_t5(third, 56),
+            text_encoder_3=t5(56, third),
             tokenizer_3=third,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         )
