@@ -46,12 +46,12 @@ from tests.coexistence import (
     erased,
 )
 from tests.helpers import EFFECT, equal, far
+from tests.tables import EQUAL, NOT_RUN, check_table
 
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "composing.md"
 PLACE = re.compile(r"(<!-- matrix -->\n).*?(<!-- end -->)", re.DOTALL)
 UPDATE = "UPDATE_MATRIX" in os.environ
-EQUAL, NOT_RUN = "=", "not run"
 FOUND: dict[tuple[str, str, bool], str] = {}  # by neighbour, form, and whether the erasure was loaded after
 
 # For these strength 0 and unloading are tried in each run, for all others in the slow half.
@@ -231,12 +231,5 @@ def test_the_table_is_what_was_found() -> None:
         PAGE.write_text(page, encoding="utf-8")
     found = PLACE.search(page)
     assert found is not None
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in found[0].splitlines() if line.startswith("| ")}
-    reasons = dict(re.findall(r"^(\d+)\. (.+)$", found[0], re.MULTILINE))
-    assert list(rows)[2:] == list(NEIGHBOURS)
-    for (name, form, after), outcome in FOUND.items():
-        texts = rows[name].removesuffix(" |").split(" | ")[1 + list(FORMS).index(form)].split(" / ")
-        told = texts[-1 if after else 0]
-        note = re.fullmatch(r"error \((\d+)\)", told)
-        told = reasons[note[1]] if note else told
-        assert outcome == told or NOT_RUN in (outcome, told), f"{name}, {form}: {outcome}, but the table says {told}"
+    found_here = ((name, form, after, outcome) for (name, form, after), outcome in FOUND.items())
+    check_table(found[0], list(NEIGHBOURS), list(FORMS), found_here)

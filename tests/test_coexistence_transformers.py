@@ -30,13 +30,13 @@ from tests.coexistence_transformers import (
     base,
 )
 from tests.helpers import EFFECT, ROUNDINGS, equal, far
-from tests.tiny_transformers import PIPES
+from tests.tables import EQUAL, NOT_RUN, check_table
+from tests.tiny_transformers import PIPES, drawn
 
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "composing.md"
 PLACE = re.compile(r"(<!-- matrix of transformers -->\n).*?(<!-- end -->)", re.DOTALL)
 UPDATE = "UPDATE_MATRIX" in os.environ
-EQUAL, NOT_RUN = "=", "not run"
 FOUND: dict[tuple[str, str, str, bool], str] = {}  # by kind, neighbour, form, and whether the erasure was loaded after
 
 
@@ -149,8 +149,6 @@ def test_neighbours_do_something(kind: str, name: str) -> None:
 
 def neighbour_free(kind: str, name: str, pipe: Any) -> Any:
     """What is drawn with the same number of steps and nothing else."""
-    from tests.tiny_transformers import drawn
-
     return drawn(pipe, num_inference_steps=NEIGHBOURS[name].arguments.get("num_inference_steps", 3))
 
 
@@ -208,12 +206,5 @@ def test_the_table_is_what_was_found() -> None:
         PAGE.write_text(page, encoding="utf-8")
     found = PLACE.search(page)
     assert found is not None
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in found[0].splitlines() if line.startswith("| ")}
-    reasons = dict(re.findall(r"^(\d+)\. (.+)$", found[0], re.MULTILINE))
-    assert list(rows)[2:] == list(NEIGHBOURS)
-    for (_, name, form, after), outcome in FOUND.items():
-        texts = rows[name].removesuffix(" |").split(" | ")[1 + list(FORMS).index(form)].split(" / ")
-        told = texts[-1 if after else 0]
-        note = re.fullmatch(r"error \((\d+)\)", told)
-        told = reasons[note[1]] if note else told
-        assert outcome == told or NOT_RUN in (outcome, told), f"{name}, {form}: {outcome}, but the table says {told}"
+    found_here = ((name, form, after, outcome) for (_, name, form, after), outcome in FOUND.items())
+    check_table(found[0], list(NEIGHBOURS), list(FORMS), found_here)
