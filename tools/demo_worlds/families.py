@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from diffusers_erasure.denoising.calls import packed
 from tools.demo_model.train_model import new_scheduler
 
 
@@ -55,7 +57,7 @@ class Batch:
     draws: torch.Tensor
 
 
-class Family:
+class Family(ABC):
     """
     One family's text encoders and denoiser.
 
@@ -70,13 +72,13 @@ class Family:
     def __init__(self, clip: CLIPTokenizer, t5: T5Tokenizer | None) -> None:
         self.clip, self.t5 = clip, t5
 
+    @abstractmethod
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean squared error of what the denoiser predicts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pipeline(self, vae: AutoencoderKL) -> Any:
         """The pipeline, of these very parts."""
-        raise NotImplementedError
 
     def to(self, device: torch.device) -> None:
         """Put everything on a device. A loss may make no constants on the CPU: no CUDA graph could bring them over."""
@@ -287,7 +289,7 @@ class Flux(Family):
         row, column = torch.meshgrid(side, side, indexing="ij")
         places = torch.stack([torch.zeros_like(row), row, column], dim=-1)
         predicted = self.denoiser(
-            hidden_states=packed(noisy),
+            hidden_states=packed(noisy, 2),
             timestep=share,
             guidance=None,
             pooled_projections=hidden_pooled(pooled, batch),
@@ -295,7 +297,7 @@ class Flux(Family):
             txt_ids=rows.new_zeros(rows.shape[1], 3),
             img_ids=places.flatten(0, 1),
         ).sample
-        return F.mse_loss(predicted, packed(flow))
+        return F.mse_loss(predicted, packed(flow, 2))
 
     def pipeline(self, vae: AutoencoderKL) -> Any:
         """The pipeline, of these very parts."""
@@ -343,10 +345,3 @@ def towards_noise(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     share = torch.where(batch.draws[2] < 0.3, torch.rand_like(share), share)
     gone = share[:, None, None, None]
     return (1 - gone) * latents + gone * noise, share, noise - latents
-
-
-def packed(latents: torch.Tensor) -> torch.Tensor:
-    """Squares of two by two as one token each, as Flux takes them, [n, tokens, channels]."""
-    count, channels, side = latents.shape[:3]
-    squares = latents.reshape(count, channels, side // 2, 2, side // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return squares.reshape(count, (side // 2) ** 2, 4 * channels)
