@@ -140,6 +140,20 @@ def compare_base(base: BaseModel, pipe: Any, *, needed: set[str], derived_from: 
     return result
 
 
+def refuse_loras(module: nn.Module, what: str) -> None:
+    """See that no adapter acts in a part of the base model on which an erasure is fitted.
+
+    Raises:
+        ErasureInputError: one does.
+    """
+    adapters = compat.active_adapters(module)
+    if adapters:
+        raise ErasureInputError(
+            f"The {what} carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. Call "
+            "`pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
+        )
+
+
 def plain_weight(module: nn.Linear, name: str) -> torch.Tensor:
     """Return a layer's weight for fitting, in float64 on the CPU.
 

@@ -58,7 +58,7 @@ class Known:
 
 
 def gradient(objective: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    step = Known()
+    step: Any = Known()
     loss = objective.loss(step)
     (found,) = torch.autograd.grad(loss.sum(), step.own)
     return loss.detach(), found
@@ -82,7 +82,7 @@ def test_gem_without_repulsion_is_regression_to_the_anchor() -> None:
 
 
 def test_gem_by_hand_and_its_hinge() -> None:
-    step = Known()
+    step: Any = Known()
     near, distant = ((step.own - each).detach().flatten(1).norm(dim=1) for each in (step.neutral, step.concept))
     for eta in (0.5, 1.0):
         loss, _ = gradient(gem.Objective(100.0, eta))
@@ -92,8 +92,8 @@ def test_gem_by_hand_and_its_hinge() -> None:
     assert not loss.any() and not slope.any()
     # At the start the student is the base: nothing is infinite where it lies on the concept.
     step.own = step.concept.clone().requires_grad_()
-    gem.Objective(1.0, 1.0).loss(step).sum().backward()  # type: ignore[arg-type]
-    assert bool(step.own.grad.isfinite().all()) and bool(step.own.grad.any())  # type: ignore[union-attr]
+    gem.Objective(1.0, 1.0).loss(step).sum().backward()
+    assert bool(step.own.grad.isfinite().all()) and bool(step.own.grad.any())
 
 
 def seen_by(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[list[Any], Any]:
@@ -238,15 +238,15 @@ def test_steps_erase_and_preserve_by_turns() -> None:
 
 def test_eraseanything_by_hand() -> None:
     objective = eraser()
-    lower = Watched(0, objective)
-    plain = esd.Objective(1.0).loss(lower)  # type: ignore[arg-type]
+    lower: Any = Watched(0, objective)
+    plain = esd.Objective(1.0).loss(lower)
     to_word = lower.moved[..., [1, 2]]
     expected = plain + 0.5 * to_word.norm(dim=1).flatten(1).sum(1)
-    assert (objective.loss(lower) - expected).abs().max() < 1e-12  # type: ignore[arg-type]
+    assert (objective.loss(lower) - expected).abs().max() < 1e-12
     assert not lower.asked  # the teacher is asked for nothing more
 
-    upper = Watched(1, objective)
-    found = objective.loss(upper)  # type: ignore[arg-type]
+    upper: Any = Watched(1, objective)
+    found = objective.loss(upper)
     (rows,) = upper.asked
     assert rows == [
         ["a cat"] * 3,
@@ -266,8 +266,8 @@ def test_eraseanything_by_hand() -> None:
 def test_without_its_further_terms_it_is_esd() -> None:
     objective = eraseanything.Objective(1.0, 0.0, 0.0, {"cat": ("dog",)}, alternates=False)
     for number in (0, 1):
-        step = Known(number)
-        assert torch.equal(objective.loss(step), esd.Objective(1.0).loss(step))  # type: ignore[arg-type]
+        step: Any = Known(number)
+        assert torch.equal(objective.loss(step), esd.Objective(1.0).loss(step))
 
 
 def test_the_teacher_of_eraseanything_is_the_base(monkeypatch: pytest.MonkeyPatch) -> None:

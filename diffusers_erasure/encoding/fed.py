@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..base_model import component
+from ..base_model import component, refuse_loras
 from ..errors import ErasureCompatibilityError, ErasureInputError
 from ..families import Family
 from ..fingerprints import checksum
@@ -70,12 +70,7 @@ class Fed:
         missing = [name for name in (*self.family.text_encoders, *self.family.tokenizers) if self._part(name) is None]
         if missing:
             raise ErasureCompatibilityError(f"Fitting needs the pipeline's {' and '.join(missing)}; load them.")
-        adapters = compat.active_adapters(self._encoder)
-        if adapters:
-            raise ErasureInputError(
-                f"The text encoder carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. "
-                "Call `pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
-            )
+        refuse_loras(self._encoder, "text encoder")
 
     def _part(self, name: str) -> Any:
         return component(self.pipe, name)

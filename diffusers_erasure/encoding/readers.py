@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import compat
-from ..base_model import component
+from ..base_model import component, refuse_loras
 from ..errors import ErasureCompatibilityError, ErasureInputError
 from ..families import Family
 
@@ -176,12 +176,7 @@ def readers_of(pipe: Any, family: Family, denoiser: Any, length: int = 0) -> dic
             raise ErasureCompatibilityError(
                 f"Fitting needs the pipeline's {' and '.join((*family.text_encoders, *family.tokenizers))}; load them."
             )
-        adapters = compat.active_adapters(encoder)
-        if adapters:
-            raise ErasureInputError(
-                f"The text encoder carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. "
-                "Call `pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
-            )
+        refuse_loras(encoder, "text encoder")
         causal = name in family.causal
         most = int(tokenizer.model_max_length)
         own = most if causal else min(most, length or usual_length(denoiser))

@@ -22,10 +22,9 @@ from typing import Annotated, Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from .. import compat
 from ..artifact import Erasure
 from ..assembling import bound_to_text, made_by
-from ..base_model import component, describe_base, family_of, plain_weight
+from ..base_model import component, describe_base, family_of, plain_weight, refuse_loras
 from ..denoising.calls import Caller, latent_shape
 from ..denoising.prompts import Prompts
 from ..denoising.sampler import EMPTY, SAMPLE, guided, sampler_for
@@ -339,12 +338,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
 
 def check(pipe: Any, concepts: Sequence[Concept], run: TrainingRun) -> None:
     """Refuse what cannot be done before anything is computed."""
-    adapters = compat.active_adapters(component(pipe, family_of(pipe).denoiser))
-    if adapters:
-        raise ErasureInputError(
-            f"The denoiser carries active LoRAs ({adapters}), but an erasure is fitted on the clean base model. Call "
-            "`pipe.unload_lora_weights()` (or `pipe.disable_lora()`) first."
-        )
+    refuse_loras(component(pipe, family_of(pipe).denoiser), "denoiser")
     if len(concepts) > MAX_LAYERS:
         raise ErasureInputError(f"An erasure holds at most {MAX_LAYERS} concepts of this method, not {len(concepts)}.")
     if run.sample_every:
