@@ -71,7 +71,7 @@ def test_a_loss_leaves_its_device_alone(name: str) -> None:
 
 def test_squares_are_packed_as_the_pipeline_does() -> None:
     latents = torch.randn(2, 8, 8, 8)
-    assert torch.equal(packed(latents), FluxPipeline._pack_latents(latents, 2, 8, 8, 8))
+    assert torch.equal(packed(latents, 2), FluxPipeline._pack_latents(latents, 2, 8, 8, 8))
 
 
 def test_words_are_whole_and_strange_ones_are_spelt() -> None:
