@@ -7,13 +7,11 @@ from typing import Any
 import torch
 
 from ..base_model import component, family_of
-from ..encoding import check_prompts, last_rows
+from ..encoding import check_prompts, last_rows, pooled_rows, short_enough
 from ..errors import ErasureCompatibilityError
-from ..families import Family
 
 
 TEXT_ROWS, POOLED, SIZES = "rows", "pooled", "sizes"
-POOLED_BATCH, POOLED_LENGTH = 16, 32  # of prompts of which the pooled vectors alone are wanted
 
 
 class Prompts:
@@ -114,32 +112,24 @@ def encoded(pipe: Any, prompts: Sequence[str], length: int) -> tuple[torch.Tenso
         more = {"do_classifier_free_guidance": False, "max_sequence_length": length}
         rows, _, pooled, _ = pipe.encode_prompt(texts, None, None, device=device, **more)
         return rows, pooled
-    raise ErasureCompatibilityError(_unknown(family))
-
-
-def _unknown(family: Family) -> str:
-    return f"Prompts of {family.title} cannot be encoded here; those of Stable Diffusion, SDXL, SD3 and FLUX.1 can."
+    raise ErasureCompatibilityError(
+        f"Prompts of {family.title} cannot be encoded here; those of Stable Diffusion, SDXL, SD3 and FLUX.1 can."
+    )
 
 
 def nearest(pipe: Any, prompts: Sequence[str], targets: Sequence[str], count: int) -> list[str]:
     """The `count` prompts nearest to each target, by cosine, less the mean of all.
 
-    Of UNets' prompts the rows of the last word pieces are compared, of transformers' the pooled vectors.
+    Of UNets' prompts the rows of the last word pieces are compared, of transformers' the pooled vectors: for these CLIP alone has
+    to run, and prompts that it does not read whole are left out.
     """
+    unets = family_of(pipe).denoiser == "unet"
+    prompts = prompts if unets else short_enough(pipe, prompts)
     if not prompts or not count:
         return []
-    rows = _vectors(pipe, [*prompts, *targets]).double()
+    rows = (last_rows if unets else pooled_rows)(pipe, [*prompts, *targets])
     rows = rows - rows.mean(0)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     cosines = rows[len(prompts) :] @ rows[: len(prompts)].T
     chosen = cosines.topk(min(count, len(prompts)), dim=1).indices.flatten().tolist()
     return [prompts[i] for i in dict.fromkeys(chosen)]
-
-
-def _vectors(pipe: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """A vector for each prompt: [N, C]."""
-    if family_of(pipe).denoiser == "unet":
-        return last_rows(pipe, prompts)
-    length = min(text_length(pipe), POOLED_LENGTH)
-    starts = range(0, len(prompts), POOLED_BATCH)
-    return torch.cat([encoded(pipe, prompts[start : start + POOLED_BATCH], length)[1].cpu() for start in starts])

@@ -180,6 +180,7 @@ def readers_of(pipe: Any, family: Family, denoiser: Any, length: int = 0) -> dic
         causal = name in family.causal
         most = int(tokenizer.model_max_length)
         own = most if causal else min(most, length or usual_length(denoiser))
-        penultimate = causal and family.name != "stable-diffusion"
+        in_rows = any(name in block for block in family.rows)  # FLUX.1 asks its CLIP for the pooled vector alone
+        penultimate = causal and in_rows and family.name != "stable-diffusion"
         found[name] = Reader(name, encoder, tokenizer, pipe, own, penultimate, causal)
     return found
