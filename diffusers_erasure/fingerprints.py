@@ -100,7 +100,7 @@ def _sampled(model: nn.Module, parameters: Parameters, as_fused: bool) -> list[S
     places: dict[tuple[int, torch.device], tuple[list[int], torch.Tensor]] = {}  # many parameters are of one size
     picked: list[tuple[nn.Module, str, list[int], torch.dtype]] = []
     values: list[torch.Tensor] = []
-    for _, owner, local, parameter in parameters[:: max(1, len(parameters) // SAMPLES)]:
+    for _, owner, local, parameter in _some(parameters):
         if (owner, local) in before:
             parameter = nn.Parameter(before[owner, local], requires_grad=False)
         flat = _readable(owner, local, parameter)
@@ -110,7 +110,7 @@ def _sampled(model: nn.Module, parameters: Parameters, as_fused: bool) -> list[S
             continue
         size, device = flat.numel(), flat.device
         if (size, device) not in places:
-            positions = [(2 * i + 1) * size // (2 * count) for i in range(count)]
+            positions = _spread(size, count)
             places[size, device] = positions, torch.tensor(positions, device=device)
         positions, indices = places[size, device]
         picked.append((owner, local, positions, flat.dtype))
@@ -120,11 +120,21 @@ def _sampled(model: nn.Module, parameters: Parameters, as_fused: bool) -> list[S
     return [Sample(owner, local, where, row, dtype) for (owner, local, where, dtype), row in read]
 
 
+def _some(parameters: Parameters) -> Parameters:
+    """Those of which values are taken: all, but of very many."""
+    return parameters[:: max(1, len(parameters) // SAMPLES)]
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """Places of `count` values, evenly over `size`."""
+    return [(2 * i + 1) * size // (2 * count) for i in range(count)]
+
+
 def _from_files(weights: StoredWeights, parameters: Parameters, count: int) -> list[Sample]:
     """The same values of a model that is not loaded."""
-    chosen = parameters[:: max(1, len(parameters) // SAMPLES)]
+    chosen = _some(parameters)
     sizes = [_sampled_rows(owner, parameter).numel() for _, owner, _, parameter in chosen]
-    places = [[(2 * i + 1) * size // (2 * count) for i in range(count)] for size in sizes]
+    places = [_spread(size, count) for size in sizes]
     found = weights.sample([(name, where) for (name, *_), where in zip(chosen, places, strict=True)])
     return [
         Sample(owner, local, [], torch.full((count,), torch.nan), torch.float32)
