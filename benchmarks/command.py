@@ -190,7 +190,13 @@ def finish(options: argparse.Namespace, name: str, numbers: Mapping[str, Any], d
         print("Measured on a CPU.")
     if options.smoke:
         print("--smoke: small and few. These numbers say nothing.")
+    write_numbers(options, name, numbers, device)
+
+
+def write_numbers(options: argparse.Namespace, name: str, numbers: Mapping[str, Any], device: str = "cpu") -> None:
+    """Write the JSON where it is asked for; also between the parts of what may be cut off."""
     if options.json:
+        where = machine(device, options.cpu_time)
         report = {"benchmark": name, "smoke": options.smoke, "machine": where, **numbers}
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

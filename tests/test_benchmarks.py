@@ -1,5 +1,6 @@
 """Each benchmark runs on small shapes and reports what it promises. Nothing is asserted about times."""
 
+import argparse
 import ast
 import json
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from benchmarks import beside_loras, image_to_image
+from benchmarks import beside_loras, flux_update, image_to_image
 from diffusers_erasure import demo
 from diffusers_erasure.demo.drawing import fast_pipeline
 
@@ -114,6 +115,53 @@ def test_flux_fit(tmp_path: Path) -> None:
     assert numbers["prompts"] == 3 and numbers["seconds"] > 0
     # Two directions of rows 64 wide, and one of pooled vectors as wide as the tiny model's.
     assert numbers["bytes"] == 2 * 2 * (2 * 64 + 96)
+
+
+@pytest.mark.slow
+def test_flux_update(tmp_path: Path) -> None:
+    numbers = run("flux_update", tmp_path)
+    rows = {(row["method"], row["batch_size"], row["gradient_checkpointing"]): row for row in numbers["rows"]}
+    # The presets' batches, with activations computed again and kept; and a batch of one.
+    assert list(rows) == [
+        *(("esd", 4, True), ("gem", 8, True), ("esd", 1, False), ("gem", 1, False), ("esd", 4, False)),
+        ("gem", 8, False),
+    ]
+    for (method, batch, checkpointing), row in rows.items():
+        assert "error" not in row and row["gradient_checkpointing"] is checkpointing
+        assert all(set(row[key]) == SUMMARY for key in ("update_s", "teacher_s", "student_s", "backward_s"))
+        assert row["update_s"]["n"] == 4 and row["update_s"]["min"] > 0
+        # As many retained prompts join; GEM asks the base for concept and anchor, of which ESD's pool knows.
+        assert (row["samples"], row["teacher_samples"]) == (2 * batch, 2 * batch if method == "gem" else 0)
+        # Two trajectories of two steps: sampled, and concept and anchor without guidance; and one of each retained text.
+        pool = row["pool"]
+        assert pool["concept_samples"] == (2 if method == "gem" else 2 * 3)
+        assert len(pool["concept_pass_s"]) == (1 if method == "gem" else 2) and pool["retained_samples"] == [6, 6]
+        # GEM draws latents again before the fifth update.
+        assert (row["refresh_s"] or {}).get("n") == (1 if method == "gem" else None)
+        assert row["preset"]["run_s"] > row["preset"]["pool_s"] > 0
+    assert numbers["left"] == []
+
+
+@pytest.mark.slow
+def test_flux_update_is_cut_off(tmp_path: Path) -> None:
+    numbers = run("flux_update", tmp_path, "--methods", "esd", "--updates", "1", "--limit", "0")
+    assert numbers["rows"] == [] and len(numbers["left"]) == 3
+
+
+def test_what_fits_no_memory_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any) -> int:
+        raise torch.cuda.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 3 GiB. If reserved but unallocated ..."
+        )
+
+    monkeypatch.setattr(flux_update, "run", full)
+    pipe = flux_update.make_pipeline("cpu", smoke=True)
+    options = argparse.Namespace(pixels=64, updates=1, smoke=True, device="cpu")
+    row = flux_update.measured(pipe, flux_update.Case("gem", 0, False), options)
+    assert (row["error"], row["updates_done"], row["batch_size"]) == ("out of memory", 0, 8)
+    assert capsys.readouterr().out.strip() == "CUDA out of memory. Tried to allocate 3 GiB."
+    flux_update.print_tables([row], options)
+    assert "gem, 8 + 8, without checkpointing  out of memory" in capsys.readouterr().out
 
 
 @pytest.mark.slow
