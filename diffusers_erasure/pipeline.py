@@ -314,8 +314,7 @@ def _checked(
     if backend != "merge":  # fused together with those that are, it adds as it does to unfused ones
         fusing.check_beside_fused(pipe, erasure)
     components = _components(pipe)
-    for model in components.values():
-        processor.check_beside(model, erasure)
+    processor.check_beside(components.values(), erasure)
     twins.refuse_same_edit(pipe, erasure)
     on_text = any(layer.component.startswith("text_encoder") for layer in erasure.config.layers)
     if on_text:

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -291,15 +291,15 @@ class ActEraseAttnProcessor(nn.Module):
         return type(self), (), vars(self)
 
 
-def check_beside(model: nn.Module, erasure: "Erasure") -> None:
-    """Refuse an erasure whose hooks would patch what the processors of a component patch already.
+def check_beside(models: Iterable[nn.Module], erasure: "Erasure") -> None:
+    """Refuse an erasure whose hooks would patch what the processors of a pipeline's models patch already.
 
     Raises:
         ErasureInputError: it would.
     """
-    live = _patches_of(model)
-    if live is not None and _patched(erasure) & live.sites.keys():
-        raise ErasureInputError(ALREADY)
+    for live in map(_patches_of, models):
+        if live is not None and _patched(erasure) & live.sites.keys():
+            raise ErasureInputError(ALREADY)
 
 
 def _patched(erasure: "Erasure") -> set[str]:
