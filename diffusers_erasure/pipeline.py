@@ -313,9 +313,9 @@ def _checked(
     match = _check_base(pipe, erasure, content, strict_base)
     if backend != "merge":  # fused together with those that are, it adds as it does to unfused ones
         fusing.check_beside_fused(pipe, erasure)
-    processor.check_beside(getattr(pipe, "unet", None), erasure)
-    twins.refuse_same_edit(pipe, erasure)
     components = _components(pipe)
+    processor.check_beside(components.values(), erasure)
+    twins.refuse_same_edit(pipe, erasure)
     on_text = any(layer.component.startswith("text_encoder") for layer in erasure.config.layers)
     if on_text:
         prompt_guard.check(pipe)

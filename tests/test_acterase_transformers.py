@@ -88,7 +88,26 @@ def test_one_for_all_timesteps_is_fused() -> None:
     assert equal(drawn(pipe), whole)
 
 
-@pytest.mark.parametrize("setting", [{"sites": "attn1"}, {"sites": "ff+attn2"}, {"blocks": "mid"}])
-def test_parts_of_a_unet_are_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(ErasureInputError, match="parts of a UNet. For FLUX.1 `sites` may be 'ff', 'attn', 'all'"):
-        find_sites(tiny_flux_pipe().transformer, resolve(Config(**setting), Settings))
+@pytest.mark.parametrize("blocks", ["double", "single"])
+def test_the_blocks_of_flux(blocks: str) -> None:
+    """Those of two streams have attentions and feed-forwards, those of one a Linear for both."""
+    found = {}
+    for sites in ("attn", "all"):
+        settings = resolve(Config(sites=sites, blocks=blocks), Settings)
+        found[sites] = find_sites(tiny_flux_pipe().transformer, settings)
+    attentions = [f"transformer_blocks.{i}.attn.{end}" for i in (0, 1) for end in ("to_out.0", "to_add_out")]
+    singles = [f"single_transformer_blocks.{i}.proj_out" for i in (0, 1)]
+    assert sorted(found["attn"]) == sorted(attentions if blocks == "double" else singles)
+    assert len(found["all"]) == (8 if blocks == "double" else 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        *(("flux", setting) for setting in ({"sites": "attn1"}, {"sites": "ff+attn2"}, {"blocks": "mid"})),
+        ("sd3", {"blocks": "double"}),
+    ],
+)
+def test_parts_of_other_denoisers_are_refused(kind: str, setting: dict[str, Any]) -> None:
+    with pytest.raises(ErasureInputError, match="parts of this denoiser. For .* `sites` may be 'ff', 'attn', 'all'"):
+        find_sites(PIPES[kind]().transformer, resolve(Config(**setting), Settings))

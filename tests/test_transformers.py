@@ -16,13 +16,11 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import nn
 
 from diffusers_erasure import (
-    ActEraseAttnProcessor,
     Erasure,
     ErasureCompatibilityError,
     ErasureError,
     ErasureFileError,
     ErasureInactiveError,
-    ErasureInputError,
     Layer,
     erase,
 )
@@ -282,14 +280,6 @@ def test_a_processor_that_leaves_a_site_out_is_an_error() -> None:
     pipe.transformer.transformer_blocks[0].attn.set_processor(Silent())
     with pytest.raises(ErasureInactiveError, match="transformer_blocks.0.attn.to_out.0"):
         drawn(pipe, num_inference_steps=1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_form_as_processors_says_what_to_use(kind: str) -> None:
-    pipe = PIPES[kind]()
-    with pytest.raises(ErasureInputError, match="pipe.load_erasure"):
-        ActEraseAttnProcessor.for_unet(pipe.transformer, Patches(kind).erasure(pipe))
-    assert not pipe.list_erasures()
 
 
 @pytest.mark.parametrize("kind", KINDS)

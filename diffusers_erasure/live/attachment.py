@@ -81,7 +81,7 @@ def attach_layers(
             state.timed.add(key)
             state.conditions.watch(components[layer.component])
         if layer.is_modified:
-            modifier = _modifier(state.conditions, key, layer, item.erasure, encoder)
+            modifier = modifier_of(state.conditions, key, layer, item.erasure, encoder)
         live.attach(components[layer.component], key, layer, item.erasure.layer_tensors(layer), modifier)
         state.marks.add(item.name, item.content_hash, live.altered(components[layer.component], layer))
     for name in {layer.component for layer in item.erasure.config.layers if layer.component in components}:
@@ -95,7 +95,7 @@ def watch(component: nn.Module) -> None:
     state.firing.watch(component, [each for layer in state.live() for each in layer.watched()])
 
 
-def _modifier(
+def modifier_of(
     conditions: Conditions, key: PartKey, layer: LayerSpec, erasure: Erasure, encoder: nn.Module | None
 ) -> Modifier:
     """The schedule and gate of a layer; its gate joins the conditions."""

@@ -80,7 +80,8 @@ class Config:
         sites (`"ff"`, `"attn"`, `"attn1"`, `"attn2"`, `"ff+attn2"` or `"all"`, *optional*, defaults to `"ff"`): what is patched:
             the input of each feed-forward's last Linear, of the output projections of attentions (both, self, cross), or both. In
             transformers `"ff"`, `"attn"` and `"all"` of the image's and the text's; the last Linear of FLUX.1's single blocks is both.
-        blocks (`"all"`, `"up"`, `"mid"` or `"down"`, *optional*, defaults to `"all"`): in which blocks of a UNet.
+        blocks (`"all"`, `"up"`, `"mid"`, `"down"`, `"double"` or `"single"`, *optional*, defaults to `"all"`): in which blocks of a
+            UNet, or in which of FLUX.1, those of two streams or of one.
         by_timestep (`bool`, *optional*, defaults to `True`): a mask and means for each of several timesteps. `False` pools all
             timesteps: such an erasure can be fused into the weights (`pipe.fuse_erasures()`), and then costs nothing.
         timesteps (`int`, *optional*, defaults to 20): how many timesteps are stored, evenly over the run.
@@ -103,7 +104,7 @@ class Config:
     top: Annotated[float | None, Number(above=0, most=1)] = 0.1
     blend: Annotated[float, Number(above=0)] = 2.0
     sites: Literal["ff", "attn", "attn1", "attn2", "ff+attn2", "all"] = "ff"
-    blocks: Literal["all", "up", "mid", "down"] = "all"
+    blocks: Literal["all", "up", "mid", "down", "double", "single"] = "all"
     by_timestep: bool = True
     timesteps: Annotated[int, Whole(least=1)] = 20
     rows: Literal["conditional", "all"] = "conditional"
@@ -135,7 +136,7 @@ class Settings:
     top: float
     blend: float
     sites: Literal["ff", "attn", "attn1", "attn2", "ff+attn2", "all"]
-    blocks: Literal["all", "up", "mid", "down"]
+    blocks: Literal["all", "up", "mid", "down", "double", "single"]
     by_timestep: bool
     timesteps: int
     rows: Literal["conditional", "all"]

@@ -29,26 +29,31 @@ JOINT_SITES = {
     "all": (*JOINT_FEED_FORWARDS, *JOINT_ATTENTIONS),
 }
 BLOCKS = {"all": "", "up": "up_blocks.", "mid": "mid_block.", "down": "down_blocks."}
+# FLUX.1 has blocks of two streams, and then of one.
+STREAMS = {"all": "", "double": "transformer_blocks.", "single": "single_transformer_blocks."}
 
 
 def find_sites(model: nn.Module, settings: "Settings") -> dict[str, nn.Linear]:
     """The Linears whose input is patched, by name, in model order.
 
     Raises:
-        ErasureInputError: the settings name what there is in UNets alone.
+        ErasureInputError: the settings name what there is in other denoisers alone.
         ErasureCompatibilityError: there are none, or a feed-forward is built in another way.
     """
     family = DENOISERS[type(compat.unwrap_compiled(model)).__name__][0]
     joint = family.denoiser != "unet"
-    if joint and (settings.sites not in JOINT_SITES or settings.blocks != "all"):
+    names = [name for name, _ in model.named_modules()]
+    sites = JOINT_SITES if joint else SITES
+    blocks = (STREAMS if any(map(is_single, names)) else {"all": ""}) if joint else BLOCKS
+    if settings.sites not in sites or settings.blocks not in blocks:
         raise ErasureInputError(
-            f"`sites={settings.sites!r}` and `blocks={settings.blocks!r}` are parts of a UNet. For {family.title} `sites` may be "
-            f'{", ".join(map(repr, JOINT_SITES))}, and `blocks` is "all".'
+            f"`sites={settings.sites!r}` and `blocks={settings.blocks!r}` are not both parts of this denoiser. For {family.title} "
+            f"`sites` may be {', '.join(map(repr, sites))}, and `blocks` {', '.join(map(repr, blocks))}."
         )
-    endings = (JOINT_SITES if joint else SITES)[settings.sites]
+    endings, start = sites[settings.sites], blocks[settings.blocks]
     found: dict[str, nn.Linear] = {}
-    for name, _ in model.named_modules():
-        if (name.startswith(BLOCKS[settings.blocks]) and f".{name}".endswith(endings)) or (joint and is_single(name)):
+    for name in names:
+        if name.startswith(start) and (f".{name}".endswith(endings) or (joint and is_single(name))):
             module = find_site(model, name)
             if not isinstance(module, nn.Linear):
                 raise ErasureCompatibilityError(f"{name!r} is a {type(module).__name__}; expected a Linear.")
