@@ -7,7 +7,7 @@ import copy
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 
 from benchmarks.builders import random_factors
-from diffusers_erasure import Erasure, ErasureCompatibilityError, ErasureError, ErasureInactiveError
+from diffusers_erasure import Erasure, ErasureCompatibilityError, ErasureError, ErasureInactiveError, Layer
 from diffusers_erasure.low_rank import DOWN, UP
 from tests.helpers import dense_edit, random_erasure
 from tests.tiny_transformers import PIPES, SIDE, drawn, sites_of
@@ -68,8 +68,37 @@ def patching(kind: str) -> Erasure:
     return patches(kind).erasure(tiny(kind))
 
 
+@cache
+def maps(kind: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """`A` and `D` [2, C] of the text rows and of the pooled vector."""
+    config, generator = tiny(kind).transformer.config, torch.Generator().manual_seed(12)
+    widths = {"encoder_hidden_states": config.joint_attention_dim, "pooled_projections": config.pooled_projection_dim}
+    return {
+        name: (torch.randn(2, width, generator=generator) / width**0.5, torch.randn(2, width, generator=generator))
+        for name, width in widths.items()
+    }
+
+
+@cache
+def mapping(kind: str) -> Erasure:
+    layers = [Layer("text_map", (name,), {"A": a, "D": d}, "transformer") for name, (a, d) in maps(kind).items()]
+    return Erasure.from_layers(layers, base=tiny(kind), concepts="zebra", method="random")
+
+
+def plain_maps(kind: str, pipe: Any) -> Any:
+    """The pipeline whose transformer is given mapped text: with a LoRA on the door, (W + U) T."""
+    pipe.transformer.register_forward_pre_hook(partial(_mapped, maps(kind)), with_kwargs=True)
+    return pipe
+
+
+def _mapped(
+    tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], module: Any, args: Any, given: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**given, **{name: given[name] + given[name] @ a.T @ d for name, (a, d) in tensors.items()}}
+
+
 def _erasures(kind: str) -> tuple[Erasure, ...]:
-    return low_rank(kind), patching(kind)
+    return low_rank(kind), patching(kind), mapping(kind)
 
 
 @dataclass(frozen=True)
@@ -99,6 +128,7 @@ FORMS: dict[str, Form] = {
     "lora by hooks": Form(low_rank, dense),
     "merged": Form(low_rank, dense, "merge"),
     "peft": Form(low_rank, dense, "peft"),
+    "text_map": Form(mapping, plain_maps),
     "activation": Form(patching, lambda kind, pipe: patches(kind).plainly(pipe)),
 }
 
