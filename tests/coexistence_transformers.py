@@ -4,6 +4,7 @@ As `tests/coexistence.py`, which is for UNets; the tables stand side by side in 
 """
 
 import copy
+import importlib.util
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
+from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
 
 from benchmarks.builders import random_factors
 from diffusers_erasure import Erasure, ErasureCompatibilityError, ErasureError, ErasureInactiveError, Layer
@@ -148,6 +150,8 @@ class Neighbour:
         changes: whether it changes the picture itself.
         plain: for some forms another plain pipeline with the neighbour on it, made from the kind.
         kinds: of transformers, for which diffusers has it.
+        first: whether an erasure can only be loaded after it.
+        needs: a package.
         slow: whether it takes long.
     """
 
@@ -158,7 +162,14 @@ class Neighbour:
     changes: bool = True
     plain: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
     kinds: tuple[str, ...] = tuple(PIPES)
+    first: bool = False
+    needs: str | None = None
     slow: bool = False
+
+    def missing(self) -> str | None:
+        """Why it cannot run here."""
+        absent = self.needs is not None and importlib.util.find_spec(self.needs) is None
+        return f"{self.needs} is not installed" if absent else None
 
     def joins(self, kind: str, pipe: Any, plain: bool = False) -> Any:
         """Do it to a pipeline; returns the one that draws."""
@@ -176,6 +187,8 @@ class Neighbour:
         """The plain pipeline of a form, with the neighbour."""
         if form in self.plain:
             return self.plain[form](kind)
+        if self.first:
+            return FORMS[form].plain(kind, self.joins(kind, base(kind), plain=True))
         return self.joins(kind, FORMS[form].plain(kind, base(kind)), plain=True)
 
 
@@ -373,6 +386,81 @@ def edited_and_cast(kind: str) -> Any:
     return pipe
 
 
+BLOCK = 32  # numbers of a row that GGUF packs together
+
+
+def packable(pipe: Any) -> list[tuple[Any, str, Any]]:
+    """The Linears of the blocks that quantisers pack: what holds each, its name there, and itself."""
+    transformer = pipe.transformer
+    found = [
+        (transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
+        for name, module in transformer.named_modules()
+        if type(module) is torch.nn.Linear and "transformer_blocks" in name and module.in_features % BLOCK == 0
+    ]
+    assert len(found) > 8
+    return found
+
+
+def pack_gguf(kind: str, pipe: Any) -> None:
+    """As diffusers does where it loads such a file."""
+    import gguf
+
+    packing = gguf.GGMLQuantizationType.Q8_0
+    for parent, name, linear in packable(pipe):
+        packed = GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, torch.float32)
+        data = gguf.quants.quantize(linear.weight.detach().numpy(), packing)
+        packed.weight, packed.bias = GGUFParameter(torch.from_numpy(data), quant_type=packing), linear.bias
+        setattr(parent, name, packed)
+    pipe.transformer.requires_grad_(False)
+
+
+def pack_torchao(kind: str, pipe: Any) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    chosen = {linear for _, _, linear in packable(pipe)}
+    quantize_(pipe.transformer, Int8WeightOnlyConfig(), filter_fn=lambda module, name: module in chosen)
+
+
+def pack_bitsandbytes(kind: str, pipe: Any) -> None:
+    """In four bits."""
+    import bitsandbytes as bnb
+
+    for parent, name, linear in packable(pipe):
+        given = {"bias": linear.bias is not None, "compute_dtype": torch.float32, "quant_type": "nf4"}
+        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **given)
+        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+        packed.bias = linear.bias
+        setattr(parent, name, packed)
+    pipe.transformer.requires_grad_(False)
+
+
+def unpack(pack: Callable[[str, Any], None], weight: Callable[[Any], torch.Tensor]) -> Callable[[str, Any], None]:
+    """The plain pipeline with the weights that a quantiser left, unpacked."""
+
+    def plainly(kind: str, pipe: Any) -> None:
+        names = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+        packed = base(kind)
+        own = {id(linear) for _, _, linear in packable(packed)}
+        names = [name for name in names if id(packed.transformer.get_submodule(name)) in own]
+        pack(kind, packed)
+        for name in names:
+            unpacked = weight(packed.transformer.get_submodule(name)).float()
+            pipe.transformer.get_submodule(name).weight.data.copy_(unpacked)
+
+    return plainly
+
+
+def _four_bits(module: Any) -> torch.Tensor:
+    import bitsandbytes as bnb
+
+    unpacked: torch.Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return unpacked
+
+
+def quantised(pack: Callable[[str, Any], None], weight: Callable[[Any], torch.Tensor], needs: str) -> Neighbour:
+    return Neighbour(pack, plain_do=unpack(pack, weight), first=True, needs=needs)
+
+
 NEIGHBOURS: dict[str, Neighbour] = {
     "LoRA": Neighbour(load_lora),
     "LoRA, fused": Neighbour(fuse_lora, plain_do=fuse_into_weights),
@@ -397,6 +485,9 @@ NEIGHBOURS: dict[str, Neighbour] = {
             for form in FORMS
         },
     ),
+    "GGUF": quantised(pack_gguf, lambda module: dequantize_gguf_tensor(module.weight), "gguf"),
+    "torchao, 8 bits": quantised(pack_torchao, lambda module: module.weight.dequantize(), "torchao"),
+    "bitsandbytes, 4 bits": quantised(pack_bitsandbytes, _four_bits, "bitsandbytes"),
     "compiled transformer": Neighbour(compile_transformer, plain_do=lambda kind, pipe: None, changes=False, slow=True),
     "compiled blocks": Neighbour(
         compile_blocks, plain_do=lambda kind, pipe: None, changes=False, kinds=("flux",), slow=True
@@ -426,12 +517,16 @@ FLOAT8 = "stock adapters take float8 from the weights and cannot compute in it; 
 COMPILED = "an adapter is a change of modules; load the erasure before compiling"
 GONE = "`unload_lora_weights` takes the erasure's own adapter away too, which the next pass says; hooks stay on"
 
+QUANTISED = [name for name, neighbour in NEIGHBOURS.items() if neighbour.first]
 _GONE = Refused(ErasureInactiveError, "is gone from", GONE)
 _MERGED = Refused(ErasureCompatibilityError, "cannot be fused", OFFLOADED)
 # The erasure is loaded first, or after the neighbour.
-BEFORE: dict[tuple[str, str], Refused] = {("LoRA, fused", "peft"): _GONE, ("LoRA, unloaded", "peft"): _GONE}
+BEFORE: dict[tuple[str, str], Refused] = {
+    **{(name, "peft"): _GONE for name in ("LoRA, fused", "LoRA, unloaded")},
+    **{(name, "merged"): _MERGED for name in QUANTISED},
+}
 AFTER: dict[tuple[str, str], Refused] = {
-    **{(name, "merged"): _MERGED for name in ("sequential offload", "group offload", "layerwise casting")},
+    **{(name, "merged"): _MERGED for name in ("sequential offload", "group offload", "layerwise casting", *QUANTISED)},
     ("layerwise casting", "peft"): Refused(ErasureCompatibilityError, "float8", FLOAT8),
     **{
         (name, "peft"): Refused(ErasureCompatibilityError, "compiled model", COMPILED)
