@@ -106,11 +106,8 @@ def compare_base(base: BaseModel, pipe: Any, *, needed: set[str], derived_from: 
             f"The erasure acts on {missing}, but this pipeline has no such component loaded. Load it, for example with "
             f"`from_pretrained(..., {missing[0]}=...)`."
         )
-    if "transformer" in needed and isinstance(component(pipe, "transformer_2"), nn.Module):
-        raise ErasureCompatibilityError(
-            f"{type(pipe).__name__} has two transformers that take turns (`transformer_2`), and an erasure acts on the first alone: "
-            "the other would read the concept. Nothing was loaded."
-        )
+    if "transformer" in needed:
+        refuse_second_transformer(pipe)
     if not base.components:
         return {}
     family = family_of(pipe)
@@ -138,6 +135,19 @@ def compare_base(base: BaseModel, pipe: Any, *, needed: set[str], derived_from: 
                 "Use the original text encoder, or make the erasure again for this base model."
             )
     return result
+
+
+def refuse_second_transformer(pipe: Any) -> None:
+    """See that one transformer makes all steps of a pipeline.
+
+    Raises:
+        ErasureCompatibilityError: two take turns, as in Wan 2.2.
+    """
+    if isinstance(component(pipe, "transformer_2"), nn.Module):
+        raise ErasureCompatibilityError(
+            f"{type(pipe).__name__} has two transformers that take turns (`transformer_2`), and an erasure acts on the first alone: "
+            "the other would read the concept. Nothing was changed."
+        )
 
 
 def refuse_loras(module: nn.Module, what: str) -> None:

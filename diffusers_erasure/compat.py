@@ -62,7 +62,7 @@ def name_or_path(model: Any) -> str:
     config = getattr(model, "config", None)
     # Not of the model where its configuration has the name: diffusers warns of that.
     name = getattr(config if hasattr(config, "_name_or_path") else model, "_name_or_path", None)
-    return name if isinstance(name, str) else ""
+    return str(name) if isinstance(name, str) or hasattr(name, "__fspath__") else ""
 
 
 def lora_components(pipe: Any) -> tuple[str, ...]:

@@ -273,8 +273,14 @@ def _once(tokenizer: Any, what: str, compute: Callable[[Any], str]) -> str:
     return known[1][what]
 
 
+def inner_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer within a processor of texts and pictures, which FLUX.2 has in its place; itself where it is none."""
+    return tokenizer if hasattr(tokenizer, "get_vocab") else tokenizer.tokenizer
+
+
 def describe_tokenizer(tokenizer: Any) -> Component:
     """Fingerprint a tokenizer: a hash of its vocabulary, without added tokens (textual inversion adds some)."""
+    tokenizer = inner_tokenizer(tokenizer)
     return Component(
         class_name=type(tokenizer).__name__.removesuffix("Fast"),
         architecture=_once(tokenizer, "vocabulary", _vocabulary),
@@ -327,6 +333,7 @@ def compare_component(name: str, stored: Component, live: Any) -> Match:
         ErasureCompatibilityError: the architecture (or the tokenizer's vocabulary) is another one.
     """
     if not isinstance(live, nn.Module):
+        live = inner_tokenizer(live)
         if stored.serialised is not None and stored.serialised == _once(live, "serialised", _serialised):
             return "same"
         # Of an older artefact, or written by another version of `tokenizers`.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .artifact import Erasure
-from .base_model import family_of
+from .base_model import family_of, refuse_second_transformer
 from .collateral import Collateral
 from .encoding import one_fit
 from .errors import ErasureCompatibilityError, ErasureInputError
@@ -153,8 +153,9 @@ def check_family(declared: MethodDeclaration, pipe: Any) -> None:
     """Refuse a base model on which a method does not work.
 
     Raises:
-        ErasureCompatibilityError: its family is none of those that the method declares.
+        ErasureCompatibilityError: its family is none of those that the method declares, or two transformers take turns.
     """
+    refuse_second_transformer(pipe)
     family = family_of(pipe).name
     if family not in declared.families:
         raise ErasureCompatibilityError(

@@ -4,10 +4,11 @@ As `tests/coexistence.py`, which is for UNets; the tables stand side by side in 
 """
 
 import copy
+import importlib.util
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
+from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
 
 from benchmarks.builders import random_factors
-from diffusers_erasure import Erasure, ErasureCompatibilityError, ErasureError, ErasureInactiveError
+from diffusers_erasure import Erasure, ErasureCompatibilityError, ErasureError, ErasureInactiveError, Layer
 from diffusers_erasure.low_rank import DOWN, UP
 from tests.helpers import dense_edit, random_erasure
 from tests.tiny_transformers import PIPES, SIDE, drawn, sites_of
@@ -68,8 +70,37 @@ def patching(kind: str) -> Erasure:
     return patches(kind).erasure(tiny(kind))
 
 
+@cache
+def maps(kind: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """`A` and `D` [2, C] of the text rows and of the pooled vector."""
+    config, generator = tiny(kind).transformer.config, torch.Generator().manual_seed(12)
+    widths = {"encoder_hidden_states": config.joint_attention_dim, "pooled_projections": config.pooled_projection_dim}
+    return {
+        name: (torch.randn(2, width, generator=generator) / width**0.5, torch.randn(2, width, generator=generator))
+        for name, width in widths.items()
+    }
+
+
+@cache
+def mapping(kind: str) -> Erasure:
+    layers = [Layer("text_map", (name,), {"A": a, "D": d}, "transformer") for name, (a, d) in maps(kind).items()]
+    return Erasure.from_layers(layers, base=tiny(kind), concepts="zebra", method="random")
+
+
+def plain_maps(kind: str, pipe: Any) -> Any:
+    """The pipeline whose transformer is given mapped text: with a LoRA on the door, (W + U) T."""
+    pipe.transformer.register_forward_pre_hook(partial(_mapped, maps(kind)), with_kwargs=True)
+    return pipe
+
+
+def _mapped(
+    tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], module: Any, args: Any, given: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**given, **{name: given[name] + given[name] @ a.T @ d for name, (a, d) in tensors.items()}}
+
+
 def _erasures(kind: str) -> tuple[Erasure, ...]:
-    return low_rank(kind), patching(kind)
+    return low_rank(kind), patching(kind), mapping(kind)
 
 
 @dataclass(frozen=True)
@@ -99,6 +130,7 @@ FORMS: dict[str, Form] = {
     "lora by hooks": Form(low_rank, dense),
     "merged": Form(low_rank, dense, "merge"),
     "peft": Form(low_rank, dense, "peft"),
+    "text_map": Form(mapping, plain_maps),
     "activation": Form(patching, lambda kind, pipe: patches(kind).plainly(pipe)),
 }
 
@@ -118,6 +150,8 @@ class Neighbour:
         changes: whether it changes the picture itself.
         plain: for some forms another plain pipeline with the neighbour on it, made from the kind.
         kinds: of transformers, for which diffusers has it.
+        first: whether an erasure can only be loaded after it.
+        needs: a package.
         slow: whether it takes long.
     """
 
@@ -128,7 +162,14 @@ class Neighbour:
     changes: bool = True
     plain: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
     kinds: tuple[str, ...] = tuple(PIPES)
+    first: bool = False
+    needs: str | None = None
     slow: bool = False
+
+    def missing(self) -> str | None:
+        """Why it cannot run here."""
+        absent = self.needs is not None and importlib.util.find_spec(self.needs) is None
+        return f"{self.needs} is not installed" if absent else None
 
     def joins(self, kind: str, pipe: Any, plain: bool = False) -> Any:
         """Do it to a pipeline; returns the one that draws."""
@@ -146,6 +187,8 @@ class Neighbour:
         """The plain pipeline of a form, with the neighbour."""
         if form in self.plain:
             return self.plain[form](kind)
+        if self.first:
+            return FORMS[form].plain(kind, self.joins(kind, base(kind), plain=True))
         return self.joins(kind, FORMS[form].plain(kind, base(kind)), plain=True)
 
 
@@ -343,6 +386,81 @@ def edited_and_cast(kind: str) -> Any:
     return pipe
 
 
+BLOCK = 32  # numbers of a row that GGUF packs together
+
+
+def packable(pipe: Any) -> list[tuple[Any, str, Any]]:
+    """The Linears of the blocks that quantisers pack: what holds each, its name there, and itself."""
+    transformer = pipe.transformer
+    found = [
+        (transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
+        for name, module in transformer.named_modules()
+        if type(module) is torch.nn.Linear and "transformer_blocks" in name and module.in_features % BLOCK == 0
+    ]
+    assert len(found) > 8
+    return found
+
+
+def pack_gguf(kind: str, pipe: Any) -> None:
+    """As diffusers does where it loads such a file."""
+    import gguf
+
+    packing = gguf.GGMLQuantizationType.Q8_0
+    for parent, name, linear in packable(pipe):
+        packed = GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, torch.float32)
+        data = gguf.quants.quantize(linear.weight.detach().numpy(), packing)
+        packed.weight, packed.bias = GGUFParameter(torch.from_numpy(data), quant_type=packing), linear.bias
+        setattr(parent, name, packed)
+    pipe.transformer.requires_grad_(False)
+
+
+def pack_torchao(kind: str, pipe: Any) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    chosen = {linear for _, _, linear in packable(pipe)}
+    quantize_(pipe.transformer, Int8WeightOnlyConfig(), filter_fn=lambda module, name: module in chosen)
+
+
+def pack_bitsandbytes(kind: str, pipe: Any) -> None:
+    """In four bits."""
+    import bitsandbytes as bnb
+
+    for parent, name, linear in packable(pipe):
+        given = {"bias": linear.bias is not None, "compute_dtype": torch.float32, "quant_type": "nf4"}
+        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **given)
+        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+        packed.bias = linear.bias
+        setattr(parent, name, packed)
+    pipe.transformer.requires_grad_(False)
+
+
+def unpack(pack: Callable[[str, Any], None], weight: Callable[[Any], torch.Tensor]) -> Callable[[str, Any], None]:
+    """The plain pipeline with the weights that a quantiser left, unpacked."""
+
+    def plainly(kind: str, pipe: Any) -> None:
+        names = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+        packed = base(kind)
+        own = {id(linear) for _, _, linear in packable(packed)}
+        names = [name for name in names if id(packed.transformer.get_submodule(name)) in own]
+        pack(kind, packed)
+        for name in names:
+            unpacked = weight(packed.transformer.get_submodule(name)).float()
+            pipe.transformer.get_submodule(name).weight.data.copy_(unpacked)
+
+    return plainly
+
+
+def _four_bits(module: Any) -> torch.Tensor:
+    import bitsandbytes as bnb
+
+    unpacked: torch.Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return unpacked
+
+
+def quantised(pack: Callable[[str, Any], None], weight: Callable[[Any], torch.Tensor], needs: str) -> Neighbour:
+    return Neighbour(pack, plain_do=unpack(pack, weight), first=True, needs=needs)
+
+
 NEIGHBOURS: dict[str, Neighbour] = {
     "LoRA": Neighbour(load_lora),
     "LoRA, fused": Neighbour(fuse_lora, plain_do=fuse_into_weights),
@@ -367,6 +485,9 @@ NEIGHBOURS: dict[str, Neighbour] = {
             for form in FORMS
         },
     ),
+    "GGUF": quantised(pack_gguf, lambda module: dequantize_gguf_tensor(module.weight), "gguf"),
+    "torchao, 8 bits": quantised(pack_torchao, lambda module: module.weight.dequantize(), "torchao"),
+    "bitsandbytes, 4 bits": quantised(pack_bitsandbytes, _four_bits, "bitsandbytes"),
     "compiled transformer": Neighbour(compile_transformer, plain_do=lambda kind, pipe: None, changes=False, slow=True),
     "compiled blocks": Neighbour(
         compile_blocks, plain_do=lambda kind, pipe: None, changes=False, kinds=("flux",), slow=True
@@ -396,12 +517,16 @@ FLOAT8 = "stock adapters take float8 from the weights and cannot compute in it; 
 COMPILED = "an adapter is a change of modules; load the erasure before compiling"
 GONE = "`unload_lora_weights` takes the erasure's own adapter away too, which the next pass says; hooks stay on"
 
+QUANTISED = [name for name, neighbour in NEIGHBOURS.items() if neighbour.first]
 _GONE = Refused(ErasureInactiveError, "is gone from", GONE)
 _MERGED = Refused(ErasureCompatibilityError, "cannot be fused", OFFLOADED)
 # The erasure is loaded first, or after the neighbour.
-BEFORE: dict[tuple[str, str], Refused] = {("LoRA, fused", "peft"): _GONE, ("LoRA, unloaded", "peft"): _GONE}
+BEFORE: dict[tuple[str, str], Refused] = {
+    **{(name, "peft"): _GONE for name in ("LoRA, fused", "LoRA, unloaded")},
+    **{(name, "merged"): _MERGED for name in QUANTISED},
+}
 AFTER: dict[tuple[str, str], Refused] = {
-    **{(name, "merged"): _MERGED for name in ("sequential offload", "group offload", "layerwise casting")},
+    **{(name, "merged"): _MERGED for name in ("sequential offload", "group offload", "layerwise casting", *QUANTISED)},
     ("layerwise casting", "peft"): Refused(ErasureCompatibilityError, "float8", FLOAT8),
     **{
         (name, "peft"): Refused(ErasureCompatibilityError, "compiled model", COMPILED)

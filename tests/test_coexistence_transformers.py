@@ -63,7 +63,7 @@ def plainly(kind: str, name: str, form: str) -> Any:
 def joined(kind: str, name: str, form: str, after: bool) -> Any:
     """A pipeline with the erasure and the neighbour."""
     pipe, neighbour = base(kind), NEIGHBOURS[name]
-    if not after:
+    if not after and not neighbour.first:
         FORMS[form].load(kind, pipe)
         return neighbour.joins(kind, pipe)
     pipe = neighbour.joins(kind, pipe)
@@ -74,9 +74,10 @@ def joined(kind: str, name: str, form: str, after: bool) -> Any:
 def look(kind: str, name: str, form: str, after: bool) -> None:
     """Try one cell."""
     neighbour = NEIGHBOURS[name]
-    if after and (name, form) in ONLY_ON_GPU and not torch.cuda.is_available():
+    missing = neighbour.missing()
+    if missing or (after and (name, form) in ONLY_ON_GPU and not torch.cuda.is_available()):
         FOUND[kind, name, form, after] = NOT_RUN
-        pytest.skip("not run: there is no CUDA device")
+        pytest.skip(f"not run: {missing or 'there is no CUDA device'}")
     alone, plain = beside(kind, name), plainly(kind, name, form)
     tolerance = ROUNDINGS * torch.finfo(torch.float32).eps * float(abs(plain).max())
     effect = far(plain, alone)
@@ -139,6 +140,8 @@ def test_cell_loaded_after(kind: str, name: str, form: str) -> None:
 def test_neighbours_do_something(kind: str, name: str) -> None:
     """Or do nothing to the picture, where they should not."""
     neighbour = NEIGHBOURS[name]
+    if missing := neighbour.missing():
+        pytest.skip(missing)
     pipe = neighbour.joins(kind, base(kind), plain=True) if not neighbour.changes else base(kind)
     alone, nothing = beside(kind, name), neighbour_free(kind, name, pipe)
     if neighbour.changes:

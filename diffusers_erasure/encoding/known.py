@@ -1,14 +1,14 @@
 """By what text encoders are recognised again, so that what they made of a list need not be computed twice."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import compat
 from ..base_model import component, family_of
-from ..fingerprints import checksum, describe_model, describe_tokenizer, named_weights
+from ..fingerprints import checksum, describe_model, describe_tokenizer, inner_tokenizer, named_weights
 
 
 # What a text encoder's configuration says of its rows beside the shapes of its weights.
@@ -18,7 +18,8 @@ T5_BEHAVIOUR = (
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
 )
 
-_known: ContextVar[dict[int, str | None] | None] = ContextVar("known fingerprints", default=None)
+Made = TypeVar("Made")
+_known: ContextVar[dict[Hashable, Any] | None] = ContextVar("known in one fit", default=None)
 
 
 @contextmanager
@@ -31,14 +32,20 @@ def one_fit() -> Iterator[None]:
         _known.reset(token)
 
 
-def fingerprint(pipe: Any) -> str | None:
-    """Identify the text encoders and tokenizers by all of their weights; `None` where these cannot be read."""
+def once(key: Hashable, make: Callable[[], Made]) -> Made:
+    """`make()`, once for a key while one erasure is made."""
     known = _known.get()
     if known is None:
-        return _fingerprint(pipe)
-    if id(pipe) not in known:
-        known[id(pipe)] = _fingerprint(pipe)
-    return known[id(pipe)]
+        return make()
+    if key not in known:
+        known[key] = make()
+    found: Made = known[key]
+    return found
+
+
+def fingerprint(pipe: Any) -> str | None:
+    """Identify the text encoders and tokenizers by all of their weights; `None` where these cannot be read."""
+    return once(("fingerprint", id(pipe)), lambda: _fingerprint(pipe))
 
 
 def _fingerprint(pipe: Any) -> str | None:
@@ -70,11 +77,6 @@ def _of_tokenizer(tokenizer: Any) -> list[str]:
     tokenizer = inner_tokenizer(tokenizer)
     vocabulary = [describe_tokenizer(tokenizer).architecture, repr(sorted(tokenizer.get_added_vocab().items()))]
     return [*vocabulary, str(tokenizer.pad_token_id), str(tokenizer.model_max_length)]
-
-
-def inner_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer within a processor of texts and pictures; itself where it is none."""
-    return tokenizer if hasattr(tokenizer, "get_vocab") else tokenizer.tokenizer
 
 
 def listing(key: Sequence[str], prompts: Sequence[str], pipe: Any) -> Callable[[], list[str | None]]:

@@ -15,8 +15,8 @@ from ..base_model import component, door_module, family_of
 from ..errors import ErasureCompatibilityError, ErasureInputError
 from ..families import Family
 from ..logging import get_logger
-from .fed import Fed, Norm
-from .known import listing
+from .fed import Fed, Norm, Text
+from .known import listing, once
 from .readers import Reader, padded_batch, readers_of
 
 
@@ -201,20 +201,23 @@ class AsFed(Source):
     fed: Fed
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        return [self.fed.of(prompt)[1] for prompt in prompts]
+        return [self.fed.of(prompt).ids for prompt in prompts]
 
     def too_long(self, prompts: Sequence[str]) -> set[str]:
         return self.fed.too_long(prompts)
 
     def _last(self, prompts: Sequence[str]) -> torch.Tensor:
-        rows, places = self._all(prompts)
-        return torch.stack([each[place] for each, place in zip(rows, places, strict=True)])
+        self.fed.check(prompts)
+        texts = map(self.fed.of, prompts)  # one at a time: all rows of a list do not fit into memory
+        return torch.stack([text.rows[self._place(text)].clone() for text in texts])
 
     def _all(self, prompts: Sequence[str]) -> tuple[Sequence[torch.Tensor], list[int]]:
         self.fed.check(prompts)
-        suffix = self.fed.suffix
-        found = [self.fed.of(prompt) for prompt in prompts]
-        return [rows for rows, _ in found], [max(0, len(ids) - suffix - 1) for _, ids in found]
+        texts = [self.fed.of(prompt) for prompt in prompts]
+        return [text.rows for text in texts], [self._place(text) for text in texts]
+
+    def _place(self, text: Text) -> int:
+        return max(0, len(text.ids) - self.fed.suffix - 1)
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:
@@ -302,8 +305,11 @@ def pooled_source(pipe: Any) -> Source | None:
 
 def _as_fed(pipe: Any, family: Family, denoiser: nn.Module, length: int) -> AsFed:
     assert family.door is not None
-    norm = None if family.norm is None else Norm.of(denoiser, family.norm)
-    fed = Fed(pipe, family, length, norm)
+    norm = family.norm
+    fed = once(
+        ("fed", id(pipe), length),
+        lambda: Fed(pipe, family, length, None if norm is None else Norm.of(denoiser, norm)),
+    )
     width = _linear(denoiser, family.door).in_features
     causal = set(family.rows[0]) <= set(family.causal)
     return AsFed("text_encoder", pipe, width, causal, 0, fed.key, fed)
