@@ -16,6 +16,15 @@ from diffusers_erasure.training.loop import READ_EVERY
 from tests.test_benchmarks import run
 
 
+def test_expanded_tensors_are_pinned_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value for a batch shares its memory, and torch pins no such tensor."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self, raising=False)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self, raising=False)
+    found = placed(torch.ones(1).expand(4), torch.device("cuda"))
+    assert found is pinned[0] and found.is_contiguous() and found.tolist() == [1.0] * 4
+
+
 def test_what_is_counted() -> None:
     """Values that are read, searched for, and copied; on the host nothing waits."""
     linear, host = nn.Linear(3, 3), torch.arange(9.0).view(3, 3)

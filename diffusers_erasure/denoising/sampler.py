@@ -39,7 +39,8 @@ def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device: from the CPU's memory by way of pinned memory where there is such a thing, so that nothing waits."""
     if tensor.device.type != "cpu" or device.type == "mps":
         return tensor.to(device)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    # An expanded tensor, one value for the whole batch, cannot be pinned as it is.
+    return (tensor.contiguous().pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Sampler:
