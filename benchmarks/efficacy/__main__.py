@@ -44,6 +44,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
         "--half", choices=HALVES, default="report", help="settings are tuned on dev; report by default"
     )
     parser.add_argument("--images-scale", type=float, default=1.0, metavar="X", help="share of the images, for a look")
+    parser.add_argument("--device", default="cpu", help="where images are drawn: cpu or cuda; all is made on the CPU")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a contact sheet")
     options = parser.parse_args(given)
     if options.write_docs and (options.smoke or options.images_scale < 1 or options.half != "report"):
@@ -77,7 +78,8 @@ def main(given: Sequence[str] | None = None) -> None:
     jobs = make_jobs(options.half, find_neighbours(fast_pipeline()), options.images_scale, options.smoke)
     jobs = [job for job in jobs if job.scenario in (options.scenarios or COUNTS)]
     methods = dict.fromkeys((BASELINE, *options.methods))  # the shares need the un-erased model
-    units = [unit for method in methods for unit in wanted_units(method, jobs, options.half, steps, options.world)]
+    where = {"world": options.world, "device": options.device}
+    units = [unit for method in methods for unit in wanted_units(method, jobs, options.half, steps, **where)]
     results = run_all(units, store, options.jobs)
     report = summarise(jobs, options.methods, results, options.half)
     print_report(report)

@@ -132,7 +132,7 @@ BASELINE = "none"  # what the shares "of the un-erased model's" are taken of
 # The prompts that mostly end in the concept, as presets had it before shipped lists were retained by default.
 BARE = {"templates": "object"}
 AS_PUBLISHED = {"rows": "window", "templates": "none", "absolute": True, "lamb": 0.5, "retain_rows": "all"}
-HEAVIER = "the authors' settings are absolute, for rows 400 times as heavy as this model's"
+HEAVIER = "the authors' settings are absolute, for rows 30 times as heavy as this model's"
 
 # A new method is one more line: `Entry("name")`, and what it does not have in common with the others.
 _ENTRIES = (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from benchmarks.drawing import draw
@@ -21,6 +22,9 @@ from diffusers_erasure.demo.drawing import BATCH, GUIDANCE_SCALE, fast_pipeline
 from diffusers_erasure.pictures import contact_sheet
 
 
+GPU_BATCH = 250
+
+
 @dataclass(frozen=True)
 class Unit:
     """One erasure by one method, with its images."""
@@ -30,9 +34,10 @@ class Unit:
     half: str
     steps: int
     world: str = EMBEDDED
+    device: str = "cpu"  # where images are drawn; erasures are made on the CPU
 
     def identity(self) -> dict[str, Any]:
-        """All that the result depends on, but the library's code and the model."""
+        """All that the result depends on, but the library's code and the model; a device changes roundings alone."""
         return {
             "entry": ENTRIES[self.method].identity(self.job.targets),
             "half": self.half,
@@ -56,10 +61,10 @@ class Result:
         return cls(tuple(Seen(*each) for each in stored["seen"]), stored["fit_seconds"], stored["draw_seconds"])
 
 
-def wanted_units(method: str, jobs: Iterable[Job], half: str, steps: int, world: str = EMBEDDED) -> list[Unit]:
-    """The units of a method: all erasures that it can make."""
+def wanted_units(method: str, jobs: Iterable[Job], half: str, steps: int, **where: str) -> list[Unit]:
+    """The units of a method, of a `world` on a `device`: all erasures that it can make."""
     most = ENTRIES[method].max_targets
-    return [Unit(method, job, half, steps, world) for job in jobs if most is None or len(job.targets) <= most]
+    return [Unit(method, job, half, steps, **where) for job in jobs if most is None or len(job.targets) <= most]
 
 
 def run_all(units: Iterable[Unit], store: Store, jobs: int = 1) -> dict[Unit, Result]:
@@ -71,15 +76,17 @@ def run_all(units: Iterable[Unit], store: Store, jobs: int = 1) -> dict[Unit, Re
 def run_unit(unit: Unit, store: Store) -> dict[str, Any]:
     """Make the erasure, draw the images with a fresh pipeline, and have the judge look; keep those that are to be shown."""
     entry, job = ENTRIES[unit.method], unit.job
+    torch.backends.cudnn.allow_tf32 = False  # on a GPU the images are those of a CPU, but for roundings
     started = time.process_time()
     erasure = entry.make(job.targets, unit.world)
     fitted = time.process_time()
-    pipe = fast_pipeline(load_pipeline(unit.world))
+    pipe = fast_pipeline(load_pipeline(unit.world)).to(unit.device)
     if erasure is not None:
         pipe.load_erasure(erasure)
     prompts = [entry.prompt(shot, job.targets) for shot in job.shots]
-    images = draw(pipe, prompts, [shot.seed for shot in job.shots], unit.steps, **entry.drawing_for(job.targets))
-    looked = load_judge().predict(images)
+    seeds, batch = [shot.seed for shot in job.shots], BATCH if unit.device == "cpu" else GPU_BATCH
+    images = draw(pipe, prompts, seeds, unit.steps, batch, **entry.drawing_for(job.targets))
+    looked = load_judge(unit.device).predict(images, batch)
     confidences = looked.object_probabilities.max(1).tolist(), looked.style_probabilities.max(1).tolist()
     if job.shown:
         folder = store.new_files(unit)
