@@ -15,9 +15,9 @@ from tests.worlds import in_a_checkout
 from tools.demo_model.captions import Captions
 from tools.demo_model.train_tokenizer import TokenizerSettings, train_tokenizer
 from tools.demo_worlds.families import FAMILIES, Batch, packed
-from tools.demo_worlds.loop import LoopSettings, train
 from tools.demo_worlds.rebuild import main
 from tools.demo_worlds.tokenizing import train_t5_tokenizer
+from tools.graph_loop import LoopSettings, train
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The training loop that the stages share."""
+"""The training loop of autoencoder and judge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import tqdm
 from torch import nn
 
@@ -24,7 +23,6 @@ def train(
     learning_rate: float,
     accelerator: Accelerator,
     weight_decay: float = 0.01,
-    ema: EMAModel | None = None,
 ) -> list[float]:
     """
     Minimise a loss with AdamW under a one-cycle schedule.
@@ -37,7 +35,6 @@ def train(
         learning_rate (`float`): The peak of the schedule.
         accelerator ([`~accelerate.Accelerator`]): Where to compute.
         weight_decay (`float`, *optional*, defaults to 0.01): AdamW's.
-        ema ([`~diffusers.training_utils.EMAModel`], *optional*): Follows the parameters of `modules`.
 
     Returns:
         `list[float]`: The loss of each step.
@@ -59,8 +56,6 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if ema is not None:
-            ema.step(parameters)
         losses.append(value.item())
         if (step + 1) % log_every == 0:
             mean = sum(losses[-log_every:]) / log_every

@@ -21,12 +21,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from diffusers_erasure.demo.dataset import Dataset, load_dataset
 from diffusers_erasure.errors import ErasureInputError
+from tools.graph_loop import LoopSettings
 
 from .captions import Captions
 from .train_judge import JudgeSettings, train_judge
@@ -61,7 +63,7 @@ class RebuildSettings:
 
 SMOKE_SETTINGS = RebuildSettings(
     vae=VaeSettings(steps=4, batch_size=4),
-    model=ModelSettings(plain_steps=3, word_steps=3, batch_size=4),
+    model=ModelSettings(LoopSettings(steps=3), batch_size=4, captions=3),
     judge=JudgeSettings(steps=10, batch_size=16, copies=1, test_draws=1),
 )
 
@@ -132,7 +134,9 @@ def _run_stage(
         judge.save(work / "judge.safetensors")
         return measured
     tokenizer = CLIPTokenizer.from_pretrained(_required(model / "tokenizer", "tokenizer"), local_files_only=True)
-    text_encoder, unet, measured = train_model(dataset, Captions(dataset), vae, tokenizer, settings.model, accelerator)
+    text_encoder, unet, measured = train_model(
+        dataset, Captions(dataset), vae, tokenizer, settings.model, accelerator.device
+    )
     StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder.half(),
@@ -191,16 +195,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help=f"a few steps on the first {SMOKE_OBJECTS} objects")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps-vae", type=int, help=f"default: {default.vae.steps}")
-    parser.add_argument(
-        "--steps-plain", type=int, help=f"first phase of the model, default: {default.model.plain_steps}"
-    )
-    parser.add_argument(
-        "--steps-word", type=int, help=f"second phase of the model, default: {default.model.word_steps}"
-    )
+    parser.add_argument("--steps-model", type=int, help="at most so many; as many as there is time for by default")
+    parser.add_argument("--seconds-model", type=int, help=f"meant for a GPU; default: {default.model.loop.seconds:g}")
+    parser.add_argument("--no-graph", action="store_true", help="train the model without a CUDA graph on a GPU")
     parser.add_argument("--steps-judge", type=int, help=f"default: {default.judge.steps}")
     options = parser.parse_args(arguments)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dataset = load_dataset(options.images, options.labels)
     settings = SMOKE_SETTINGS if options.smoke else default
     if options.smoke:
@@ -209,7 +211,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings,
         vae=_changed(settings.vae, seed=options.seed, steps=options.steps_vae),
         model=_changed(
-            settings.model, seed=options.seed, plain_steps=options.steps_plain, word_steps=options.steps_word
+            dataclasses.replace(
+                settings.model,
+                loop=_changed(
+                    settings.model.loop,
+                    steps=options.steps_model,
+                    seconds=options.seconds_model,
+                    graph=False if options.no_graph else None,
+                ),
+            ),
+            seed=options.seed,
         ),
         judge=_changed(settings.judge, seed=options.seed, steps=options.steps_judge),
     )
@@ -220,6 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _changed(settings: Any, **changes: int | None) -> Any:
     given = {key: value for key, value in changes.items() if value is not None}
     for key, value in given.items():
-        if value < 0 or (value == 0 and key in ("steps", "word_steps")):
+        if value < 0 or (value == 0 and key in ("steps", "seconds")):
             raise ErasureInputError(f"{key} must be positive, not {value}.")
     return dataclasses.replace(settings, **given)

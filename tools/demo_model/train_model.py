@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_erasure.demo.dataset import Dataset
+from tools.graph_loop import LoopSettings, train
 
 from .captions import Captions
-from .loop import train
 from .train_vae import encode, to_pixels
 
 
@@ -27,22 +23,18 @@ class ModelSettings:
     How text encoder and UNet are trained.
 
     Args:
-        plain_steps (`int`): Optimiser steps of the first phase, in which prompts are used as they are.
-        word_steps (`int`): Optimiser steps of the second phase, in which the words' rows have to carry the concept.
+        loop ([`~tools.graph_loop.LoopSettings`]): For how long.
         batch_size (`int`): Pictures a step.
-        learning_rate (`float`): The peak of each phase's one-cycle schedule.
-        ema_decay (`float`): The highest decay of the moving average of the weights.
-        empty_share (`float`): Second phase: prompts whose rows after the last word are the empty prompt's.
-        other_share (`float`): Second phase: prompts whose rows after the last word are another prompt's.
-        masked_share (`float`): Second phase: prompts whose rows after the last word are masked.
+        captions (`int`): Captions that are drawn for each picture, before the training.
+        empty_share (`float`): Prompts whose rows after the last word are the empty prompt's.
+        other_share (`float`): Prompts whose rows after the last word are another prompt's.
+        masked_share (`float`): Prompts whose rows after the last word are masked.
         seed (`int`): Seeds weights and draws.
     """
 
-    plain_steps: int = 2000
-    word_steps: int = 4500
-    batch_size: int = 48
-    learning_rate: float = 1.5e-3
-    ema_decay: float = 0.9995
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    batch_size: int = 128
+    captions: int = 200
     empty_share: float = 0.25
     other_share: float = 0.15
     masked_share: float = 0.35
@@ -55,7 +47,7 @@ def train_model(
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
     settings: ModelSettings,
-    accelerator: Accelerator,
+    device: torch.device,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel, dict[str, float]]:
     """
     Train text encoder and UNet on the latents of the pictures and of their mirror images.
@@ -66,61 +58,50 @@ def train_model(
         vae ([`~diffusers.AutoencoderKL`]): The trained autoencoder.
         tokenizer ([`~transformers.CLIPTokenizer`]): The trained tokenizer.
         settings ([`ModelSettings`]): Steps, sizes and the seed.
-        accelerator ([`~accelerate.Accelerator`]): Where to compute.
+        device (`torch.device`): Where to compute; a GPU runs a step as one CUDA graph.
 
     Returns:
-        `tuple`: Text encoder and UNet with their averaged weights, and the mean loss of each phase's last tenth.
+        `tuple`: Text encoder and UNet with their averaged weights, and what the loop measured.
     """
-    set_seed(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
-    rng = random.Random(settings.seed)
-    device = accelerator.device
+    torch.manual_seed(settings.seed)
     text_encoder = new_text_encoder(tokenizer).to(device)
-    unet = new_unet(tokenizer, dataset.size // 8).to(device)
-    scheduler = new_scheduler()
+    unet = new_unet(tokenizer, dataset.size // 8).to(device).train()  # no part has dropout
+    kept = new_scheduler().alphas_cumprod.to(device)  # of the picture's variance, by timestep
     vae = vae.to(device)
     pixels = to_pixels(dataset)
     # Mirrored before and not after encoding: the autoencoder is not symmetric.
-    latents = torch.stack([encode(pixels, vae), encode(pixels.flip(3), vae)]) * vae.config.scaling_factor
-    num_styles = len(dataset.styles)
+    latents = torch.stack([encode(pixels, vae), encode(pixels.flip(3), vae)], dim=1) * vae.config.scaling_factor
+    latents = latents.to(device)
+    texts = draw_captions(captions, dataset, settings.captions, settings.seed)
+    tokens = tokenize([*texts, ""], tokenizer).to(device)
 
-    def draw_loss(by_word_rows: bool) -> torch.Tensor:
-        count = settings.batch_size
-        index = torch.randint(0, latents.shape[1], (count,), generator=generator)
-        mirrored = torch.randint(0, 2, (count,), generator=generator)
-        clean = latents[mirrored, index]
-        noise = torch.randn(clean.shape, generator=generator)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=generator)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        prompts = [captions.draw(item // num_styles, item % num_styles, rng) for item in index.tolist()]
-        tokens = tokenize([*prompts, ""], tokenizer).to(device)
-        rows = text_encoder(tokens)[0]
-        rows, empty = rows[:-1], rows[-1]
-        mask = None
-        if by_word_rows:
-            rows, mask = hide_padding(rows, empty, tokens[:-1], tokenizer.eos_token_id, settings, generator)
-        predicted = unet(noisy.to(device), timesteps.to(device), rows, encoder_attention_mask=mask).sample
-        return F.mse_loss(predicted.float(), noise.to(device))
+    def loss() -> torch.Tensor:
+        # All draws on the device, of its own generator: a CUDA graph makes them anew at each replay.
+        size = (settings.batch_size,)
+        picture = torch.randint(len(latents), size, device=device)
+        clean = latents[picture, torch.randint(2, size, device=device)]
+        chosen = tokens[picture * settings.captions + torch.randint(settings.captions, size, device=device)]
+        rows = text_encoder(torch.cat([chosen, tokens[-1:]]))[0]
+        draws = torch.rand(size, device=device)
+        rows, mask = hide_padding(rows[:-1], rows[-1], chosen, tokenizer.eos_token_id, settings, draws)
+        timesteps = torch.randint(len(kept), size, device=device)
+        share = kept[timesteps][:, None, None, None]
+        noise = torch.randn_like(clean)
+        noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
+        return F.mse_loss(unet(noisy, timesteps, rows, encoder_attention_mask=mask).sample, noise)
 
-    parameters = [*text_encoder.parameters(), *unet.parameters()]
-    measured = {}
-    for name, steps in (("plain", settings.plain_steps), ("word", settings.word_steps)):
-        if steps == 0:
-            continue
-        ema = EMAModel(parameters, decay=settings.ema_decay)
-        losses = train(
-            f"model, {name} phase",
-            [text_encoder, unet],
-            partial(draw_loss, by_word_rows=name == "word"),
-            steps=steps,
-            learning_rate=settings.learning_rate,
-            accelerator=accelerator,
-            ema=ema,
-        )
-        ema.copy_to(parameters)
-        tail = losses[-max(1, steps // 10) :]
-        measured[f"{name}_loss"] = sum(tail) / len(tail)
-    return text_encoder, unet, measured
+    measured = train([text_encoder, unet], loss, settings.loop)
+    return text_encoder.eval(), unet.eval(), measured
+
+
+def draw_captions(captions: Captions, dataset: Dataset, count: int, seed: int) -> list[str]:
+    """So many captions for each picture, picture by picture; the styles of an object are neighbours."""
+    rng, styles = random.Random(seed), len(dataset.styles)
+    return [
+        captions.draw(picture // styles, picture % styles, rng)
+        for picture in range(len(dataset.objects) * styles)
+        for _ in range(count)
+    ]
 
 
 def hide_padding(
@@ -129,7 +110,7 @@ def hide_padding(
     tokens: torch.Tensor,
     eos_token_id: int,
     settings: ModelSettings,
-    generator: torch.Generator,
+    draws: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Take the concept out of the rows after the last word piece, so that the model has to read it from the words' rows.
@@ -143,7 +124,7 @@ def hide_padding(
         tokens (`torch.Tensor`): The prompts' tokens, [n, positions].
         eos_token_id (`int`): The token which ends a prompt and pads it.
         settings ([`ModelSettings`]): The shares of prompts that each change is made to.
-        generator (`torch.Generator`): Decides which.
+        draws (`torch.Tensor`): Uniform numbers, [n], which decide which.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The changed rows, and the mask for cross-attention, [n, positions].
@@ -156,7 +137,7 @@ def hide_padding(
     positions_of_other = torch.maximum(torch.arange(positions, device=rows.device), end[other][:, None])
     others_rows = rows[other[:, None], positions_of_other]
 
-    kind = torch.rand(count, generator=generator).to(rows.device)[:, None]
+    kind = draws[:, None]
     by_empty = kind < settings.empty_share
     by_other = ~by_empty & (kind < settings.empty_share + settings.other_share)
     masked = ~by_empty & ~by_other & (kind < settings.empty_share + settings.other_share + settings.masked_share)

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import random
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -27,12 +26,12 @@ from diffusers_erasure.demo.dataset import Dataset
 from diffusers_erasure.errors import ErasureInputError
 from tools.demo_model.captions import Captions
 from tools.demo_model.rebuild import replaced_folder
-from tools.demo_model.train_model import tokenize
+from tools.demo_model.train_model import draw_captions, tokenize
 from tools.demo_model.train_tokenizer import TokenizerSettings, train_tokenizer
 from tools.demo_model.train_vae import encode, new_vae, to_pixels
+from tools.graph_loop import LoopSettings, train
 
 from .families import FAMILIES, Batch, Family
-from .loop import LoopSettings, train
 from .tokenizing import T5_POSITIONS, train_t5_tokenizer
 
 
@@ -47,7 +46,7 @@ class WorldSettings:
     How a tiny model is trained.
 
     Args:
-        loop ([`~tools.demo_worlds.loop.LoopSettings`]): For how long.
+        loop ([`~tools.graph_loop.LoopSettings`]): For how long.
         batch_size (`int`): Pictures a step.
         captions (`int`): Captions that are drawn for each picture, before the training.
         seed (`int`): Seeds weights and draws.
@@ -172,14 +171,7 @@ def _tokens(
     family: Family, captions: Captions, dataset: Dataset, settings: WorldSettings
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """CLIP's and T5's tokens of all captions that are used, and of the empty prompt, [pictures * captions + 1, positions]."""
-    rng = random.Random(settings.seed)
-    styles = len(dataset.styles)
-    texts = [
-        captions.draw(picture // styles, picture % styles, rng)
-        for picture in range(len(dataset.objects) * styles)
-        for _ in range(settings.captions)
-    ]
-    texts.append("")
+    texts = [*draw_captions(captions, dataset, settings.captions, settings.seed), ""]
     t5 = None
     if family.t5 is not None:
         t5 = family.t5(
