@@ -155,7 +155,13 @@ def test_train_sets_of_transformers() -> None:
     assert first == parts | {f"add_{part}_proj" for part in "qkv"}
     assert names["text_kq"] | names["x-strict"] < names["x"] and not names["x"] & names["u"]
     assert {name.rpartition(".")[2] for name in names["qk_dual"]} == {"add_q_proj", "add_k_proj", "to_q", "to_k"}
-    assert all(name.startswith("transformer_blocks.") for name in names["qk_dual"] | names["x"])
+    assert all(name.startswith("transformer_blocks.") for name in names["qk_dual"])
+    # Where text enters belongs to "x": the pooled vector tells the concept too, and no attention hears of it.
+    doors = {"context_embedder", "time_text_embed.text_embedder.linear_1"}
+    for pipe in (flux, sd3):
+        found = set(find_sites(pipe, "x"))
+        assert {name for name in found if not name.startswith("transformer_blocks.")} == doors
+    assert not doors & (names["x-strict"] | names["qk_dual"] | names["text_kq"])
     assert any(name.startswith("single_transformer_blocks.") for name in names["u"]) and len(names["qk_dual"]) == 8
     assert "context_embedder" in names["full"] and not any("embedder" in name for name in names["u"])
     own = set(find_sites(sd3, "qk_dual"))

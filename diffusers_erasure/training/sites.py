@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from .. import compat
-from ..base_model import component, family_of
+from ..base_model import component, door_readers, family_of
 from ..errors import ErasureCompatibilityError, ErasureInputError
 
 
@@ -28,7 +28,7 @@ Rule = tuple[str, Callable[[str], bool]]
 TRAIN_SETS: dict[str, tuple[Rule | None, Rule | None]] = {
     "x": (
         ("cross-attention", lambda name: ".attn2." in name),
-        ("attention of text and image, where they have projections of their own", _dual),
+        ("what text enters by, and attention of text and image where they have projections of their own", _dual),
     ),
     "x-strict": (
         ("keys and values of cross-attention", lambda name: name.endswith((".attn2.to_k", ".attn2.to_v"))),
@@ -55,6 +55,8 @@ TRAIN_SETS: dict[str, tuple[Rule | None, Rule | None]] = {
         ),
     ),
 }
+# Of a transformer's, those that the doors belong to too: what attention alone is trained on, the pooled vector still tells.
+WITH_DOORS = ("x",)
 SAME = {"xattn": "x", "noxattn": "u", "all": "full", "esd-x": "x", "esd-x-strict": "x-strict", "esd-u": "u"}
 
 
@@ -92,6 +94,9 @@ def find_sites(pipe: Any, train_set: str | Sequence[str]) -> dict[str, nn.Module
         there = [name for name, rules in TRAIN_SETS.items() if rules[denoiser != "unet"] is not None]
         raise ErasureInputError(f"There is no train set {wanted!r} for a {denoiser}; it has {there}.")
     model = component(pipe, denoiser)
+    doors: set[str] = set()
+    if wanted in WITH_DOORS and denoiser != "unet":
+        doors = {name for readers in door_readers(model).values() for name in readers}
     sites: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if compat.has_fused_projections(module):
@@ -101,7 +106,7 @@ def find_sites(pipe: Any, train_set: str | Sequence[str]) -> dict[str, nn.Module
         if not isinstance(module, nn.Linear | nn.Conv2d) or "erasure_modules" in name:
             continue
         if rule is not None:
-            matches = rule[1](name)
+            matches = rule[1](name) or name in doors
         else:
             matches = any(name == ending or name.endswith("." + ending.lstrip(".")) for ending in wanted)
         if matches:
