@@ -35,6 +35,8 @@ from tests.tiny_transformers import PIPES, SIDE, drawn, sites_of
 
 
 NAME = "no-zebra"
+# diffusers offloads anew to an accelerator, where there is one, when it has loaded a LoRA.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cache
@@ -337,7 +339,10 @@ def broadcast_attention(kind: str, pipe: Any) -> None:
 
 
 def sequential_offload(kind: str, pipe: Any) -> None:
-    """What diffusers does to each model, for accelerate refuses a whole pipeline on a CPU."""
+    """On a CPU what diffusers does to each model, for accelerate refuses a whole pipeline there."""
+    if DEVICE != "cpu":
+        pipe.enable_sequential_cpu_offload(device=DEVICE)
+        return
     for name, model in pipe.components.items():
         if name.startswith(("transformer", "text_encoder", "vae")):
             cpu_offload(model, "cpu")
@@ -472,7 +477,7 @@ NEIGHBOURS: dict[str, Neighbour] = {
     "pyramid attention broadcast": Neighbour(broadcast_attention, kinds=("flux",)),
     "layer skip": Neighbour(arguments={"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}, kinds=("sd3",)),
     "model offload": Neighbour(
-        own_decoder(lambda kind, pipe: pipe.enable_model_cpu_offload(device="cpu")), changes=False
+        own_decoder(lambda kind, pipe: pipe.enable_model_cpu_offload(device=DEVICE)), changes=False
     ),
     "sequential offload": Neighbour(own_decoder(sequential_offload), changes=False),
     "group offload": Neighbour(group_offload, changes=False),
