@@ -277,6 +277,21 @@ def test_what_other_words_do_is_compared_on_a_transformer() -> None:
     assert told["words"] == 40 and told["measure"].startswith("predictions")
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_training_is_without_cudnn_attention(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And afterwards the process is as it was."""
+    enabled, seen = torch.backends.cuda.cudnn_sdp_enabled, []
+    loss = ESD.loss
+    monkeypatch.setattr(ESD, "loss", lambda self, step: seen.append(enabled()) or loss(self, step))
+    usual = enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        erase(tiny_flux_pipe(), "cat", method="esd", training=QUIET, **SMALL)
+        assert seen and not any(seen) and enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(usual)
+
+
 def test_a_step_of_the_student_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn and retained samples, and the timesteps at which they lie, go through the transformer together."""
     calls: list[tuple[int, list[float]]] = []

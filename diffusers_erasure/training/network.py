@@ -148,7 +148,7 @@ def in_training(
     try:
         if gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        with student.inside(model) as parameters:
+        with without_cudnn_attention(), student.inside(model) as parameters:
             yield Network(family, model, student, parameters, prompts, sampler, accelerator)
     finally:
         if gradient_checkpointing and not had_checkpointing:
@@ -159,3 +159,14 @@ def in_training(
         for name in set(vars(model)) - attributes:  # what peft and accelerate noted down on it
             delattr(model, name)
         model.train(was_training)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """torch picks among its other kinds of attention: cuDNN's backward pass failed on an H200 in FLUX.1's shapes (torch 2.11)."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
