@@ -172,7 +172,7 @@ def _erase(pipe: Any, concept: str, anchor: str) -> "Erasure":
 
     retain = [word for word in (*OBJECTS, *STYLES, *sorted(set(HYPERNYMS.values()))) if word not in (concept, anchor)]
     # Picked by hand on "cat", among some twenty settings, on the images that the demo itself scores.
-    settings: dict[str, Any] = {"templates": "object", "retain_scale": 2.0, "retain_templates": True}
+    settings: dict[str, Any] = {"templates": "object", "retain_scale": 0.2, "retain_templates": True}
     if concept in STYLES:
         settings["templates"] = "style"
     return erase(pipe, concept, anchors=anchor, retain=retain, method="uce", **settings)

@@ -48,7 +48,7 @@ def erasures() -> dict[str, Erasure]:
         "skip": Erasure.from_layers([skip], base=pipe, concepts="skip", method="random"),
         "scheduled": with_schedule(made("scheduled", size=1.0), [2.0, 0.0] * 10),
         "gated": with_gate(made("gated", size=1.0), pipe, "a cat", tokens=True),
-        "text encoder": made("text encoder", sites=TEXT_SITES, size=1.0),
+        "text encoder": made("text encoder", sites=TEXT_SITES, size=2.0),
     }
 
 

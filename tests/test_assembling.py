@@ -193,7 +193,7 @@ def test_lists_arrays_and_generators_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(HASHES))
 def test_an_artefact_of_schema_1_0_is_read_as_it_was(name: str, tmp_path: Path) -> None:
-    """Written by the version before schema 1.1, with the picture that it drew."""
+    """Written by the version before schema 1.1, but for what it says of the base and the picture: the embedded model is another."""
     shutil.copytree(OLD / name, tmp_path / name)
     erasure = Erasure.from_pretrained(tmp_path / name)
     assert erasure.content_hash == HASHES[name]

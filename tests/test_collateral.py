@@ -91,7 +91,7 @@ def test_closed_forms_keep_it(pipe: Any, method: str) -> None:
     """The named two of the 193 are no more than an example: measured is every word of the list."""
     bare = erase(pipe, **BROAD, method=method, retain_default="none").config.diagnostics["collateral"]
     held = erase(pipe, **BROAD, method=method).config.diagnostics["collateral"]
-    assert held["quantiles"]["0.9"] < (0.75 if method == "speed" else 0.4) * bare["quantiles"]["0.9"]
+    assert held["quantiles"]["0.9"] < {"uce": 0.4, "rece": 0.5, "speed": 0.75}[method] * bare["quantiles"]["0.9"]
 
 
 def test_methods_that_take_none_have_none(pipe: Any) -> None:
@@ -185,15 +185,15 @@ def test_words_that_an_encoder_cannot_read_are_passed_over(pipe: Any) -> None:
 
 
 def test_what_the_warning_names_vanishes(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
-    erasure = erase(pipe, "cat", anchors="animal", retain=())
+    erasure = erase(pipe, "octopus", anchors="sea animal", retain=())
     (message,) = warnings(caplog)
-    named = re.findall(r"'([\w ]+)' (\d\.\d\d)", message)
+    named = re.findall(r"'([\w -]+)' (\d\.\d\d)", message)
     collateral = erasure.config.diagnostics["collateral"]
     assert [name for name, _ in named] == list(collateral["worst"]) and len(named) == 10
     assert all(f"{value:.2f}" == told for (_, told), value in zip(named, collateral["worst"].values(), strict=True))
     assert collateral["above"] > 50 and collateral["lists"] == ["list:things"]
     # The list has many words that the model never drew; of those that it knows the farthest moved.
-    others = [name for name in demo.OBJECTS if name != "cat"]
+    others = [name for name in demo.OBJECTS if name != "octopus"]
     moves = row_moves(pipe, erasure, others)
     assert moves is not None
     known = [others[i] for i in moves.argsort(descending=True)[:8].tolist()]
@@ -204,10 +204,10 @@ def test_what_the_warning_names_vanishes(pipe: Any, caplog: pytest.LogCaptureFix
 
 
 def test_nothing_is_warned_of_where_nothing_moved_far(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
-    collateral = erase(pipe, **BROAD).config.diagnostics["collateral"]
+    collateral = erase(pipe, **{**BROAD, "targets": "bee", "anchors": "insect"}).config.diagnostics["collateral"]
     assert not warnings(caplog) and collateral["above"] == 0
     assert len(collateral["worst"]) == 10 and max(collateral["worst"].values()) < collateral["threshold"]
-    assert not {"cat"} & set(collateral["worst"])
+    assert not {"bee", "insect"} & set(collateral["worst"])
 
 
 def test_the_numbers() -> None:

@@ -101,7 +101,7 @@ def test_values_are_sampled_as_the_format_says() -> None:
 
 @pytest.mark.parametrize("name", ["lora", "text_map"])
 def test_fingerprints_of_older_artefacts_are_those_of_today(name: str) -> None:
-    """Written by the version before schema 1.1, of the embedded model."""
+    """In the form of before schema 1.1; values of the embedded model, which any other way of taking them would change."""
     components = ErasureConfig.from_json((OLD / name / CONFIG_FILE).read_bytes()).base_model.components
     assert set(components) == {"unet", *TEXT} and all(each.serialised is None for each in components.values())
     pipe = demo.load_pipeline()

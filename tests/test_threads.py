@@ -58,7 +58,7 @@ def test_a_busy_process_is_seen() -> None:
             before = psutil.Process(process.pid).cpu_times().user
             assert threads.free_cores() <= max(1, len(cores) - 1)
             used = psutil.Process(process.pid).cpu_times().user - before
-            assert used > 0.5 * threads.INTERVAL  # it was busy meanwhile, so that this says something
+            assert used > 0.2 * threads.INTERVAL  # it was busy meanwhile, so that this says something
         finally:
             process.kill()
 

@@ -145,7 +145,7 @@ _ENTRIES = (
     ),
     Entry("anchor prompt", erases=False, says="anchor", note="the anchor in the prompt instead: a perfect edit"),
     Entry("uce", objects=BARE, styles={"templates": "style"}),
-    Entry("uce (demo settings)", {"retain_scale": 2.0, "retain_templates": True}, BARE, {"templates": "style"}),
+    Entry("uce (demo settings)", {"retain_scale": 0.2, "retain_templates": True}, BARE, {"templates": "style"}),
     Entry("uce-published", AS_PUBLISHED, {}, {}, note=HEAVIER),
     Entry("rece", objects={"preset": "object", **BARE}, styles={"preset": "artist"}),
     Entry("rece-published", {"published": True}, styles={"preset": "artist"}, note=HEAVIER),

@@ -53,12 +53,12 @@ GUIDANCE_SCALE = 3.0
 # SHA-256 of the fingerprints that an erasure records of the embedded model: in float32 or float16, and in bfloat16.
 _FINGERPRINTS = {
     "unet": (
-        "c12dc1e4d2207b0c68c13ebbccf1b521fa764797adf482480f83b9dd5709fdbb",
-        "12347898bf7284e19b0408e1245b987a7a8e4c6d988b1f7537da33b3f12fd282",
+        "dd1853530bd66bfaf4e211251336c476baa9b99fb739493d96dee438381ca578",
+        "a4177f2ef0ac99a4e00f00980c64afe196d0743dcc2d85cba966dc4fae5ad08a",
     ),
     "text_encoder": (
-        "7be419d18fc78c78a47825625b2ed0a09f0b66f276a3ae707ed96eb4fad1e057",
-        "0882d3ab2d8c4c56c06756f98189eab8823de0c69a70c6e697a53955b11b9770",
+        "6cd8f43e216b6ed140f7904b382b74c0af884bb950a2ac402ede675a65340e73",
+        "94c19525c5c7e8061603fd9366c52887f0ba90400595d5d6212ad2b39ab793f1",
     ),
     "tokenizer": ("97a8960aec3230bba21aa06ea62f59fa66db8d53f896c7adec96648c9121fe65",),
 }
