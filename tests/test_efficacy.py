@@ -408,7 +408,8 @@ def test_only_what_is_between_the_markers_is_replaced() -> None:
 def test_the_page_has_the_markers_and_says_what_its_rows_are() -> None:
     text = (ROOT / efficacy.PAGE).read_text(encoding="utf-8")
     found = {}
-    for name in ("efficacy", "efficacy flux", "efficacy sd3"):
+    measured = [f"efficacy{of}" for of in ("", " flux", " sd3", " sdxl", " flux trained", " sd3 trained")]
+    for name in measured:
         assert "new" in commands.replace_between(text, name, "new")
         part = text.partition(f"<!-- {name}: begin -->")[2].partition(f"<!-- {name}: end -->")[0]
         rows = [
@@ -416,7 +417,7 @@ def test_the_page_has_the_markers_and_says_what_its_rows_are() -> None:
         ]
         found[name] = [row for row in rows if row in methods.ENTRIES]
         assert found[name] and "\n".join(tables.legend(found[name])) in part
-    assert "esd" in found["efficacy"]
+    assert "speed" in found["efficacy"] and "esd" in found["efficacy flux trained"]
 
 
 @pytest.mark.parametrize("further", (["--smoke"], ["--half", "dev"], ["--images-scale", "0.5"]))
