@@ -54,6 +54,7 @@ from tests.helpers import (
 
 QUICK: dict[str, Any] = {
     "method": "acterase",
+    "compare": False,
     "num_pairs": 3,
     "num_inference_steps": 4,
     "timesteps": 3,

@@ -30,6 +30,7 @@ from tests.helpers import (
 
 
 SMALL: dict[str, Any] = {
+    "compare": False,
     "steps": 6,
     "rank": 2,
     "batch_size": 2,
