@@ -26,9 +26,10 @@ from ..denoising.prompts import nearest, text_length
 from ..errors import ErasureInputError
 from ..logging import get_logger
 from ..schema import Concept
-from ..settings import ByFacts, Number, Whole
+from ..settings import Number, Whole
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
 from ..training.attention import AttentionToText, word_places
+from ..training.config import and_doors_of_sd3
 from ..training.objective import STUDENT, Step
 from ..training.pool import Example
 from . import esd
@@ -58,14 +59,10 @@ PUBLISHED: dict[str, Any] = {
     "num_inference_steps": 28,
     "guidance_scale": 3.5,
 }
-# SD3 reads the concept from its pooled vector too, of which the attention's queries and keys know nothing.
-TRAIN_SET = ByFacts(
-    "text_kq; of SD3 x", lambda facts: "x" if facts.family == "stable-diffusion-3" else PUBLISHED["train_set"]
-)
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **PUBLISHED,
-        "train_set": TRAIN_SET,
+        "train_set": and_doors_of_sd3(PUBLISHED["train_set"]),
         "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
         "steps": 300,
         "batch_size": 4,

@@ -22,6 +22,7 @@ from ..errors import ErasureInputError
 from ..schema import Concept
 from ..settings import ByFacts, Number
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
+from ..training.config import and_doors_of_sd3
 from ..training.objective import STUDENT, Step
 from ..training.objective import Objective as Method
 from ..training.pool import Example
@@ -51,14 +52,10 @@ PUBLISHED: dict[str, Any] = {
     "first_steps": 10,
     "guidance_scale": 3.0,
 }
-# SD3 reads the concept from its pooled vector too, of which the attention's queries and keys know nothing.
-TRAIN_SET = ByFacts(
-    "qk_dual; of SD3 x", lambda facts: "x" if facts.family == "stable-diffusion-3" else PUBLISHED["train_set"]
-)
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **PUBLISHED,
-        "train_set": TRAIN_SET,
+        "train_set": and_doors_of_sd3(PUBLISHED["train_set"]),
         "dropout": 0.0,
         "eta": 0.02,  # guidance makes more of what is left of the way to the anchor
         "learning_rate": 2e-3,

@@ -51,6 +51,11 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def and_doors_of_sd3(train_set: str) -> ByFacts:
+    """A train set; of SD3 `x`, for it reads the concept from its pooled vector too, of which queries and keys know nothing."""
+    return ByFacts(f"{train_set}; of SD3 x", lambda facts: "x" if facts.family == "stable-diffusion-3" else train_set)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of a training run. Those that are left out (`None`) come from the method's preset.
