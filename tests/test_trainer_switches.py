@@ -225,7 +225,7 @@ def test_teacher_and_student_are_asked_the_same(monkeypatch: pytest.MonkeyPatch)
 
     def noted(self: Any, step: Step) -> torch.Tensor:
         student, teacher = step.student(), step.teacher(STUDENT)[0]
-        seen.append((step.asked(STUDENT), student.detach(), teacher))
+        seen.append((step.drawn.asked(STUDENT), student.detach(), teacher))
         assert set(step.drawn.known) == {NEUTRAL}  # the empty prompt, which is the same at all times
         return loss(self, step)
 
@@ -240,7 +240,7 @@ def test_teacher_and_student_are_asked_the_same(monkeypatch: pytest.MonkeyPatch)
 def test_sdd_asks_the_student_for_the_anchors_mixture() -> None:
     mixing = Mixing(SDD().examples([Concept("cat", "pet"), Concept("dog", "")], TEMPLATES), 2, 2, 0)
     step = Step(None, mixing.of(drawn_from(mixing, [0]), (0, 0), 1, slice(0, 1)))  # type: ignore[arg-type]
-    (own,), (anchor,) = step.asked(STUDENT), step.asked("neutral")
+    (own,), (anchor,) = step.drawn.asked(STUDENT), step.drawn.asked("neutral")
     assert isinstance(own, Mixture) and isinstance(anchor, Mixture) and own.weights == anchor.weights
     assert [part.replace("cat", "pet") for part in own.parts] == list(anchor.parts)
     assert "cat, dog" in step.drawn.examples[0].prompts[SAMPLE]

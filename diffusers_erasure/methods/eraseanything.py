@@ -184,7 +184,7 @@ class Objective(esd.Objective):
         count = len(step.drawn.latents)
         own = self._features(self.attention.take(count), step, STUDENT)
         roles = [STUDENT, *(WORD.format(i) for i in range(self.count))]
-        rows = [step.asked(role) for role in roles]
+        rows = [step.drawn.asked(role) for role in roles]
         step.network.teacher_rows(step.drawn.latents, step.drawn.timesteps, rows)
         taken = self.attention.take(count * len(rows)).chunk(len(rows))
         base, *others = (self._features(each, step, role) for each, role in zip(taken, roles, strict=True))
@@ -194,7 +194,7 @@ class Objective(esd.Objective):
     def _to_words(self, weights: torch.Tensor, step: Step, role: str) -> torch.Tensor:
         """Attention weights [B, heads, tokens, text], 0 but to the word that each prompt is about, or as much of it as is mixed in."""
         mask = torch.zeros(len(weights), weights.shape[-1])
-        for row, prompt in zip(mask, step.asked(role), strict=True):
+        for row, prompt in zip(mask, step.drawn.asked(role), strict=True):
             for part, weight in parts_of(prompt):
                 row[list(self.places[part])] += weight
         return weights * mask.to(weights.device)[:, None, None]

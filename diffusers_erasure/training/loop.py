@@ -137,6 +137,7 @@ class Trainer:
             *(str(concept.target) for concept in concepts[:4]),
             *config.retain.prompts[:4],
         ]
+        self.guard: NullSpace | None = None
         self.checkpoints: Checkpoints | None = None
         if run.checkpoint_dir is not None:
             processes = {"processes": self.accelerator.num_processes, "dtype": str(model.dtype)}
@@ -162,7 +163,7 @@ class Trainer:
         config = self.config
         with ExitStack() as stack:
             prompts = self._encode() if self.earlier is None else self.earlier.prompts
-            guard = self._null_space(prompts) if config.null_space else None
+            self.guard = self._null_space(prompts) if config.null_space else None
             self._release()
             network = stack.enter_context(
                 in_training(
@@ -174,20 +175,20 @@ class Trainer:
                     config.gradient_checkpointing,
                 )
             )
-            if guard is not None:
-                guard.apply(network.factors)
+            if self.guard is not None:
+                self.guard.apply(network.factors)
             stack.enter_context(self.objective.inside(network.model))
             state = State(network, config, self._sources(network) if self.earlier is None else self.earlier.sources)
             if self.checkpoints is not None and self.run.resume:
                 self._resume(state, self.checkpoints)
             interrupt = stack.enter_context(noted())
             self._fill(state, interrupt)
-            self._steps(state, interrupt, guard)
-            told = {} if guard is None else {"null_space": guard.diagnostics}
+            self._steps(state, interrupt)
+            told = {} if self.guard is None else {"null_space": self.guard.diagnostics}
             found = state.factors(config.save), state.losses, state.sources, prompts
             return Trained(*found, self.kept, self.near, told)
 
-    def _steps(self, state: State, interrupt: Interrupt, guard: NullSpace | None) -> None:
+    def _steps(self, state: State, interrupt: Interrupt) -> None:
         """The loop itself."""
         config, network = self.config, state.network
         total = self.batch_size * self.accelerator.num_processes
@@ -210,8 +211,8 @@ class Trainer:
             for group in state.optimizer.param_groups:  # until the schedule sets it anew
                 group["lr"] *= self.objective.rate(number)
             state.optimizer.step()
-            if guard is not None:
-                guard.apply(network.factors)
+            if self.guard is not None:
+                self.guard.apply(network.factors)
             state.schedule.step()
             state.optimizer.zero_grad(set_to_none=True)
             if state.ema is not None:

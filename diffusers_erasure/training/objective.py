@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 
-from ..denoising.prompts import Prompt
 from ..denoising.sampler import placed
 from ..schema import Concept
 from .network import Network
@@ -30,10 +29,6 @@ class Step:
         self.network, self.drawn, self.retained, self.number = network, drawn, retained, number
         self._student: torch.Tensor | None = None
 
-    def asked(self, role: str) -> list[Prompt]:
-        """What is asked for the samples of the concepts in a role: prompts, or mixtures of these."""
-        return self.drawn.asked(role)
-
     def teacher(self, *roles: str) -> list[torch.Tensor]:
         """The base's predictions for the prompts of some roles: those of the pool, and one batch of all others."""
         return self._teacher(self.drawn, roles)
@@ -52,7 +47,7 @@ class Step:
         """The student's predictions for the role `"student"`, with gradients; one forward pass with the retained prompts."""
         if self._student is None:
             latents, timesteps = self.drawn.latents, self.drawn.timesteps
-            prompts = self.asked(STUDENT)
+            prompts = self.drawn.asked(STUDENT)
             if self.retained is not None:
                 device = self.network.model.device
                 latents = torch.cat([placed(each, device) for each in (latents, self.retained.latents)])
@@ -63,7 +58,7 @@ class Step:
 
     def student_now(self, role: str) -> torch.Tensor:
         """The student's predictions for another role, without gradients."""
-        rows = [self.asked(role)]
+        rows = [self.drawn.asked(role)]
         return self.network.student_rows(self.drawn.latents, self.drawn.timesteps, rows)[0]
 
     def retain_loss(self) -> torch.Tensor:
