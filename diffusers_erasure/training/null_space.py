@@ -160,7 +160,7 @@ def null_space(
             raise ErasureInputError(
                 f"`null_space` is {share:g}, but the rows of {len(texts)} retained prompts (the empty one among them) have "
                 f"{'all' if share == 1 else 'that share'} of their energy in no fewer than all {len(known.vectors)} directions, so "
-                "that nothing could change. Retain fewer prompts, or give a smaller share, such as 0.999."
+                "that nothing could change. Retain fewer prompts, or give a smaller share, such as 0.9999."
             )
         of_targets = torch.cat(list(rows.of(dict.fromkeys(targets))))
         outside = known.outside(of_targets)
@@ -177,7 +177,7 @@ def null_space(
     if not reached:
         raise ErasureInputError(
             f"`null_space` is {share:g}, but all rows of the targets lie where those of retained prompts do, so that no layer that "
-            "reads text could tell them apart. Retain other prompts, or give a smaller share, such as 0.999."
+            "reads text could tell them apart. Retain other prompts, or give a smaller share, such as 0.9999."
         )
     return NullSpace(protected, diagnostics)
 
