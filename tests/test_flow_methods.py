@@ -20,7 +20,7 @@ from diffusers_erasure.settings import Facts, resolve
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.attention import AttentionToText, word_places
 from diffusers_erasure.training.objective import STUDENT
-from diffusers_erasure.training.pool import Source
+from diffusers_erasure.training.pool import Drawn, Source
 from diffusers_erasure.training.sites import find_sites
 from tests.flow_pipes import LENGTH, tiny_flux_pipe, tiny_sd3_pipe
 from tests.helpers import ROUNDINGS, far, images, roundings
@@ -214,9 +214,7 @@ class Watched(Known):
         self.weights = torch.rand(9, 2, 5, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         self.moved = self.weights[:3] * 0.5 + 0.1
         self.asked: list[Any] = []
-        self.drawn: Any = type(
-            "Drawn", (), {"latents": torch.zeros(3), "timesteps": torch.zeros(3), "examples": examples}
-        )
+        self.drawn = Drawn(torch.zeros(3), torch.zeros(3), examples)
         objective.attention.take = self._take
         self.network: Any = type("Network", (), {"teacher_rows": lambda _, *given: self.asked.append(given[2])})()
 

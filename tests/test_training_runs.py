@@ -237,7 +237,8 @@ def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = ("--set=policy=student", "--retain=dog", "--set=trajectories=3", "--set=refresh=2")
+    switches = ("--set=null_space=0.9", "--set=pull=0.5", "--set=mixtures=2", "--set=templates=object")
+    shared = ("--set=policy=student", "--retain=dog", "--set=trajectories=3", "--set=refresh=2", *switches)
     one, two = tmp_path / "one", tmp_path / "two"
     run(tmp_path / "whole", *command(one, *shared, "--set=batch_size=2"))
     # What `torchrun` gives to each; `accelerate launch` starts several processes on GPUs only.

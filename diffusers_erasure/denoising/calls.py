@@ -10,7 +10,7 @@ from torch import nn
 from .. import compat
 from ..base_model import component, family_of
 from ..families import Family
-from .prompts import Prompts
+from .prompts import Prompt, Prompts
 from .sampler import PLAIN, Sampler, placed
 
 
@@ -55,7 +55,7 @@ class Caller:
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         guidance: Sequence[float] | None = None,
         module: nn.Module | None = None,
     ) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Caller:
         Args:
             latents (`torch.Tensor`): [B, C, H, W].
             timesteps (`torch.Tensor`): [B], or one for all; the scheduler's, of which 1,000 is the noise.
-            prompts: one a sample.
+            prompts: one a sample, or a mixture of some.
             guidance (*optional*): one a sample, where the model has its guidance in the weights; 1 by default.
             module (`nn.Module`, *optional*): what is called in place of the model: a wrapper of it.
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,32 @@ from ..errors import ErasureCompatibilityError
 
 
 TEXT_ROWS, POOLED, SIZES = "rows", "pooled", "sizes"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A convex mixture of what is encoded of several prompts: rows place by place, and pooled vectors.
+
+    Attributes:
+        parts: the prompts.
+        weights: one a prompt; they add up to 1.
+    """
+
+    parts: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[str], weights: Sequence[float]) -> "Prompt":
+        """That mixture, or the prompt itself where all are the same one."""
+        return cls(tuple(parts), tuple(weights)) if len(set(parts)) > 1 else parts[0]
+
+
+Prompt = str | Mixture  # what a denoiser can be asked
+
+
+def parts_of(prompt: Prompt) -> list[tuple[str, float]]:
+    """The prompts that are mixed, with their weights; a prompt by itself is one of them."""
+    return [(prompt, 1.0)] if isinstance(prompt, str) else list(zip(prompt.parts, prompt.weights, strict=True))
 
 
 class Prompts:
@@ -44,26 +71,32 @@ class Prompts:
         self.pooled = torch.cat([vectors for _, vectors in found]).cpu() if has_pooled else None
         self.there: tuple[Any, dict[str, torch.Tensor]] = None, {}  # what the denoiser is called with, where it is
 
-    def batch(self, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    def batch(self, prompts: Sequence[Prompt], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """What the denoiser is called with for these prompts, one a sample."""
         if self.there[0] != (device, dtype):
             self.there = (device, dtype), self._moved(device, dtype)
         known = self.there[1]
-        chosen = [self.index[prompt] for prompt in prompts]
 
         def picked(name: str) -> torch.Tensor:  # one by one, as nothing has to be copied for that
-            return torch.stack([known[name][i] for i in chosen])
+            return torch.stack([self._one(known[name], prompt) for prompt in prompts])
 
         arguments: dict[str, Any] = {self.family.argument: picked(TEXT_ROWS)}
         if self.pooled is None:
             return arguments
         assert self.family.pooled is not None
         if SIZES in known:
-            sizes = known[SIZES].repeat(len(chosen), 1)
+            sizes = known[SIZES].repeat(len(prompts), 1)
             arguments["added_cond_kwargs"] = {self.family.pooled.input: picked(POOLED), "time_ids": sizes}
         else:
             arguments[self.family.pooled.input] = picked(POOLED)
         return arguments
+
+    def _one(self, known: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """What is known of a prompt; of a mixture, added up in float32. All prompts have as many rows."""
+        if isinstance(prompt, str):
+            return known[self.index[prompt]]
+        parts = [known[self.index[part]].float() * weight for part, weight in parts_of(prompt)]
+        return torch.stack(parts).sum(0).to(known.dtype)
 
     def _moved(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """All of it on a device, once: a copy in each step would be waited for."""

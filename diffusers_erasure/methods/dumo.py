@@ -53,6 +53,7 @@ class Config(TrainConfig):
         preset (`"style"`, `"object"` or `"nudity"`, *optional*, defaults to `"object"`): the kind of concept; what
             is not given is chosen for it.
         train_set (*optional*): to be left out: DuMo trains a network of its own.
+        null_space, pull, mixtures (*optional*): to be left out: they are for LoRAs.
         rank (`int`, *optional*): rank of the compact form's deltas.
         steps (`int`, *optional*): optimiser steps of stage 1.
         learning_rate (`float`, *optional*): AdamW's learning rate in stage 1.
@@ -81,6 +82,9 @@ class Config(TrainConfig):
         if self.train_set not in (None, "full"):
             raise ErasureInputError("DuMo trains a network of its own, on the whole encoder: leave `train_set` out.")
         super().__post_init__()
+        given = [name for name in ("null_space", "pull", "mixtures") if getattr(self, name)]
+        if given:
+            raise ErasureInputError(f"DuMo trains no LoRA, for which `{'`, `'.join(given)}` is made: leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from ..artifact import Erasure
-from ..denoising.prompts import nearest, text_length
+from ..denoising.prompts import nearest, parts_of, text_length
 from ..errors import ErasureInputError
 from ..logging import get_logger
 from ..schema import Concept
@@ -184,7 +184,7 @@ class Objective(esd.Objective):
         count = len(step.drawn.latents)
         own = self._features(self.attention.take(count), step, STUDENT)
         roles = [STUDENT, *(WORD.format(i) for i in range(self.count))]
-        rows = [[example.prompts[role] for example in step.drawn.examples] for role in roles]
+        rows = [step.drawn.asked(role) for role in roles]
         step.network.teacher_rows(step.drawn.latents, step.drawn.timesteps, rows)
         taken = self.attention.take(count * len(rows)).chunk(len(rows))
         base, *others = (self._features(each, step, role) for each, role in zip(taken, roles, strict=True))
@@ -192,10 +192,11 @@ class Objective(esd.Objective):
         return self.contrast_weight * (similar / TEMPERATURE).log_softmax(1)[:, 0]
 
     def _to_words(self, weights: torch.Tensor, step: Step, role: str) -> torch.Tensor:
-        """Attention weights [B, heads, tokens, text], 0 but to the word that each prompt is about."""
+        """Attention weights [B, heads, tokens, text], 0 but to the word that each prompt is about, or as much of it as is mixed in."""
         mask = torch.zeros(len(weights), weights.shape[-1])
-        for row, example in zip(mask, step.drawn.examples, strict=True):
-            row[list(self.places[example.prompts[role]])] = 1
+        for row, prompt in zip(mask, step.drawn.asked(role), strict=True):
+            for part, weight in parts_of(prompt):
+                row[list(self.places[part])] += weight
         return weights * mask.to(weights.device)[:, None, None]
 
     def _features(self, weights: torch.Tensor, step: Step, role: str) -> torch.Tensor:

@@ -107,4 +107,4 @@ def fit_by_training(
     check_rank(sites, settings.rank)
     student = LoraStudent(list(sites), settings.rank, settings.seed, family_of(pipe).denoiser, dropout)
     trained = fit.train(student)
-    return fit.erasure(student.layer(trained.tensors), loss=curve(trained.losses))
+    return fit.erasure(student.layer(trained.tensors), loss=curve(trained.losses), **trained.diagnostics)

@@ -103,6 +103,13 @@ class TrainConfig:
         resolution (`int`, *optional*): pixels of a side; 0, the default, for the base's own.
         max_sequence_length (`int`, *optional*): text rows that T5 makes of a prompt, where there is one; 0, the default, for the
             pipeline's own number.
+        null_space (`float`, *optional*, defaults to 0.0): keep the layers that text enters by from reading what retained prompts
+            have there: the share of their text rows' energy that is protected. With 1 no layer of these changes any row of theirs or
+            of the empty prompt; below 1 what is protected are the directions that hold most. 0 for none.
+        pull (`float`, *optional*, defaults to 0.0): how much of a step that leads away from the base's weights is taken out, rising
+            from 0 at the first step to this at the last; 0 for none.
+        mixtures (`int`, *optional*, defaults to 0): ask for mixtures of so many of a concept's prompts, with random weights, in place
+            of one of them: as many `templates` are needed, and the base is asked anew in each step. 0 or 1 for none.
         seed (`int`, *optional*, defaults to 0): everything random depends on it and on the step, nothing on the process.
     """
 
@@ -139,6 +146,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     resolution: Annotated[int | None, Whole(least=0)] = None
     max_sequence_length: Annotated[int | None, Whole(least=0)] = None
+    null_space: Annotated[float, Number(most=1)] = 0.0
+    pull: Annotated[float, Number()] = 0.0
+    mixtures: Annotated[int, Whole(least=0)] = 0
     seed: Annotated[int, Whole(least=0)] = 0
 
     def stated(self) -> Mapping[str, Any]:
@@ -179,6 +189,9 @@ class TrainSettings:
     gradient_checkpointing: bool
     resolution: int
     max_sequence_length: int
+    null_space: float
+    pull: float
+    mixtures: int
     seed: int
 
     def __post_init__(self) -> None:

@@ -4,13 +4,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from tqdm.auto import tqdm
 
 from .. import compat
@@ -26,12 +26,15 @@ from ..runs.interrupts import Interrupt, noted
 from ..runs.options import TrainingRun
 from ..schema import BaseModel, Concept
 from .config import TrainSettings
+from .mixing import Mixing
 from .network import Network, in_training
-from .objective import RETAIN, Objective, Step
+from .null_space import NullSpace, null_space, text_readers
+from .objective import RETAIN, STUDENT, Objective, Step
 from .pool import MOST_RETAINED, Example, Source
+from .pull import pull
 from .samples import write_samples
 from .state import State
-from .student import Student
+from .student import LoraStudent, Student
 
 
 logger = get_logger(__name__)
@@ -53,6 +56,7 @@ class Trained:
         prompts: the encoded prompts.
         kept: the retained prompts, those of default lists among them.
         near: those of them that are nearest to a target.
+        diagnostics: what else there is to tell of the run.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -61,6 +65,7 @@ class Trained:
     prompts: Prompts
     kept: list[str]
     near: list[str]
+    diagnostics: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -105,16 +110,24 @@ class Trainer:
             raise ErasureInputError(f"`resolution` must be a multiple of {step}, not {config.resolution}.")
         self.shape = latent_shape(pipe, config.resolution)
         self.sampler = sampler_for(pipe, config.num_inference_steps, self.shape[1:])
-        # Predictions that are kept lie at their own latents' timesteps.
-        self.kept_roles = objective.teacher_roles if config.policy == "base" and not objective.late else ()
         first = min(config.first_steps or len(self.sampler), len(self.sampler))
         self.of_pool = self.sampler.first(min(first + objective.late, len(self.sampler)))
         self.examples = objective.examples(concepts, config.template_list)
+        self.mixing = (
+            Mixing(self.examples, len(concepts), config.mixtures, config.seed) if config.mixtures > 1 else None
+        )
+        # Predictions that are kept lie at their own latents' timesteps, and are for prompts that stay the same.
+        known = objective.teacher_roles if config.policy == "base" and not objective.late else ()
+        self.kept_roles = tuple(role for role in known if self.mixing is None or not self.mixing.mixes(role))
         targets = [str(concept.target) for concept in concepts]
         kept = self.kept = kept_prompts(pipe, config, targets) if earlier is None else earlier.kept
         self.near = nearest(pipe, kept, targets, config.retain_nearest) if earlier is None else earlier.near
-        self.retained = retained_examples(kept, self.near, config.template_list)
-        if len(kept) > len({example.prompts[RETAIN] for example in self.retained}):
+        in_templates = retained_examples(kept, self.near, config.template_list)
+        self.retained = in_templates if config.retain_weight else []
+        if config.null_space:
+            self._check_null_space(model)
+        self.protected = [*self.near, *kept, *(example.prompts[RETAIN] for example in in_templates)]
+        if config.retain_weight and len(kept) > len({example.prompts[RETAIN] for example in self.retained}):
             logger.warning(
                 "%d prompts are retained, but only %d of them, the nearest to a target first, are trained on.",
                 len(kept),
@@ -124,6 +137,7 @@ class Trainer:
             *(str(concept.target) for concept in concepts[:4]),
             *config.retain.prompts[:4],
         ]
+        self.guard: NullSpace | None = None
         self.checkpoints: Checkpoints | None = None
         if run.checkpoint_dir is not None:
             processes = {"processes": self.accelerator.num_processes, "dtype": str(model.dtype)}
@@ -149,6 +163,7 @@ class Trainer:
         config = self.config
         with ExitStack() as stack:
             prompts = self._encode() if self.earlier is None else self.earlier.prompts
+            self.guard = self._null_space(prompts) if config.null_space else None
             self._release()
             network = stack.enter_context(
                 in_training(
@@ -160,6 +175,8 @@ class Trainer:
                     config.gradient_checkpointing,
                 )
             )
+            if self.guard is not None:
+                self.guard.apply(network.factors)
             stack.enter_context(self.objective.inside(network.model))
             state = State(network, config, self._sources(network) if self.earlier is None else self.earlier.sources)
             if self.checkpoints is not None and self.run.resume:
@@ -167,7 +184,9 @@ class Trainer:
             interrupt = stack.enter_context(noted())
             self._fill(state, interrupt)
             self._steps(state, interrupt)
-            return Trained(state.factors(config.save), state.losses, state.sources, prompts, self.kept, self.near)
+            told = {} if self.guard is None else {"null_space": self.guard.diagnostics}
+            found = state.factors(config.save), state.losses, state.sources, prompts
+            return Trained(*found, self.kept, self.near, told)
 
     def _steps(self, state: State, interrupt: Interrupt) -> None:
         """The loop itself."""
@@ -186,10 +205,14 @@ class Trainer:
                     loss = self._loss(step)
                     losses.append(loss.detach())
                     self.accelerator.backward(loss)
+            if config.pull:
+                pull(network.factors, config.pull * number / max(1, self.steps - 1))
             self.accelerator.clip_grad_norm_(network.parameters, config.max_grad_norm)
             for group in state.optimizer.param_groups:  # until the schedule sets it anew
                 group["lr"] *= self.objective.rate(number)
             state.optimizer.step()
+            if self.guard is not None:
+                self.guard.apply(network.factors)
             state.schedule.step()
             state.optimizer.zero_grad(set_to_none=True)
             if state.ema is not None:
@@ -212,6 +235,8 @@ class Trainer:
 
     def _draw(self, state: State, what: tuple[int, int], total: int, own: slice) -> Step:
         drawn = state.sources[CONCEPTS].draw(what, total, own, lambda: self._predict(state, self.config.policy))
+        if self.mixing is not None:
+            drawn = self.mixing.of(drawn, what, total, own)
         retained = None
         if RETAINED in state.sources and self.objective.retains(what[0]):
             retained = state.sources[RETAINED].draw(what, total, own, lambda: state.network.teacher_rows)
@@ -385,6 +410,26 @@ class Trainer:
         pixels, length = self.shape[1] * self.pixels, self.config.max_sequence_length
         return Prompts(self.pipe, [*wanted, *self.sample_prompts], pixels, length)
 
+    def _check_null_space(self, model: torch.nn.Module) -> None:
+        """See, before anything is encoded, that something is retained and that a layer reads it."""
+        if not self.kept:
+            raise ErasureInputError(
+                "`null_space` protects what is retained, but nothing is: name in `retain` what must stay, or leave `null_space` out."
+            )
+        text_readers(model, self._sites())
+
+    def _sites(self) -> tuple[str, ...]:
+        return self.student.sites if isinstance(self.student, LoraStudent) else ()
+
+    def _null_space(self, prompts: Prompts) -> NullSpace:
+        """What the LoRA is kept from reading; in all processes the first one's, bit for bit."""
+        targets = [example.prompts[STUDENT] for example in self.examples]
+        share = self.config.null_space
+        found = [null_space(self.pipe, share, self._sites(), prompts, self.protected, targets)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
+
     def _release(self) -> None:
         """Take text encoders and VAE out of the pipeline, where the run may: nothing else makes room for the training.
 
@@ -420,7 +465,7 @@ def _accelerator(accumulation: int, device: torch.device) -> Accelerator:
 
 def kept_prompts(pipe: Any, config: TrainSettings, targets: Sequence[str]) -> list[str]:
     """What is retained, and of the default lists the entries nearest to the targets: all would take long to denoise."""
-    if not config.retain_weight:
+    if not config.retain_weight and not config.null_space:
         return []
     templates = config.template_list
     held = [

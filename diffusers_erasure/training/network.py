@@ -11,7 +11,7 @@ from torch import nn
 from .. import compat
 from ..base_model import component, family_of
 from ..denoising.calls import Caller
-from ..denoising.prompts import Prompts
+from ..denoising.prompts import Prompt, Prompts
 from ..denoising.sampler import Sampler
 from ..denoising.twin import private
 from ..errors import ErasureInputError
@@ -58,7 +58,7 @@ class Network:
         """What is trained, float32."""
         return list(self.factors.values())
 
-    def student(self, latents: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def student(self, latents: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
         """The prediction with the student on, float32 [B, C, H, W]; gradients flow where they are enabled."""
         return self.call(latents, timesteps, prompts, module=self.student_module)
 
@@ -67,7 +67,7 @@ class Network:
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        rows: Sequence[Sequence[str]],
+        rows: Sequence[Sequence[Prompt]],
         guidance: Sequence[float] | None = None,
     ) -> list[torch.Tensor]:
         """Predictions with the student on for several lists of prompts in one batch, without gradients."""
@@ -78,7 +78,7 @@ class Network:
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        rows: Sequence[Sequence[str]],
+        rows: Sequence[Sequence[Prompt]],
         guidance: Sequence[float] | None = None,
     ) -> list[torch.Tensor]:
         """Predictions of the base, the student off, for several lists of prompts in one batch."""
@@ -92,7 +92,7 @@ class Network:
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        rows: Sequence[Sequence[str]],
+        rows: Sequence[Sequence[Prompt]],
         guidance: Sequence[float] | None,
     ) -> list[torch.Tensor]:
         count = len(rows)

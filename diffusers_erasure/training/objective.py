@@ -29,15 +29,12 @@ class Step:
         self.network, self.drawn, self.retained, self.number = network, drawn, retained, number
         self._student: torch.Tensor | None = None
 
-    def _prompts(self, role: str, drawn: Drawn) -> list[str]:
-        return [example.prompts[role] for example in drawn.examples]
-
     def teacher(self, *roles: str) -> list[torch.Tensor]:
         """The base's predictions for the prompts of some roles: those of the pool, and one batch of all others."""
         return self._teacher(self.drawn, roles)
 
     def _teacher(self, drawn: Drawn, roles: Sequence[str]) -> list[torch.Tensor]:
-        rows = {role: tuple(self._prompts(role, drawn)) for role in roles}
+        rows = {role: tuple(drawn.asked(role)) for role in roles}
         unknown = list(dict.fromkeys(row for role, row in rows.items() if role not in drawn.known))
         found = {}
         if unknown:
@@ -50,18 +47,18 @@ class Step:
         """The student's predictions for the role `"student"`, with gradients; one forward pass with the retained prompts."""
         if self._student is None:
             latents, timesteps = self.drawn.latents, self.drawn.timesteps
-            prompts = self._prompts(STUDENT, self.drawn)
+            prompts = self.drawn.asked(STUDENT)
             if self.retained is not None:
                 device = self.network.model.device
                 latents = torch.cat([placed(each, device) for each in (latents, self.retained.latents)])
                 timesteps = torch.cat([timesteps, self.retained.timesteps])
-                prompts += self._prompts(RETAIN, self.retained)
+                prompts += self.retained.asked(RETAIN)
             self._student = self.network.student(latents, timesteps, prompts)
         return self._student[: len(self.drawn.latents)]
 
     def student_now(self, role: str) -> torch.Tensor:
         """The student's predictions for another role, without gradients."""
-        rows = [self._prompts(role, self.drawn)]
+        rows = [self.drawn.asked(role)]
         return self.network.student_rows(self.drawn.latents, self.drawn.timesteps, rows)[0]
 
     def retain_loss(self) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """Where a step's noisy latents come from: a pool of trajectories, or each denoised anew."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 
+from ..denoising.prompts import Prompt
 from ..denoising.sampler import SAMPLE, Pairs, Predict, Sampler, generator_for, partial, trajectories
 
 
@@ -22,12 +23,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Noisy latents [B, C, H, W], timesteps [B], examples, and predictions of the base that are known already."""
+    """Noisy latents [B, C, H, W], timesteps [B], examples, predictions of the base that are known already, and prompts by role that
+    are asked in place of the examples' own, for each sample or for none."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
     examples: list[Example]
     known: dict[str, torch.Tensor] = field(default_factory=dict)
+    mixed: Sequence[Mapping[str, Prompt]] = ()
+
+    def asked(self, role: str) -> list[Prompt]:
+        """What is asked in a role, one a sample."""
+        return [each[role] for each in self.mixed or [example.prompts for example in self.examples]]
 
 
 class Source:
