@@ -29,6 +29,7 @@ KINDS = {
     "pooled": "pooled vectors of a list, from one text encoder",
     "null": "rows of the empty prompt, from one text encoder",
     "gram": "sums over all rows of a list, from one text encoder",
+    "contexts": "text rows of a list in contexts, from one text encoder",
     "weights": "sums over the weights of one base model",
     "directions": "directions of the weights of one base model",
 }

@@ -152,6 +152,7 @@ _ENTRIES = (
     Entry("speed", objects={"preset": "instance"}),
     Entry("speed-published", {"published": True}, objects={"preset": "instance"}, note=HEAVIER),
     Entry("speed + adversarial rows", {"adversarial": 1}, objects={"preset": "instance"}),
+    Entry("gated"),
     Entry("esd"),
     Entry("gem"),
     Entry("eraseanything"),

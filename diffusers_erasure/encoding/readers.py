@@ -91,13 +91,21 @@ class Reader:
         return torch.stack([found[i] for i in range(len(prompts))]).to("cpu", torch.float64)
 
     @torch.no_grad()
-    def all(self, prompts: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
-        """All rows [N, L, c], padded as the pipeline pads, and the place of each prompt's last word piece."""
+    def all(self, prompts: Sequence[str], first: int | None = None) -> tuple[torch.Tensor, list[int]]:
+        """All rows [N, L, c], padded as the pipeline pads, and the place of each prompt's last word piece.
+
+        Args:
+            first: so many rows are enough, or what the longest prompt has: those of a causal encoder are then the first ones, which
+                do not depend on the others.
+        """
         fed = self.fed(prompts)
         ids = token_ids(self.tokenizer, fed, self.length)
         padded = self.tokenizer(fed, padding="max_length", max_length=self.length, return_tensors="pt")
         mask = padded.attention_mask if getattr(self.encoder.config, "use_attention_mask", False) else None
-        rows = self._forward(padded.input_ids.tolist(), mask)[0].to("cpu", torch.float64)
+        tokens = padded.input_ids
+        if first is not None and self.causal and mask is None:
+            tokens = tokens[:, : max(first, *map(len, ids))]
+        rows = self._forward(tokens.tolist(), mask)[0].to("cpu", torch.float64)
         return rows, [max(0, len(row) - 2) for row in ids]
 
     def _forward(self, ids: list[list[int]], mask: torch.Tensor | None) -> Any:

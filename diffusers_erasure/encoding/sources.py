@@ -49,11 +49,15 @@ class Source(ABC):
     def _last(self, prompts: Sequence[str]) -> torch.Tensor: ...
 
     @abstractmethod
-    def _all(self, prompts: Sequence[str]) -> tuple[Sequence[torch.Tensor], list[int]]: ...
+    def _all(self, prompts: Sequence[str], first: int | None = None) -> tuple[Sequence[torch.Tensor], list[int]]: ...
 
     @abstractmethod
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Tokens of each prompt, with the special ones, unpadded; a row stands where its token does."""
+
+    def last_place(self, ids: Sequence[int]) -> int:
+        """The place of the last word piece of a prompt of such tokens; for the empty prompt of the first token."""
+        return max(0, len(ids) - 2)
 
     @abstractmethod
     def too_long(self, prompts: Sequence[str]) -> set[str]:
@@ -75,12 +79,16 @@ class Source(ABC):
         """
         return self.placed(self._listed("rows", prompts, lambda: _finite(self._last(prompts))))
 
-    def all(self, prompts: Sequence[str]) -> tuple[list[torch.Tensor], list[int]]:
-        """All rows of each prompt that the denoiser reads, float64 [L, C], and the place of its last word piece."""
+    def all(self, prompts: Sequence[str], first: int | None = None) -> tuple[list[torch.Tensor], list[int]]:
+        """All rows of each prompt that the denoiser reads, float64 [L, C], and the place of its last word piece.
+
+        Args:
+            first: of causal encoders so many rows are enough, or what the longest prompt has.
+        """
         found: list[torch.Tensor] = []
         places: list[int] = []
         for start in range(0, len(prompts), self.batch):
-            rows, last = self._all(prompts[start : start + self.batch])
+            rows, last = self._all(prompts[start : start + self.batch], first)
             found += [self.placed(_finite(each)) for each in rows]
             places += last
         return found, places
@@ -146,9 +154,9 @@ class SideBySide(Source):
         self._checked_ids(prompts)
         return torch.cat([reader.last(prompts) for reader in self.readers], dim=1)
 
-    def _all(self, prompts: Sequence[str]) -> tuple[Sequence[torch.Tensor], list[int]]:
+    def _all(self, prompts: Sequence[str], first: int | None = None) -> tuple[Sequence[torch.Tensor], list[int]]:
         self._checked_ids(prompts)
-        parts = [reader.all(prompts) for reader in self.readers]
+        parts = [reader.all(prompts, first) for reader in self.readers]
         return list(torch.cat([rows for rows, _ in parts], dim=2)), parts[0][1]
 
     def _checked_ids(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -190,7 +198,7 @@ class PooledVectors(SideBySide):
     def _last(self, prompts: Sequence[str]) -> torch.Tensor:
         return torch.cat([reader.last(prompts, pooled=True) for reader in self.readers], dim=1)
 
-    def _all(self, prompts: Sequence[str]) -> tuple[Sequence[torch.Tensor], list[int]]:
+    def _all(self, prompts: Sequence[str], first: int | None = None) -> tuple[Sequence[torch.Tensor], list[int]]:
         return list(self._last(prompts)[:, None]), [0] * len(prompts)
 
 
@@ -211,13 +219,16 @@ class AsFed(Source):
         texts = map(self.fed.of, prompts)  # one at a time: all rows of a list do not fit into memory
         return torch.stack([text.rows[self._place(text)].clone() for text in texts])
 
-    def _all(self, prompts: Sequence[str]) -> tuple[Sequence[torch.Tensor], list[int]]:
+    def _all(self, prompts: Sequence[str], first: int | None = None) -> tuple[Sequence[torch.Tensor], list[int]]:
         self.fed.check(prompts)
         texts = [self.fed.of(prompt) for prompt in prompts]
         return [text.rows for text in texts], [self._place(text) for text in texts]
 
+    def last_place(self, ids: Sequence[int]) -> int:
+        return max(0, len(ids) - self.fed.suffix - 1)
+
     def _place(self, text: Text) -> int:
-        return max(0, len(text.ids) - self.fed.suffix - 1)
+        return self.last_place(text.ids)
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:
@@ -231,7 +242,9 @@ def reads_directly(family: Family) -> bool:
     return family.denoiser == "unet" or family.pooled is not None
 
 
-def row_sources(pipe: Any, *, per_encoder: bool = False, length: int = 0) -> tuple[Source, ...]:
+def row_sources(
+    pipe: Any, *, per_encoder: bool = False, length: int = 0, before_norm: bool = False
+) -> tuple[Source, ...]:
     """What feeds the text rows: one source a block of rows.
 
     Args:
@@ -248,7 +261,7 @@ def row_sources(pipe: Any, *, per_encoder: bool = False, length: int = 0) -> tup
     family = family_of(pipe)
     denoiser = component(pipe, family.denoiser)
     if not reads_directly(family):
-        return (_as_fed(pipe, family, denoiser, length),)
+        return (_as_fed(pipe, family, denoiser, length, before_norm),)
     readers = readers_of(pipe, family, denoiser, length)
     found: list[Source] = []
     for block in family.rows:
@@ -303,11 +316,11 @@ def pooled_source(pipe: Any) -> Source | None:
     return PooledVectors("pooled", pipe, 0, False, 1, (), own)
 
 
-def _as_fed(pipe: Any, family: Family, denoiser: nn.Module, length: int) -> AsFed:
+def _as_fed(pipe: Any, family: Family, denoiser: nn.Module, length: int, before_norm: bool = False) -> AsFed:
     assert family.door is not None
-    norm = family.norm
+    norm = None if before_norm else family.norm
     fed = once(
-        ("fed", id(pipe), length),
+        ("fed", id(pipe), length, norm),
         lambda: Fed(pipe, family, length, None if norm is None else Norm.of(denoiser, norm)),
     )
     width = _linear(denoiser, family.door).in_features

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..errors import ErasureConfigError, ErasureInputError
 from .activation import ActivationKind
+from .gated_map import GatedMapKind
 from .kind import LayerKind
 from .lora import LoraKind
 from .skip import SkipKind
@@ -48,5 +49,5 @@ def layer_kind(name: str) -> LayerKind:
     return _kinds[name]
 
 
-for _kind in (LoraKind(), TextMapKind(), ActivationKind(), SkipKind()):
+for _kind in (LoraKind(), TextMapKind(), ActivationKind(), SkipKind(), GatedMapKind()):
     register_layer_kind(_kind)

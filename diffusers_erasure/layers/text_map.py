@@ -122,8 +122,8 @@ class MapInput(Place):
 
     def __init__(self, conditions: Conditions, name: str, component: nn.Module) -> None:
         super().__init__(conditions)
-        self.argument, self.key = _argument(component, name)
-        self.position = _position(component, self.argument)
+        self.argument, self.key = argument_of(component, name)
+        self.position = position_of(component, self.argument)
 
     @compat.untraced  # so that what is kept for a run is found when the model is compiled
     def __call__(
@@ -156,14 +156,14 @@ class MapDoor(Place):
         return None if edit is None else (edit(args[0], now), *args[1:])
 
 
-def _argument(component: nn.Module, name: str) -> tuple[str, str | None]:
+def argument_of(component: nn.Module, name: str) -> tuple[str, str | None]:
     """The argument of `forward` that holds an input, and the key inside it where it holds others too."""
     if name == ROWS:
         return reading_family(component).argument, None
     return ("added_cond_kwargs", name) if name == POOLED else (name, None)
 
 
-def _position(component: nn.Module, argument: str) -> int:
+def position_of(component: nn.Module, argument: str) -> int:
     names = list(inspect.signature(type(component).forward).parameters)[1:]  # without self
     if argument not in names:
         raise ErasureCompatibilityError(
@@ -228,6 +228,43 @@ class TextMapLayer(SiteLayer):
 
 
 # ------------------------------------------------------------------------------------------------- the artefact side
+
+
+def check_pooled_width(component: nn.Module, width: int) -> None:
+    """See that a denoiser's pooled vectors are so wide.
+
+    Raises:
+        ErasureCompatibilityError: they are not.
+    """
+    pooled = reading_family(component).pooled
+    assert pooled is not None
+    read = getattr(door_module(component, pooled.reader), "in_features", None)
+    behind = [0]
+    if pooled.input == POOLED:
+        config = getattr(component, "config", {})
+        behind = [count * config.get("addition_time_embed_dim", 0) for count in TIME_IDS]
+    if read is not None and read - width not in behind:
+        raise ErasureCompatibilityError(
+            f"The erasure maps pooled vectors of width {width}, which are not those of this {type(component).__name__}: it was "
+            "made for another architecture."
+        )
+
+
+def check_row_width(component: nn.Module, width: int) -> None:
+    """See that a denoiser's text rows are so wide.
+
+    Raises:
+        ErasureCompatibilityError: they are not.
+    """
+    family, config = reading_family(component), getattr(component, "config", {})
+    own = None if family.door is None else getattr(door_module(component, family.door), "in_features", None)
+    widths = [own] if own else [config.get(entry) for entry in ("cross_attention_dim", "joint_attention_dim")]
+    for read in widths:
+        if isinstance(read, int) and read != width:
+            raise ErasureCompatibilityError(
+                f"{type(component).__name__} reads text rows of width {read}; the erasure maps rows of width {width}: it was made "
+                "for another architecture."
+            )
 
 
 class MapChange(WeightChange):
@@ -303,35 +340,18 @@ class TextMapKind(LayerKind):
 
     def check(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
         component, (site,) = compat.unwrap_compiled(component), spec.sites
-        kind, family, width = type(component).__name__, reading_family(component), tensors["A"].shape[1]
+        family, width = reading_family(component), tensors["A"].shape[1]
         if site not in family.inputs:
             others = " and ".join(map(repr, family.inputs))
             raise ErasureCompatibilityError(
-                f"{kind} reads no {site!r} here, but {others}: the erasure was made for another architecture."
+                f"{type(component).__name__} reads no {site!r} here, but {others}: the erasure was made for another architecture."
             )
         if site != DOOR_INPUT:
-            _position(component, _argument(component, site)[0])
-        config = getattr(component, "config", {})
+            position_of(component, argument_of(component, site)[0])
         if family.pooled is not None and site == family.pooled.input:
-            read = getattr(door_module(component, family.pooled.reader), "in_features", None)
-            behind = [0]
-            if site == POOLED:
-                behind = [count * config.get("addition_time_embed_dim", 0) for count in TIME_IDS]
-            if read is not None and read - width not in behind:
-                raise ErasureCompatibilityError(
-                    f"The erasure maps pooled vectors of width {width}, which are not those of this {kind}: it was made for another "
-                    "architecture."
-                )
-            return
-        door = None if family.door is None else door_module(component, family.door)
-        own = getattr(door, "in_features", None)
-        widths = [own] if own else [config.get(entry) for entry in ("cross_attention_dim", "joint_attention_dim")]
-        for read in widths:
-            if isinstance(read, int) and read != width:
-                raise ErasureCompatibilityError(
-                    f"{kind} reads text rows of width {read}; the erasure maps rows of width {width}: it was made for another "
-                    "architecture."
-                )
+            check_pooled_width(component, width)
+        else:
+            check_row_width(component, width)
 
     def weight_changes(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Sequence[WeightChange]:
         component, (site,) = compat.unwrap_compiled(component), spec.sites

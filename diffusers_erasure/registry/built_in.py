@@ -101,6 +101,14 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         ),
     ),
     MethodDeclaration(
+        name="gated",
+        module=f"{METHODS}.gated",
+        summary="this library's gated text edit: probes see whether a prompt names a concept, and only then its rows are mapped; seconds",
+        families=ALL,
+        needs="text encoders",
+        makes=("gated_map",),
+    ),
+    MethodDeclaration(
         name="gem",
         module=f"{METHODS}.gem",
         summary="GEM (ICML 2026): towards the anchor and away from the concept, along the student's own way, as a LoRA; minutes",

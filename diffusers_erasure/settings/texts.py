@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from ..errors import ErasureInputError
 from ..lists import Retained
+from . import contexts
 from .ranges import Of
 
 
@@ -24,6 +25,8 @@ TEMPLATES = {
         *("a photo of an object, {} style", "a painting by {}", "{} artwork"),
     ),
     "person": ("{}", "a portrait of {}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}"),
+    # Many contexts of every kind, for probes that have to know a name wherever it stands.
+    **{"object_many": contexts.OBJECTS, "style_many": tuple(contexts.STYLES), "person_many": contexts.PEOPLE},
 }
 MOST_RECORDED = 65_536  # characters of a user's own list, of the 256 KiB that a configuration may have
 
@@ -64,6 +67,11 @@ def checked_templates(templates: str | Collection[str]) -> str | tuple[str, ...]
     for template in template_list(named):
         check_template(template)
     return named
+
+
+def without_concept(template: str) -> str:
+    """What is left of a prompt where the concept is taken out: what it is around a style, else nothing."""
+    return contexts.STYLES.get(template, "")
 
 
 def as_retained(retain: Retained | Collection[str]) -> Retained:

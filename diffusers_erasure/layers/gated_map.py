@@ -1,0 +1,350 @@
+"""Layer kind `gated_map`: maps of the text, each behind probes that ask whether a prompt names its concept.
+
+For a prompt with rows x_1 … x_L and pooled vector p
+
+    open_c = 1 where x_i . w_j > t_j for any row i and any probe j of the concept c, else 0
+    x_i <- x_i + s sum_c open_c (x_i A_c^T) D_c,        p <- p + s sum_c open_c (p P_c^T) Q_c
+
+so that a prompt which no probe sees stays bit for bit what it was, while behind an open gate a map is free to move everything. Maps that
+are open add up: of several names in one prompt all are to go. Gates depend on the text alone and are computed once a run.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import compat
+from ..errors import ErasureCompatibilityError, ErasureFileError, ErasureInputError
+from ..families import ROWS, reading_family
+from ..schema import LayerSpec
+from .base import HookLayer
+from .buffers import PartKey, Tensors, live_buffer
+from .kind import LayerKind, Summand
+from .layer import Layer
+from .modifiers import Conditions, Modifier, hold_owner, spread
+from .passing import Pass, kept_for
+from .sites import Place, SiteEdit
+from .text_map import TextMapLayer, argument_of, check_pooled_width, check_row_width, position_of
+
+
+DIMENSIONS = {"probes": 2, "thresholds": 2, "probe_counts": 1, "A": 2, "D": 2, "counts": 1}
+POOLED_DIMENSIONS = {"pooled_A": 2, "pooled_D": 2, "pooled_counts": 1}
+
+
+def in_two(values: torch.Tensor) -> torch.Tensor:
+    """Numbers [P] as sums of two [P, 2], of which no dtype that files are saved in takes more than a few millionths."""
+    first = values.bfloat16().double()
+    return torch.stack([first, values.double() - first], 1).float()
+
+
+def numbered(counts: torch.Tensor) -> torch.Tensor:
+    """The concept of each probe or rank, int64, of which each concept has so many, one concept after another."""
+    return torch.arange(len(counts)).repeat_interleave(counts.detach().cpu().long())
+
+
+# ---------------------------------------------------------------------------------------------------- the live side
+
+
+@dataclass(frozen=True)
+class GatedPart:
+    """One layer of one erasure: its tensors by name, its schedule and gate."""
+
+    tensors: Mapping[str, torch.Tensor]
+    modifier: Modifier | None
+    index: int = 0
+
+    @property
+    def concepts(self) -> int:
+        """How many gates it has."""
+        return len(self.tensors["probe_counts"])
+
+
+class Ranks(nn.Module):
+    """The maps on one input: `read` and `write` [R, C], the gate of each rank and the part that it belongs to."""
+
+    read: torch.Tensor
+    write: torch.Tensor
+    gate: torch.Tensor
+    owner: torch.Tensor | None
+
+    def __init__(
+        self,
+        maps: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        reads, writes, gates = zip(*maps, strict=True)
+        hold_owner(self, [len(read) for read in reads], device)
+        live_buffer(self, "read", torch.cat(reads), device, dtype)
+        live_buffer(self, "write", torch.cat(writes), device, dtype)
+        live_buffer(self, "gate", torch.cat(gates), device, torch.int64)
+
+    def forward(self, values: torch.Tensor, is_open: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
+        """Map [B, …, C] behind gates [B, gates]; factors [1 or B, parts]."""
+        # The hook on the denoiser fires before offload brings these buffers over, hence `to`.
+        read, write = self.read.to(values.device, values.dtype), self.write.to(values.device, values.dtype)
+        shape = (len(values), *(1,) * (values.ndim - 2), -1)
+        weights = is_open[:, self.gate.to(is_open.device)].to(values.dtype).reshape(shape)
+        if factors is not None:
+            weights = weights * spread(factors.to(values.dtype), self.owner, values.ndim, -1)
+        mapped = values + F.linear(F.linear(values, read) * weights, write.T).to(values.dtype)
+        return torch.where(is_open.any(1).reshape(len(values), *(1,) * (values.ndim - 1)), mapped, values)
+
+
+class GatedMap(SiteEdit):
+    """The gated maps of some erasures on one denoiser: probes [P, C], each of one gate, and the maps behind the gates."""
+
+    bits: torch.Tensor  # the probes, float32 in the bits of whole numbers: no cast of the model rounds them
+    thresholds: torch.Tensor  # likewise
+    gates: torch.Tensor  # [P], the gate of each probe
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Mapping[PartKey, GatedPart],
+        columns: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(module, parts, columns, device, dtype)
+        own = [part.tensors for part in parts.values()]
+        starts = [sum(part.concepts for part in list(parts.values())[:i]) for i in range(len(own))]
+        self.count = sum(part.concepts for part in parts.values())
+        thresholds = torch.cat([each["thresholds"].double().sum(1).float() for each in own])
+        bits = torch.cat([each["probes"] for each in own]).float().contiguous().view(torch.int32)
+        live_buffer(self, "bits", bits, device, torch.int32)
+        live_buffer(self, "thresholds", thresholds.view(torch.int32), device, torch.int32)
+        gates = torch.cat([numbered(each["probe_counts"]) + start for each, start in zip(own, starts, strict=True)])
+        live_buffer(self, "gates", gates, device, torch.int64)
+
+        def maps(a: str, d: str, of: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+            return [
+                (each[a], each[d], numbered(each[of]) + start)
+                for each, start in zip(own, starts, strict=True)
+                if a in each
+            ]
+
+        self.ranks = Ranks(maps("A", "D", "counts"), device, dtype)
+        self.pooled: Ranks | None = None
+        self.of_pooled = [i for i, each in enumerate(own) if "pooled_A" in each]
+        if self.of_pooled:
+            self.pooled = Ranks(maps("pooled_A", "pooled_D", "pooled_counts"), device, dtype)
+
+    def opened(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
+        """Which gates are open for each prompt, bool [B, gates], of rows [B, L, C]."""
+        if torch.compiler.is_compiling():
+            return self._opened(rows)
+        return kept_for(now, (self, "gates"), rows, lambda: self._opened(rows))
+
+    @torch.no_grad()
+    def _opened(self, rows: torch.Tensor) -> torch.Tensor:
+        probes = self.bits.to(rows.device).view(torch.float32)
+        with _exactly(rows.device):
+            values = F.linear(rows.float(), probes).amax(1)
+        hit = (values > self.thresholds.to(rows.device).view(torch.float32)).to(torch.int32)
+        gates = self.gates.to(rows.device).expand(len(rows), -1)
+        return torch.zeros(len(rows), self.count, dtype=torch.int32, device=rows.device).scatter_add(1, gates, hit) > 0
+
+    def of_rows(self, rows: torch.Tensor, now: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mapped rows [B, L, C], and which gates are open."""
+        is_open = self.opened(rows, now)
+
+        def mapped() -> torch.Tensor:
+            return self.ranks(rows, is_open, self._factors(now, rows))
+
+        if self.factors.modified or torch.compiler.is_compiling():
+            return mapped(), is_open
+        return kept_for(now, self, rows, mapped), is_open
+
+    def of_list(self, prompts: Sequence[Any], now: Pass) -> list[Any]:
+        """The mapped rows of a list with those of each picture, [L, C], or with a list of such."""
+
+        def of_picture(rows: Any, index: int) -> Any:
+            if isinstance(rows, list):
+                return [of_picture(each, index) for each in rows]
+            factors = self.factors.product(now, rows.device)
+            if factors is not None and len(factors) > 1:
+                factors = self.factors.for_rows(factors, now, len(prompts))[index : index + 1]
+            return self.ranks(rows[None], self._opened(rows[None]), factors)[0]
+
+        return [of_picture(rows, index) for index, rows in enumerate(prompts)]
+
+    def of_pooled_vectors(self, vectors: torch.Tensor, is_open: torch.Tensor, now: Pass) -> torch.Tensor:
+        """The mapped pooled vectors [B, C] behind the gates of their prompts' rows."""
+        if self.pooled is None or len(vectors) != len(is_open):
+            return vectors
+        factors = self._factors(now, vectors)
+        return self.pooled(vectors, is_open, None if factors is None else factors[:, self.of_pooled])
+
+    def _factors(self, now: Pass, values: torch.Tensor) -> torch.Tensor | None:
+        return self.factors(now, values.device, len(values))
+
+
+def _exactly(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast, which would round rows to half precision before they are compared."""
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+class GatedInput(Place):
+    """Forward pre-hook of the denoiser: maps text rows and pooled vector, which stay where they were given."""
+
+    def __init__(self, conditions: Conditions, component: nn.Module) -> None:
+        super().__init__(conditions)
+        pooled = reading_family(component).pooled
+        self.argument = argument_of(component, ROWS)[0]
+        self.position = position_of(component, self.argument)
+        self.pooled = None if pooled is None else argument_of(component, pooled.input)
+        self.pooled_position = None if self.pooled is None else position_of(component, self.pooled[0])
+
+    @compat.untraced  # so that what is kept for a run is found when the model is compiled
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        edit, now = self.at_work()
+        if edit is None or kwargs is None:  # without: it was taken off while the pass waited for that
+            return None
+        now.reached.add(self.number)
+        arguments = list(args)
+        given = arguments[self.position] if len(arguments) > self.position else kwargs.get(self.argument)
+        if given is None:
+            return None
+        mapped, is_open = self._rows(edit, given, now)
+        kwargs = _put(arguments, kwargs, self.position, self.argument, mapped)
+        if is_open is not None and self.pooled is not None and self.pooled_position is not None:
+            kwargs = self._with_pooled(edit, arguments, kwargs, is_open, now)
+        return tuple(arguments), kwargs
+
+    def _rows(self, edit: GatedMap, given: Any, now: Pass) -> tuple[Any, torch.Tensor | None]:
+        if isinstance(given, list):
+            return edit.of_list(given, now), None
+        rows = given[0] if isinstance(given, tuple) else given  # an IP-Adapter's (text, image embeddings)
+        mapped, is_open = edit.of_rows(rows, now)
+        return ((mapped, *given[1:]) if isinstance(given, tuple) else mapped), is_open
+
+    def _with_pooled(
+        self, edit: GatedMap, arguments: list[Any], kwargs: dict[str, Any], is_open: torch.Tensor, now: Pass
+    ) -> dict[str, Any]:
+        assert self.pooled is not None and self.pooled_position is not None
+        name, key = self.pooled
+        held = arguments[self.pooled_position] if len(arguments) > self.pooled_position else kwargs.get(name)
+        vectors = held if key is None or held is None else held.get(key)
+        if held is None or vectors is None:
+            return kwargs
+        mapped = edit.of_pooled_vectors(vectors, is_open, now)
+        return _put(arguments, kwargs, self.pooled_position, name, mapped if key is None else {**held, key: mapped})
+
+
+def _put(arguments: list[Any], kwargs: dict[str, Any], position: int, name: str, value: Any) -> dict[str, Any]:
+    """A value where the argument was given: written into the list, or in new keyword arguments."""
+    if len(arguments) > position:
+        arguments[position] = value
+        return kwargs
+    return {**kwargs, name: value}
+
+
+class GatedMapLayer(TextMapLayer):
+    """All `gated_map` layers on one denoiser."""
+
+    edit: ClassVar[type[SiteEdit]] = GatedMap
+
+    def hook(self, component: nn.Module, site: str) -> tuple[nn.Module, Place, torch.utils.hooks.RemovableHandle]:
+        component = compat.unwrap_compiled(component)
+        place = GatedInput(self.conditions, component)
+        return component, place, component.register_forward_pre_hook(place, with_kwargs=True)
+
+    def part(self, spec: LayerSpec, tensors: Tensors, index: int, modifier: Modifier | None) -> Any:
+        return GatedPart(dict(tensors), modifier)
+
+
+# ------------------------------------------------------------------------------------------------- the artefact side
+
+
+class GatedMapKind(LayerKind):
+    """`probes` [P, C] with `thresholds` [P, 2] (sums of two), `A` and `D` [R, C], and how many of them each concept has, one after
+    another: `probe_counts` and `counts` [concepts]; where the denoiser reads a pooled vector `pooled_A`, `pooled_D` and
+    `pooled_counts` besides."""
+
+    name: ClassVar[str] = "gated_map"
+    live: ClassVar[type[HookLayer]] = GatedMapLayer
+
+    def validate(self, spec: LayerSpec, tensors: Tensors) -> None:
+        if spec.component not in ("unet", "transformer") or tuple(spec.sites) != (ROWS,):
+            raise ErasureFileError(
+                f"A `gated_map` acts on {ROWS!r} of the denoiser, not on {spec.component!r}, {list(spec.sites)[:3]}."
+            )
+        wanted = {**DIMENSIONS, **(POOLED_DIMENSIONS if set(tensors) & set(POOLED_DIMENSIONS) else {})}
+        if set(tensors) != set(wanted):
+            raise ErasureFileError(
+                f"{spec.file}: a `gated_map` has the tensors {sorted(wanted)}, not {sorted(tensors)[:12]}."
+            )
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        probes, maps = shapes["probes"], shapes["A"]
+        fits = all(len(shapes[name]) == count for name, count in wanted.items())
+        fits = fits and shapes["thresholds"] == (probes[0], 2) and shapes["D"] == maps and maps[1:] == probes[1:]
+        fits = fits and shapes.get("pooled_A") == shapes.get("pooled_D")
+        concepts = shapes["probe_counts"]
+        for name, of in (("probe_counts", "probes"), ("counts", "A"), ("pooled_counts", "pooled_A")):
+            fits = fits and (
+                of not in shapes or _counts(tensors[name], concepts, shapes[of][0], name == "probe_counts")
+            )
+        if not fits:
+            raise ErasureFileError(f"{spec.file}: a `gated_map` cannot have tensors of the shapes {shapes}.")
+
+    def rescaled(self, tensors: Tensors, factor: float) -> dict[str, torch.Tensor]:
+        scaled = {name: tensors[name] * factor for name in ("A", "pooled_A") if name in tensors}
+        return {**tensors, **scaled}
+
+    def check(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> None:
+        component = compat.unwrap_compiled(component)
+        family, kind = reading_family(component), type(component).__name__
+        position_of(component, argument_of(component, ROWS)[0])
+        check_row_width(component, tensors["A"].shape[1])
+        if "pooled_A" in tensors:
+            if family.pooled is None:
+                raise ErasureCompatibilityError(
+                    f"The erasure maps a pooled text vector, and {kind} reads none: it was made for another architecture."
+                )
+            check_pooled_width(component, tensors["pooled_A"].shape[1])
+
+    def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
+        pooled = reading_family(compat.unwrap_compiled(component)).pooled
+        return {ROWS, *(() if pooled is None or "pooled_A" not in tensors else (pooled.input,))}
+
+    def summed(
+        self, members: Sequence[Summand], rank: int | None, max_error: float | None
+    ) -> list[tuple[Layer, float]]:
+        if rank or max_error:
+            raise ErasureInputError(
+                "Maps behind gates are put side by side: `rank` and `max_error` do not go with them."
+            )
+        by_component: dict[str, list[Summand]] = {}
+        for member in members:
+            by_component.setdefault(member.spec.component, []).append(member)
+        return [(_side_by_side(self.name, component, own), 0.0) for component, own in by_component.items()]
+
+
+def _counts(counts: torch.Tensor, concepts: tuple[int, ...], total: int, each_some: bool) -> bool:
+    """Whether these are how many of so many each concept has."""
+    values = counts.double()
+    whole = tuple(values.shape) == concepts and bool((values == values.round()).all() and (values >= each_some).all())
+    return whole and int(values.sum()) == total and len(values) > 0
+
+
+def _side_by_side(kind: str, component: str, members: Sequence[Summand]) -> Layer:
+    """Gated maps as those of one layer; maps of the pooled vector only where each has some."""
+    pooled = all("pooled_A" in member.tensors for member in members)
+    names = [*DIMENSIONS, *(POOLED_DIMENSIONS if pooled else ())]
+    if not pooled and any("pooled_A" in member.tensors for member in members):
+        raise ErasureInputError(
+            "Of these erasures some map the pooled text vector and some do not; load them side by side."
+        )
+    tensors = {name: torch.cat([member.tensors[name] for member in members]).contiguous() for name in names}
+    origins = {name for member in members for name in member.spec.derived_from}
+    return Layer(kind, (ROWS,), tensors, component, tuple(sorted(origins)))

@@ -1,0 +1,168 @@
+"""Probes of the gated edit: directions of text rows that tell a name from all else that is kept, and their thresholds.
+
+Fisher's discriminant: with S the covariance of all rows, mu the mean of the kept ones and m_j that of the rows of name j's last word piece,
+
+    w_j = (S + ridge tr(S) / C)^-1 (m_j - mu).
+
+A threshold stands between what the kept prompts reach in contexts that were held out, and what the name reaches there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..lists import names_any
+from ..schema import Concept
+from .gated_reading import Name, Reading, Split, kept_prompts, named_rows
+from .gated_settings import Settings
+
+
+SURE = 4.0  # standard deviations of the kept prompts' values between them and a name that was not asked for
+
+
+@dataclass
+class Sums:
+    """Sums over rows [.., C], so that these need not lie in memory together: float64."""
+
+    count: int
+    total: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def empty(cls, width: int) -> "Sums":
+        return cls(0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64))
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take in rows [N, C]."""
+        rows = rows.double()
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        self.squares.addmm_(rows.T, rows)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / max(1, self.count)
+
+
+def directions(kept: Sums, named: Sequence[torch.Tensor], ridge: float) -> torch.Tensor:
+    """Fisher's directions [names, C] between the kept rows and each name's rows [n, C].
+
+    They are scaled to a largest entry of 1 and rounded to half precision, in which files may be saved: thresholds are those of what
+    is saved.
+    """
+    mean, width = kept.mean, len(kept.mean)
+    everything = Sums(kept.count, kept.total.clone(), kept.squares.clone())
+    for rows in named:
+        everything.add(rows)
+    center = everything.mean
+    covariance = everything.squares / everything.count - torch.outer(center, center)
+    covariance += ridge * covariance.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    ways = torch.stack([rows.double().mean(0) - mean for rows in named])
+    found = torch.cholesky_solve(ways.T, torch.linalg.cholesky(covariance)).T
+    return (found / found.abs().amax(1, keepdim=True).clamp_min(1e-300)).half().float()
+
+
+def highest(rows: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
+    """What each probe [P, C] reaches at most among a prompt's rows [L, C]: [P], as a gate reads it."""
+    return (rows.float() @ probes.T).amax(0)
+
+
+def thresholds(named: Sequence[torch.Tensor], kept: torch.Tensor, share: float) -> torch.Tensor:
+    """Where probes open: the given share of the way from the highest kept value to the lowest of the name.
+
+    Args:
+        named: of each probe what it reached for its own name [n].
+        kept (`torch.Tensor`): what each reached for prompts that do not name it [N, P]; -inf where one does.
+        share (`float`): between 0, just above all that is kept, and 1, just below all that names it. Where the two overlap, 0 is the
+            lower end too: every prompt that may name it opens the gate.
+    """
+    high = torch.stack([values.amin() for values in named]).double()
+    low = kept.amax(0).double() if len(kept) else high - high.abs().clamp_min(1.0)
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    return low + share * (high - low)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Probes with their thresholds, and what they did in contexts that were held out.
+
+    Attributes:
+        names: what they look for: all that were given, and of the others those that can be told from what is kept.
+        probes: [P, C].
+        thresholds: [P], float64.
+        missed: by target the share of its tested prompts that open none of its probes.
+        opened: kept tested prompts that open a gate, and the targets whose gate it is.
+        tested: how many kept prompts were tested.
+        blurred: names whose thresholds could not stand between them and what is kept.
+    """
+
+    names: tuple[Name, ...]
+    probes: torch.Tensor
+    thresholds: torch.Tensor
+    missed: dict[str, float]
+    opened: dict[str, list[str]]
+    tested: int
+    blurred: list[str]
+
+
+def fit_gates(
+    reading: Reading, concepts: Sequence[Concept], names: Sequence[Name], words: Sequence[str], settings: Settings
+) -> Gates:
+    """Fit probes, set their thresholds, and test them, each in contexts of its own."""
+    split = Split.of(settings.template_list)
+    fitting, setting, testing = kept_prompts(words, split, settings.kept_contexts) if words else ([], [], [])
+    fitting.append("")
+    kept_rows = reading.of_kept([*fitting, *setting, *testing])
+    for name in names:
+        reading.read(name.within((*name.split.mapped, *name.split.testing)), pooled=not name.made)
+    sums = Sums.empty(reading.sources[0].width)
+    for prompt in dict.fromkeys(fitting):
+        sums.add(kept_rows[prompt])
+    probes = directions(sums, [named_rows(reading, name, name.split.fitting) for name in names], settings.probe_ridge)
+
+    def highest_of(prompt: str) -> torch.Tensor:
+        rows = kept_rows.get(prompt)
+        return highest(reading.rows(prompt) if rows is None else rows, probes)
+
+    def reached(prompts: Sequence[str]) -> torch.Tensor:
+        return torch.stack([highest_of(prompt) for prompt in prompts]) if prompts else torch.zeros(0, len(names))
+
+    own = [reached(name.within(name.split.setting))[:, i] for i, name in enumerate(names)]
+    others = [(name.concept, prompt) for name in names if not name.made for prompt in name.within(name.split.setting)]
+    targets = [str(concept.target) for concept in concepts]
+    beside = reached([prompt for _, prompt in others])
+    for row, (concept, prompt) in enumerate(others):
+        for i, name in enumerate(names):
+            if name.concept == concept or names_any(prompt, [name.text, targets[name.concept]]):
+                beside[row, i] = -torch.inf
+    kept = torch.cat([reached(setting), beside, *([reached([""])] if not words else [])])
+    limits = thresholds(own, kept, 0.0 if settings.strict else settings.share)
+    blurred = [float(kept[:, i].amax()) >= float(own[i].amin()) for i in range(len(names))]
+    tested = reached(testing)
+    # What was not asked for must not cost what is kept.
+    clear = [
+        _gap(own[i], kept[:, i]) >= SURE and not bool((tested[:, i] > limits[i]).any()) for i in range(len(names))
+    ]
+    used = [i for i, name in enumerate(names) if clear[i] or not name.made]
+    names, probes, limits = [names[i] for i in used], probes[used], limits[used]
+    unsure = [name.text for name, i in zip(names, used, strict=True) if blurred[i]]
+
+    def opened(prompt: str) -> set[int]:
+        values = highest_of(prompt)
+        return {name.concept for i, name in enumerate(names) if float(values[i]) > float(limits[i])}
+
+    missed: dict[str, float] = {}
+    for index, target in enumerate(targets):
+        own_prompts = [
+            prompt for n in names if n.concept == index and not n.made for prompt in n.within(n.split.testing)
+        ]
+        missed[target] = sum(index not in opened(prompt) for prompt in own_prompts) / max(1, len(own_prompts))
+    false = {prompt: sorted(targets[i] for i in found) for prompt in testing if (found := opened(prompt))}
+    return Gates(tuple(names), probes, limits, missed, false, len(testing), unsure)
+
+
+def _gap(own: torch.Tensor, kept: torch.Tensor) -> float:
+    """How far a name's lowest value lies above the highest of what is kept, in standard deviations of the latter."""
+    others = kept[kept.isfinite()]
+    return float(own.amin() - others.amax()) / max(float(others.std()), 1e-12) if len(others) > 1 else 0.0

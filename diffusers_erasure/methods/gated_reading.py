@@ -1,0 +1,196 @@
+"""What the gated edit looks at: names in contexts, what is kept in contexts, and the rows of their prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..encoding import short_enough
+from ..encoding.contexts import Text, read
+from ..encoding.sources import Source
+from ..errors import ErasureInputError
+from ..schema import Concept
+from ..settings.texts import without_concept
+from .gated_settings import Settings
+from .holding import SAME
+from .rows import aligned
+
+
+BEHIND = 4  # rows of a kept prompt behind its words that are told apart from a name's
+SETTING, TESTING = 2, 3  # of four contexts the one that sets thresholds, and the one that tests them
+VARIANTS = 6  # contexts of a plural, or of a name in other letters
+PAIRS = ("a {} and a {}", "{} on {}", "a {} with a {}", "the {} of a {}", "{} or {}", "a {} near the {}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Contexts by what they are for; few do everything."""
+
+    fitting: tuple[str, ...]
+    setting: tuple[str, ...]
+    testing: tuple[str, ...]
+
+    @classmethod
+    def of(cls, contexts: Sequence[str]) -> "Split":
+        if len(contexts) < 4:
+            return cls(*(tuple(contexts),) * 3)
+        setting, testing = tuple(contexts[SETTING::4]), tuple(contexts[TESTING::4])
+        held_out = {*setting, *testing}
+        return cls(tuple(each for each in contexts if each not in held_out), setting, testing)
+
+    def first(self, count: int) -> "Split":
+        """Fewer, of each kind one at least."""
+        kinds = self.fitting[: max(1, count - 2)], self.setting[:1], self.testing[:1]
+        return Split(*kinds)
+
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """Those that maps are fitted in."""
+        return tuple(dict.fromkeys((*self.fitting, *self.setting)))
+
+
+@dataclass(frozen=True)
+class Name:
+    """One name of a concept, with a probe of its own."""
+
+    concept: int
+    text: str
+    split: Split
+    made: bool = False  # a plural, or the name in other letters
+
+    def within(self, contexts: Sequence[str]) -> list[str]:
+        return [context.format(self.text) for context in contexts]
+
+
+def names_of(concepts: Sequence[Concept], settings: Settings, sources: Sequence[Source]) -> list[Name]:
+    """The names that probes look for: the targets, their synonyms, and of both the plural and other letters where tokens differ."""
+    whole = Split.of(settings.template_list)
+    unknown = sorted(set(settings.synonyms) - {str(concept.target) for concept in concepts})
+    if unknown:
+        raise ErasureInputError(f"`synonyms` names {unknown[0]!r}, which is no target.")
+    found: list[Name] = []
+    known: set[str] = set()
+    for index, concept in enumerate(concepts):
+        target = str(concept.target)
+        for given in (target, *settings.synonyms.get(target, ())):
+            made = [(given, False), *((each, True) for each in _variants(given, settings.preset == "object"))]
+            for text, is_made in made:
+                tokens = str([source.ids([text])[0] for source in sources])
+                if tokens not in known:
+                    known.add(tokens)
+                    found.append(Name(index, text, whole.first(VARIANTS) if is_made else whole, is_made))
+    return found
+
+
+def _variants(name: str, counted: bool) -> list[str]:
+    """The plural of what is counted, and other letters."""
+    letters = [name.lower(), name[:1].upper() + name[1:], name.title()]
+    if not counted or (name.endswith("s") and not name.endswith("ss")):
+        return letters
+    stem = name[:-1] + "ie" if name.endswith("y") and name[-2:-1] not in "aeiou" else name
+    return [stem + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s"), *letters]
+
+
+class Reading:
+    """Rows of prompts from all sources of an input, as far as they were asked for."""
+
+    def __init__(self, sources: Sequence[Source], pooled: Source | None) -> None:
+        self.sources, self.pooled = sources, pooled
+        self.texts: list[dict[str, Text]] = [{} for _ in sources]
+        self.vectors: dict[str, torch.Tensor] = {}
+
+    def read(self, prompts: Sequence[str], *, pooled: bool = True) -> None:
+        """Encode prompts that were not yet, pooled vectors only where they are wanted."""
+        for source, known in zip(self.sources, self.texts, strict=True):
+            new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+            if new:
+                known.update(read(source, new, shown=len(new) > 256))
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.vectors]
+        if pooled and self.pooled is not None and new:
+            self.vectors.update(zip(new, self.pooled.last(new).float(), strict=True))
+
+    def of_kept(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The rows of kept prompts that a gate reads, of all sources; the list is cached on disk."""
+        parts = [read(source, prompts, behind=BEHIND, shown=True) for source in self.sources]
+        return {prompt: torch.cat([part[prompt].rows for part in parts]) for prompt in parts[0]}
+
+    def of(self, prompt: str) -> list[Text]:
+        return [texts[prompt] for texts in self.texts]
+
+    def words(self, prompt: str) -> torch.Tensor:
+        """The rows of the last word piece, one from each source."""
+        return torch.stack([text.word for text in self.of(prompt)])
+
+    def rows(self, prompt: str) -> torch.Tensor:
+        """The rows that a gate reads, of all sources."""
+        return torch.cat([text.rows[: len(text.ids) + BEHIND] for text in self.of(prompt)])
+
+
+def named_rows(reading: Reading, name: Name, contexts: Sequence[str]) -> torch.Tensor:
+    """The rows of a name's last word piece in some contexts, from each source."""
+    found = []
+    for context in contexts:
+        behind = context.partition("{}")[2]
+        for source, text in zip(reading.sources, reading.of(context.format(name.text)), strict=True):
+            found.append(text.at(_place_of_name(source, context, name.text, text, behind)))
+    return torch.stack(found)
+
+
+def _place_of_name(source: Source, context: str, name: str, text: Text, behind: str) -> int:
+    """The place of a name's last word piece: the last one of the prompt that ends with the name."""
+    if not behind:
+        return text.last
+    ids = source.ids([context.partition("{}")[0] + name])[0]
+    return min(source.last_place(ids), text.last)
+
+
+def kept_prompts(words: Sequence[str], split: Split, count: int) -> tuple[list[str], list[str], list[str]]:
+    """Prompts of what is kept, in which contexts take turns: those to fit probes, to set thresholds, and to test them."""
+    kinds: tuple[list[str], list[str], list[str]] = [*words], [], []
+    shares = max(1, count // 2 - 1), max(1, count // 4), 1
+    for i, word in enumerate(words):
+        for kind, contexts, share in zip(kinds, (split.fitting, split.setting, split.testing), shares, strict=True):
+            kind += [contexts[(i + j) % len(contexts)].format(word) for j in range(share)]
+        for j, kind in enumerate((kinds[0], kinds[0], kinds[1], kinds[2])):
+            kind.append(PAIRS[(i + j) % len(PAIRS)].format(word, words[(i * (j + 2) + 7) % len(words)]))
+    return kinds
+
+
+def kept_words(pipe: Any, settings: Settings, concepts: Sequence[Concept], first: Source) -> list[str]:
+    """What must not open a gate, without entries of the shipped lists that say the same as a target."""
+    words = list(settings.retain.prompts)
+    held = short_enough(pipe, list(settings.retain.held), settings.max_sequence_length)
+    if held:
+        rows, named = first.last(held), first.last([str(concept.target) for concept in concepts])
+        rows, named = rows - rows.mean(0), named - rows.mean(0)
+        cosines = torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(named, dim=1).T
+        words += [word for word, alike in zip(held, cosines.amax(1).tolist(), strict=True) if alike < SAME]
+    return list(dict.fromkeys(words))
+
+
+def paired_prompts(concept: Concept, names: Sequence[Name]) -> list[tuple[str, str]]:
+    """A concept's prompts, each with its anchor's in the same context."""
+    return [
+        (context.format(name.text), anchored(context, concept.anchor))
+        for name in names
+        for context in name.split.mapped
+    ]
+
+
+def paired_rows(reading: Reading, pairs: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of prompts and those that stand in their places in others: twice [n, C]."""
+    left, right = [], []
+    for one, other in pairs:
+        for own, its in zip(reading.of(one), reading.of(other), strict=True):
+            lengths = max(own.places) + 1, max(its.places) + 1
+            for a, b in zip(*aligned(own.ids, its.ids, lengths), strict=True):
+                if a in own.places and b in its.places:
+                    left.append(own.at(a))
+                    right.append(its.at(b))
+    return torch.stack(left), torch.stack(right)
+
+
+def anchored(context: str, anchor: str | None) -> str:
+    """The anchor in a context; without an anchor what is left of the context."""
+    return context.format(anchor) if (anchor or "").strip() else without_concept(context)
