@@ -70,6 +70,14 @@ def test_only_the_first_directions_are_kept(limit: dict[str, Any]) -> None:
     assert (rows.targets + (rows.targets @ a.T) @ d - rows.anchors).norm() <= 1e-12 * rows.anchors.norm()
 
 
+def test_a_threshold_leaves_half_of_the_directions_free() -> None:
+    """Also where what is retained spans them all, each alike."""
+    rows, kept = random_rows(2, 0, 16, seed=3)
+    full = KeptRows(torch.eye(16, dtype=torch.float64), kept.null)
+    solution = solve(rows, full, threshold=1e-5)
+    assert solution.kept == 8 and left_over(rows, full, solution)["target_residual"] < 1e-12
+
+
 def test_the_ridge_holds_targets_back_and_nothing_else() -> None:
     rows, kept = random_rows(3, 5, 24, seed=3)
     a, d = solve(rows, kept, ridge=2.0).factors

@@ -154,7 +154,7 @@ def test_a_fit_acts_on_its_word_and_is_kept(name: str, tmp_path: Path) -> None:
     [
         pytest.param(name, method, marks=[pytest.mark.slow] * (told.padded or method != "uce"))
         for name, told in TOLD.items()
-        for method in ("uce", "rece", "speed")
+        for method in ("uce", "rece", "speed", "dp", "oce")
     ],
 )
 def test_methods_fit_by_default(name: str, method: str) -> None:

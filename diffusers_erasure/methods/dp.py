@@ -77,8 +77,8 @@ class Config(TextConfig):
             of the empty prompt, or that of its last word piece.
         keep (`int`, *optional*): how many directions of the retained rows must not change, those with the largest squares
             first; 0 for those that `threshold` says.
-        threshold (`float`, *optional*): directions with at least this share of the retained rows' squares must not change; 0
-            for all, so that no retained row moves at all.
+        threshold (`float`, *optional*): directions with at least this share of the retained rows' squares must not change, at
+            most half of all there are; 0 for every one, so that no retained row moves at all.
         ridge (`float`, *optional*): weight of a small change, relative to the mean squared norm of the targets' rows; 0 takes
             the targets exactly to their anchors, where what is retained lets them.
         layer (`"both"`, `"text_map"` or `"lora"`, *optional*): how the erasure is published: as a map of the text rows, by which
@@ -160,7 +160,7 @@ def _directions(kept: KeptRows, share: float, more: torch.Tensor | None, keep: i
     if keep:
         count = min(count, keep)
     elif threshold:
-        count = min(count, int((squares >= threshold * squares.sum()).sum()))
+        count = min(count, len(vectors) // 2, int((squares >= threshold * squares.sum()).sum()))
     return vectors[:, :count]
 
 

@@ -90,8 +90,8 @@ class Config(TextConfig):
             of their rows.
         retain_scale (`float`, *optional*): weight of the retained prompts' last rows; relative to the number of prompts, so that
             all together weigh no more than the targets.
-        general_scale (`float`, *optional*): the same of all rows of the retained prompts and the empty one, by their mean square.
-            (The authors' are those of captions, which are not shipped.)
+        general_scale (`float`, *optional*): the same of all rows of the retained prompts and the empty one, by their mean square;
+            the authors' are those of captions, which are not shipped.
         lamb (`float`, *optional*): weight of all directions alike; relative to the mean squared norm of the targets' rows.
         absolute (`bool`, *optional*): take these weights as they are, as published.
         span (`float`, *optional*): of what a layer makes of the targets and of the anchors, leave out directions with a singular
