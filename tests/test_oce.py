@@ -201,3 +201,19 @@ def test_doors_and_pooled_vectors_are_turned_too() -> None:
 def test_bad_settings_are_named(pipe: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ErasureInputError, match=message):
         erase(pipe, "cat", method="oce", **arguments)
+
+
+def test_words_are_erased_beside_many_others_as_they_are_alone() -> None:
+    """What all rows share weighs more the more concepts there are; the words' own directions are not left out for that."""
+    generator = torch.Generator().manual_seed(3)
+    shared = torch.randn(1, 192, generator=generator, dtype=torch.float64)
+    own = 0.3 * torch.randn(129, 192, generator=generator, dtype=torch.float64)
+    e, g, r = (shared + own).split([64, 1, 64])
+    chosen = resolve(Config(erase_scale=2.0), Settings)
+    w = torch.randn(160, 192, generator=generator, dtype=torch.float64)
+    shares = []
+    for count in (1, 8, 64):
+        rows = TargetRows(e[:count], g.expand(count, -1), (e[:count], g.expand(count, -1)), 200.0, count, count)
+        problem = Problem.of(slice(0, 192), rows, KeptRows(r, e[:1], r.T @ r, 64, 64), chosen)
+        shares.append(float(Turned.of(w, problem, chosen).measured(problem, count).shares.mean()))
+    assert min(shares) > 0.5 * max(shares) > 0.5

@@ -15,7 +15,7 @@ the values of a UNet or the door of a transformer, and the error is recorded. It
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -38,7 +38,6 @@ from .rows import (
     by_part,
     kept_rows,
     parts_of,
-    suited,
     target_rows,
 )
 from .speed import Site, by_name, sites_of
@@ -71,7 +70,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
     for task, values in PUBLISHED.items()
 }
-AT_DOORS: dict[str, Any] = {"rows": "window"}  # where text enters by a door; see UCE's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,7 @@ class Config(TextConfig):
         lamb (`float`, *optional*): weight of all directions alike; relative to the mean squared norm of the targets' rows.
         absolute (`bool`, *optional*): take these weights as they are, as published.
         span (`float`, *optional*): of what a layer makes of the targets and of the anchors, leave out directions with a singular
-            value below this share of the largest.
+            value below this share of the largest, divided by the root of the number of concepts.
         rank (`int`, *optional*): truncate the LoRA to this rank; the error is recorded. 0, the default, for no limit.
         max_error (`float`, *optional*): truncate the LoRA to the least rank whose relative error is no larger, in each layer; 0
             for none. The error is that of a change that has all ranks.
@@ -206,7 +204,9 @@ class Turned:
         q, s = torch.linalg.qr(weight) if weight.shape[0] > weight.shape[1] else (None, weight)
         targets, anchors = s @ problem.rows.targets.T, s @ problem.rows.anchors.T
         kept = s @ problem.sums @ s.T
-        r = rotation(targets, anchors, kept, settings.erase_scale, span=settings.span, absolute=settings.absolute)
+        # What all rows share grows with the concepts beside what is one concept's own.
+        span = settings.span / problem.rows.concepts**0.5
+        r = rotation(targets, anchors, kept, settings.erase_scale, span=span, absolute=settings.absolute)
         return cls(q, s, r)
 
     @property
@@ -287,27 +287,25 @@ def reported(
     result: dict[str, Any] = {}
     for own in ([name for name in told if name not in pooled], pooled):
         if own:
-            means = [
-                [torch.stack([getattr(each, part) for each in told[name]]).mean(0) for name in own] for part in _MEANT
-            ]
-            shares, moved, null = torch.stack(means[0]).amin(0), *(torch.stack(each).amax(0) for each in means[1:])
-            part = told_of(
-                concepts, problems[own[0]].kept.starts, shares, moved, null, None if own == pooled else names
-            )
+            shares = torch.stack([_mean(each.shares for each in told[name]) for name in own]).amin(0)
+            moved = torch.stack([_mean(each.moved for each in told[name]) for name in own]).amax(0)
+            null = torch.stack([_mean(each.null for each in told[name]) for name in own]).amax(0)
+            starts = problems[own[0]].kept.starts
+            part = told_of(concepts, starts, shares, moved, null, None if own == pooled else names)
             result.update({"pooled": part} if own == pooled else part)
     layers = [each for own in told.values() for each in own]
     result["rotations"] = {"layers": len(layers), "reflections": sum(each.reflects for each in layers)}
     return result
 
 
-_MEANT = ("shares", "moved", "null")
+def _mean(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(values)).mean(0)
 
 
 def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
-    config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
     return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings)})
 
@@ -316,7 +314,6 @@ def refit(
     pipe: Any, concepts: Sequence[Concept], config: Config, targets: Mapping[str, Mapping[str, TargetRows]]
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
-    config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
     kept = kept_rows(pipe, settings, with_gram=settings.general_scale > 0)
     found = {
