@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from diffusers_erasure import ErasureInputError, combine, demo, erase
 from diffusers_erasure.low_rank import compress
+from diffusers_erasure.methods import uce
 from diffusers_erasure.methods.dp import left_over, solve
 from diffusers_erasure.methods.rows import KeptRows, TargetRows
+from diffusers_erasure.methods.uce import relative_units
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
 from tests.helpers import ROUNDINGS, edits, roundings
 from tests.test_uce import live_rows
@@ -90,6 +92,26 @@ def test_the_ridge_holds_targets_back_and_nothing_else() -> None:
     assert exact < 1e-12 and 0.9 < slow < 1
 
 
+@pytest.mark.parametrize("summed", [False, True])
+def test_the_other_directions_are_weighed_as_uce_weighs_them(summed: bool) -> None:
+    """With none kept it is UCE; with some kept, UCE among the maps that leave these alone."""
+    rows, kept = random_rows(3, 8, 16, seed=6)
+    scaled = kept.retain * torch.tensor([20.0, 20, *[1.0] * 6], dtype=torch.float64)[:, None]
+    kept = KeptRows(scaled, kept.null, scaled.T @ scaled if summed else None, 8, 8)
+    share, ridge = relative_units(rows, kept)[1], 0.5
+    a, d = uce.solve(rows, kept, erase_scale=1.0, retain_scale=0.7 * share, lamb=ridge)
+    none = solve(rows, kept, threshold=0.9, ridge=ridge, retain_scale=0.7)
+    assert none.kept == 0 and (none.factors[1].T @ none.factors[0] - d.T @ a).norm() <= 1e-11 * (d.T @ a).norm()
+    some = solve(rows, kept, keep=2, ridge=ridge, retain_scale=0.7)
+    u = torch.linalg.svd(scaled).Vh[:2].T
+    p = torch.eye(16, dtype=torch.float64) - u @ u.T
+    e = rows.targets @ p
+    m = ridge * torch.eye(16) + e.T @ e + 0.7 * share * p @ scaled.T @ scaled @ p
+    expected = rows.way.T @ e @ torch.linalg.inv(m)
+    found = some.factors[1].T @ some.factors[0]
+    assert some.kept == 2 and (found - expected).norm() <= 1e-11 * expected.norm() and (found @ u).norm() <= 1e-11
+
+
 def test_short_ranks_give_least_squares_and_are_told() -> None:
     """A target that goes two ways arrives in the middle; one that is what is retained stays; none that is free is an error."""
     rows, kept = random_rows(3, 4, 12, seed=4)
@@ -165,12 +187,22 @@ def test_erasures_are_joined_by_solving_again(pipe: Any) -> None:
     assert TENSOR_FILE in joint.tensors and joint.config.diagnostics["completeness"].keys() == {"cat", "shark"}
 
 
+def test_without_a_ridge_the_other_directions_are_the_targets(pipe: Any) -> None:
+    sharp = erase(
+        pipe, "cat", anchors="animal", method="dp", retain=["dog"], ridge=0.0, templates="none", compare=False
+    )
+    told = sharp.config.diagnostics["projections"]
+    assert sharp.config.method.settings["retain_scale"] == 0.0 and told["target_residual"] < 1e-6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"keep": -1}, "keep"),
         ({"threshold": 1.0}, "threshold"),
         ({"ridge": -0.1}, "at least 0"),
+        ({"ridge": 0.0, "retain_scale": 1.0}, "give one above 0"),
+        ({"published": True, "retain_scale": 1.0}, "give one above 0"),
         ({"layer": "hook"}, "layer"),
         ({"lamb": 1.0}, "no setting 'lamb'"),
     ],

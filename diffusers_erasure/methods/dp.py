@@ -10,8 +10,8 @@ A = (B E^T)^+ B: a map of the text rows whose rank is that of the targets' rows,
 read the rows.
 
 Where much is retained it spans all directions. Then B leaves the first of them alone, by their share in the retained rows'
-squares, and A is regularised, A = (E B E^T + ridge I)^-1 E B: what is retained moves a little, the targets almost arrive, and
-how far both are off is recorded.
+squares, and A is regularised, A = (E B E^T + ridge I)^-1 E B, in the other directions with the retained rows' sums beside the ridge, as UCE's:
+what is retained moves a little, the targets almost arrive, and how far both are off is recorded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,6 +45,7 @@ PUBLISHED: dict[str, Any] = {
     "keep": 0,
     "threshold": 0.0,
     "ridge": 0.0,
+    "retain_scale": 0.0,
     "per_encoder": False,
     "layer": "both",
 }
@@ -52,7 +53,8 @@ PUBLISHED: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **PUBLISHED,
-        **{"templates": templates, "retain_rows": "all", "threshold": 2e-5, "ridge": 1e-3, "per_encoder": True},
+        **{"templates": templates, "retain_rows": "all", "threshold": 1e-4, "ridge": 1e-3},
+        **{"retain_scale": 1.0, "per_encoder": True},
     }
     for task, templates in (("object", "object_context"), ("style", "style"), ("person", "person"))
 }
@@ -81,6 +83,8 @@ class Config(TextConfig):
             most half of all there are; 0 for every one, so that no retained row moves at all.
         ridge (`float`, *optional*): weight of a small change, relative to the mean squared norm of the targets' rows; 0 takes
             the targets exactly to their anchors, where what is retained lets them.
+        retain_scale (`float`, *optional*): weight of what is retained in the directions that may change, beside a `ridge` above 0, as
+            UCE weighs it; 0 leaves these directions to the targets.
         layer (`"both"`, `"text_map"` or `"lora"`, *optional*): how the erasure is published: as a map of the text rows, by which
             it acts here, with the LoRA that is the same edit for stock diffusers; or as one of the two alone.
         directions (`int`, *optional*): let all rows of a concept go to its anchor's in so many directions, those in which they go
@@ -96,10 +100,18 @@ class Config(TextConfig):
     keep: Annotated[int | None, Whole(least=0)] = None
     threshold: Annotated[float | None, Number(below=1)] = None
     ridge: Annotated[float | None, Number()] = None
+    retain_scale: Annotated[float | None, Number()] = None
     layer: Form | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ridge = self.stated()["ridge"] if self.ridge is None else self.ridge
+        if self.retain_scale and not ridge:
+            raise ErasureInputError("`retain_scale` weighs what is retained beside a `ridge`; give one above 0.")
+
     def stated(self) -> Mapping[str, Any]:
-        return {**super().stated(), **(PUBLISHED if self.published else PRESETS[self.preset])}
+        preset = PUBLISHED if self.published else PRESETS[self.preset]
+        return {**super().stated(), **preset, **({"retain_scale": 0.0} if self.ridge == 0 else {})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +121,7 @@ class Settings(MapSettings):
     keep: int
     threshold: float
     ridge: float
+    retain_scale: float
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,15 @@ class Solution:
     width: int
 
 
-def solve(rows: TargetRows, kept: KeptRows, *, keep: int = 0, threshold: float = 0.0, ridge: float = 0.0) -> Solution:
+def solve(
+    rows: TargetRows,
+    kept: KeptRows,
+    *,
+    keep: int = 0,
+    threshold: float = 0.0,
+    ridge: float = 0.0,
+    retain_scale: float = 0.0,
+) -> Solution:
     """The closed form, in float64: T = I + D^T A.
 
     Args:
@@ -128,6 +149,7 @@ def solve(rows: TargetRows, kept: KeptRows, *, keep: int = 0, threshold: float =
         kept: what must not change. The default lists are held by weights that even out how far their words move.
         keep, threshold: which directions of it, see [`Config`].
         ridge: added to E B E^T.
+        retain_scale: weight of the other directions of it, beside the ridge.
 
     Raises:
         ErasureInputError: what is kept leaves none of the targets' directions free.
@@ -135,13 +157,19 @@ def solve(rows: TargetRows, kept: KeptRows, *, keep: int = 0, threshold: float =
     e, share, held = rows.targets, relative_units(rows, kept)[1], kept.held_beside(rows)
     # The weights of what is held are found with UCE's edit, which costs no eigenvectors and wants to move the same words.
     weighing = {"erase_scale": 1.0, "retain_scale": share, "lamb": WEIGHING * rows.squares}
-    u = _directions(kept, share, solve_holding(rows, kept, **weighing)[1] if len(held) else None, keep, threshold)
-    factors = _inverse(e - (e @ u) @ u.T, float(torch.linalg.matrix_norm(e, 2)), ridge), rows.way
-    return Solution(scaled_up(factors, rows.probes) if len(held) else factors, *u.T.shape)
+    more = solve_holding(rows, kept, **weighing)[1] if len(held) else None
+    squares, vectors, noise = _directions(kept, share, more)
+    count = _count(squares, noise, vectors.shape[0], keep, threshold)
+    u, rest = vectors[:, :count], vectors[:, count:]
+    projected = e - (e @ u) @ u.T
+    weights = retain_scale * squares[count:].clamp_min(0)
+    a = _inverse(projected, float(torch.linalg.matrix_norm(e, 2)), ridge, rest, weights)
+    factors = a, rows.way
+    return Solution(scaled_up(factors, rows.probes) if len(held) else factors, count, e.shape[1])
 
 
-def _directions(kept: KeptRows, share: float, more: torch.Tensor | None, keep: int, threshold: float) -> torch.Tensor:
-    """Orthonormal directions [C, k] of what is kept, those with the largest squares.
+def _directions(kept: KeptRows, share: float, more: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The directions [C, k] of what is kept, their squares, the largest first, and the share of it that is rounding.
 
     Args:
         share: weight of the retained rows beside `more`, the sums of what is held.
@@ -149,23 +177,32 @@ def _directions(kept: KeptRows, share: float, more: torch.Tensor | None, keep: i
     if kept.gram is None and more is None:
         # Of the rows themselves: their sums have twice the digits to lose.
         _, s, vh = torch.linalg.svd(kept.retain, full_matrices=False)
-        squares, vectors, noise = s.square(), vh.T, SAME**2
-    else:
-        sums = share * (kept.retain.T @ kept.retain if kept.gram is None else kept.gram)
-        squares, vectors = (each.flip(-1) for each in torch.linalg.eigh(sums if more is None else sums + more))
-        noise = SUMS
+        return share * s.square(), vh.T, SAME**2
+    sums = share * (kept.retain.T @ kept.retain if kept.gram is None else kept.gram)
+    squares, vectors = torch.linalg.eigh(sums if more is None else sums + more)
+    return squares.flip(-1), vectors.flip(-1), SUMS
+
+
+def _count(squares: torch.Tensor, noise: float, width: int, keep: int, threshold: float) -> int:
+    """How many directions of what is kept must not change."""
     if not len(squares) or not float(squares[0]) > 0:
-        return vectors[:, :0]
+        return 0
     count = int((squares > noise * squares[0]).sum())
     if keep:
-        count = min(count, keep)
-    elif threshold:
-        count = min(count, len(vectors) // 2, int((squares >= threshold * squares.sum()).sum()))
-    return vectors[:, :count]
+        return min(count, keep)
+    if threshold:
+        return min(count, width // 2, int((squares >= threshold * squares.sum()).sum()))
+    return count
 
 
-def _inverse(projected: torch.Tensor, scale: float, ridge: float) -> torch.Tensor:
-    """`(B E^T)^+ B`, regularised, of the projected rows E B [n, C], where E's largest singular value is `scale`."""
+def _inverse(
+    projected: torch.Tensor, scale: float, ridge: float, rest: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """`(B E^T)^+ B`, regularised, of the projected rows F = E B [n, C], where E's largest singular value is `scale`.
+
+    With the directions `rest` of what is retained, and their weights, it is (I + F N^-1 F^T)^-1 F N^-1 where N is the ridge and
+    these weights.
+    """
     u, s, vh = torch.linalg.svd(projected, full_matrices=False)
     free = s > SAME * scale
     if not bool(free.any()):
@@ -173,8 +210,12 @@ def _inverse(projected: torch.Tensor, scale: float, ridge: float) -> torch.Tenso
             "Nothing can be erased: what is retained spans all directions of the targets' rows. Keep only some of its directions "
             '(`keep`, or a `threshold` above 0), or retain less (`retain_default="none"` leaves the shipped lists out).'
         )
-    u, s, vh = u[:, free], s[free], vh[free]
-    return (u * (s / (s.square() + ridge))) @ vh
+    if not bool(weights.any()):
+        u, s, vh = u[:, free], s[free], vh[free]
+        return (u * (s / (s.square() + ridge))) @ vh
+    held = projected - (projected @ rest * (weights / (ridge + weights))) @ rest.T  # ridge F N^-1
+    gram = held @ projected.T
+    return torch.linalg.solve((gram + gram.T) / 2 + ridge * torch.eye(len(gram), dtype=gram.dtype), held)
 
 
 def left_over(rows: TargetRows, kept: KeptRows, solution: Solution) -> dict[str, Any]:
@@ -216,8 +257,14 @@ def refit(
     for name, pair in found.items():
         solved = []
         for _, rows, own in by_part(() if name in POOLED_INPUTS else parts, *pair):
-            limits = {"keep": settings.keep, "threshold": settings.threshold, "ridge": settings.ridge * rows.squares}
-            solution = solve(rows, own, **limits)  # type: ignore[arg-type]
+            solution = solve(
+                rows,
+                own,
+                keep=settings.keep,
+                threshold=settings.threshold,
+                ridge=settings.ridge * rows.squares,
+                retain_scale=settings.retain_scale,
+            )
             solved.append(solution.factors)
             residuals.setdefault(name, []).append(left_over(rows, own, solution))
         maps[name] = side_by_side(solved)
