@@ -187,7 +187,8 @@ def from_rows(kind: str, pipe: Any, found: Mapping[str, tuple[TargetRows, KeptRo
     """What a method makes of known rows, up to the layers' tensors: without encoding, report and fingerprints."""
     if kind == "speed":
         problems = speed.problems_of(found, settings)
-        sites = speed.sites_of(pipe, settings, problems)
+        columns = {name: problem.columns for name, problem in problems.items()}
+        sites = speed.sites_of(pipe, settings.params, columns)
         factors, _ = speed.solve_sites(pipe, problems, sites, settings)
         return speed.as_lora(speed.lazy_factors(factors, sites), settings)
     if kind == "uce":

@@ -47,7 +47,7 @@ def erase(
     the denoiser do so with a private twin of it, which has the same weights in the same memory.
 
     Args:
-        pipe ([`DiffusionPipeline`]): the base model. A method that needs text encoders alone ("uce", "rece", "speed") takes one
+        pipe ([`DiffusionPipeline`]): the base model. A method that needs text encoders alone ("uce", "rece", "speed", "dp", "oce") takes one
             without its denoiser, such as `FluxPipeline.from_pretrained(path, transformer=None)`; what has to be known of that is
             read from its files: single values, and the weights of the modules that read the text where these take part.
         targets (`str`, sequence of `str`, or `os.PathLike`): the concepts to remove, or the path of a list of them.

@@ -26,6 +26,8 @@ METHODS: list[dict[str, Any]] = [
     {"method": "uce"},
     {"method": "uce", "layer": "text_map"},
     {"method": "rece"},
+    {"method": "dp"},
+    {"method": "oce"},
     {"method": "speed", "params": "KV"},
     {"method": "speed", "rows": "last", "adversarial": 1},
 ]
@@ -110,7 +112,7 @@ np.save({str(tmp_path / "stock.npy")!r}, image)
     assert roundings(np.load(tmp_path / "stock.npy"), ours) <= 10 * ROUNDINGS < 1e-2 * roundings(before, ours)
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "dp", "oce"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_bases_give_nearly_the_same_edit(method: str, dtype: torch.dtype) -> None:
     full = demo.load_pipeline()
@@ -118,6 +120,8 @@ def test_half_precision_bases_give_nearly_the_same_edit(method: str, dtype: torc
     common: dict[str, Any] = {"anchors": "animal", "retain": ["dog", "bee", "rose"], "method": method}
     if method == "speed":
         common.update(filter=False, augment=0)  # a filter's choice may turn over with the last bit
+    elif method == "oce":
+        common["erase_scale"] = 3.0  # as a direction's that is about to be reversed
     else:
         common["layer"] = "lora"
     wanted, found = (erase(p, "cat", **common).tensors[LORA_FILE] for p in (full, half))
@@ -138,10 +142,11 @@ def quantise(unet: nn.Module) -> None:
         setattr(unet.get_submodule(parent), own, quantised)
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "dp", "oce"])
 def test_quantised_bases_are_dequantised_for_fitting(method: str) -> None:
     pipe = tiny_sd_pipe()
-    settings = {"retain_rows": "last"} | ({} if method == "speed" else {"layer": "lora"})
+    of_rows = {} if method == "oce" else {"retain_rows": "last"}
+    settings = of_rows | ({} if method in ("speed", "oce") else {"layer": "lora"})
     plain = erase(pipe, **TARGET, method=method, **settings)
     quantise(pipe.unet)
     erasure = erase(pipe, **TARGET, method=method, **settings)
@@ -157,12 +162,12 @@ def test_what_cannot_be_fitted_is_named() -> None:
     pipe = tiny_sd_pipe()
     with torch.no_grad():
         pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v.weight[0, 0] = float("nan")
-    for method in ("uce", "rece", "speed"):
+    for method in ("uce", "rece", "speed", "dp", "oce"):
         with pytest.raises(ErasureInputError, match=r"mid_block.*not finite"):
-            erase(pipe, **TARGET, method=method, **({} if method == "speed" else {"layer": "lora"}))
+            erase(pipe, **TARGET, method=method, **({} if method in ("speed", "oce") else {"layer": "lora"}))
     pipe = tiny_sd_pipe()
     pipe.unet.fuse_qkv_projections()
-    for method in ("uce", "rece", "speed"):
+    for method in ("uce", "rece", "speed", "dp", "oce"):
         with pytest.raises(ErasureCompatibilityError, match="fused"):
             erase(pipe, **TARGET, method=method)
     pipe = tiny_sdxl_pipe()

@@ -86,12 +86,13 @@ def test_little_means_a_default_list_and_nothing_means_nothing(pipe: Any, caplog
     assert plain.content_hash == nothing.content_hash
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "dp", "oce"])
 def test_closed_forms_keep_it(pipe: Any, method: str) -> None:
     """The named two of the 193 are no more than an example: measured is every word of the list."""
     bare = erase(pipe, **BROAD, method=method, retain_default="none").config.diagnostics["collateral"]
     held = erase(pipe, **BROAD, method=method).config.diagnostics["collateral"]
-    assert held["quantiles"]["0.9"] < {"uce": 0.4, "rece": 0.5, "speed": 0.75}[method] * bare["quantiles"]["0.9"]
+    most = {"uce": 0.4, "rece": 0.5, "speed": 0.75, "dp": 0.5, "oce": 0.5}[method]
+    assert held["quantiles"]["0.9"] < most * bare["quantiles"]["0.9"]
 
 
 def test_methods_that_take_none_have_none(pipe: Any) -> None:

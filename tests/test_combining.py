@@ -32,6 +32,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"method": "uce"},
     {"method": "uce", "rows": "window", "layer": "text_map"},
     {"method": "rece", "epochs": 2},
+    {"method": "dp", "keep": 40},
+    {"method": "oce", "max_error": 0.0},
     {"method": "speed", "rows": "last", "threshold": 1e-5},
     {"method": "speed", "rows": "window", "templates": "none", "adversarial": 1},
 ]
@@ -53,6 +55,8 @@ def test_a_joint_solve_is_the_fit_of_all_targets(pipe: Any, settings: dict[str, 
     # The kept rows are the encoder's own float32 values; window rows are rotated and rounded to float32 once more.
     # SPEED's presets truncate the LoRA to 1e-3.
     rough = 2e-3 if settings["method"] == "speed" else 1e-4 if settings != {"method": "uce"} else 1e-5
+    # OCE turns a direction or leaves it: near where it changes its mind rounding weighs more.
+    rough = 0.05 if settings["method"] == "oce" else rough
     assert_same_edit(whole, joint, rough)
     assert joint.concepts == whole.concepts
     assert joint.config.diagnostics["completeness"].keys() == {"cat", "ice cream", "shark"}

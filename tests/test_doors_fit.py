@@ -1,4 +1,4 @@
-"""UCE, RECE and SPEED at the doors of SD3 and FLUX.1, against dense formulas on rows that the pipelines themselves make."""
+"""UCE, RECE, SPEED and DP at the doors of SD3 and FLUX.1, against dense formulas on rows that the pipelines themselves make."""
 
 from typing import Any
 
@@ -257,7 +257,7 @@ def test_without_the_encoders_that_make_rows_there_is_nothing_to_fit(caplog: pyt
 
 def test_the_pooled_door_has_a_map_of_its_own(flux: Any) -> None:
     (_, target), (_, anchor) = fed(flux, "cat"), fed(flux, "animal")
-    for method in ("uce", "rece", "speed"):
+    for method in ("uce", "rece", "speed", "dp"):
         erasure = erase(flux, "cat", **COMMON, method=method, directions=0)
         change, way = mapped(erasure, POOLED) @ target, anchor - target
         share = float(change @ way / way.square().sum())
@@ -284,7 +284,7 @@ def test_an_encoder_that_cuts_otherwise_is_mapped_by_itself() -> None:
         assert float(moved(erasure, x[None], g[None])) > 0.5
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "dp"])
 @pytest.mark.parametrize("name", ["flux", "sd3"])
 def test_methods_report_and_move_what_they_should(name: str, method: str, request: pytest.FixtureRequest) -> None:
     pipe = request.getfixturevalue(name)

@@ -264,7 +264,7 @@ def test_tokenizers_that_cut_differently_are_refused() -> None:
     assert len(last_rows(pipe, ["cat"])) == 1 and len(pooled_rows(pipe, ["ice cream"])) == 1
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "dp", "oce"])
 def test_a_token_that_one_encoder_alone_knows_is_refused(method: str) -> None:
     """Its pieces stand at other places of the other encoder's rows: no row that the pipeline makes would be mapped."""
     pipe = tiny_sdxl_pipe()

@@ -154,7 +154,7 @@ def test_a_fit_acts_on_its_word_and_is_kept(name: str, tmp_path: Path) -> None:
     [
         pytest.param(name, method, marks=[pytest.mark.slow] * (told.padded or method != "uce"))
         for name, told in TOLD.items()
-        for method in ("uce", "rece", "speed")
+        for method in ("uce", "rece", "speed", "dp", "oce")
     ],
 )
 def test_methods_fit_by_default(name: str, method: str) -> None:
@@ -166,7 +166,8 @@ def test_methods_fit_by_default(name: str, method: str) -> None:
     assert set(erasure.config.diagnostics["completeness"]) == {"cat"}
     pipe.load_erasure(erasure, "no-cat")
     changed, other = (apart(told.draw(pipe, text), told.draw(made(name), text)) for text in ("cat", ""))
-    assert changed > max(20 * EXACT, 1.5 * other)
+    # OCE reverses directions of what the door puts out, in which random encoders' template rows lie too.
+    assert changed > max(20 * EXACT, (1.0 if method == "oce" else 1.5) * other)
 
 
 @pytest.mark.parametrize("kind", PIPES)

@@ -27,6 +27,7 @@ from tests.helpers import ROUNDINGS, assert_like, images, random_erasure, roundi
 DEFAULTS: dict[str, dict[str, Any]] = {
     "uce": {"method": "uce"},
     "rece": {"method": "rece"},
+    "dp": {"method": "dp"},
     "speed": {"method": "speed", "params": "KV", "filter": False, "augment": 0},
 }
 
@@ -85,7 +86,7 @@ def test_speed_without_one_map_for_all_layers_is_a_lora(caplog: pytest.LogCaptur
     assert "from layer to layer" not in caplog.text
 
 
-@pytest.mark.parametrize("method", ["uce", "rece"])
+@pytest.mark.parametrize("method", ["uce", "rece", "dp"])
 def test_where_not_all_that_reads_the_rows_is_linear_it_is_a_lora(
     method: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -62,7 +62,7 @@ def test_it_is_recognised_by_its_files(saved: tuple[Any, Any, Path]) -> None:
     assert with_stored_denoiser(whole) is whole
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "dp", "oce"])
 def test_an_erasure_has_the_same_bytes_with_it_and_without(saved: tuple[Any, Any, Path], method: str) -> None:
     whole, bare, _ = saved
     one, other = (erase(pipe, "cat", **COMMON, method=method) for pipe in (whole, bare))

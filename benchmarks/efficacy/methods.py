@@ -147,6 +147,8 @@ _ENTRIES = (
     Entry("uce", objects=BARE, styles={"templates": "style"}),
     Entry("uce (demo settings)", {"retain_scale": 0.2, "retain_templates": True}, BARE, {"templates": "style"}),
     Entry("uce-published", AS_PUBLISHED, {}, {}, note=HEAVIER),
+    Entry("dp"),
+    Entry("oce"),
     Entry("rece", objects={"preset": "object", **BARE}, styles={"preset": "artist"}),
     Entry("rece-published", {"published": True}, styles={"preset": "artist"}, note=HEAVIER),
     Entry("speed", objects={"preset": "instance"}),

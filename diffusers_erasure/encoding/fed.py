@@ -136,6 +136,11 @@ class Fed:
         template = str(ids.tolist()), str(on.tolist())
         return self.pipe.__class__.__name__, repr(sorted(self.arguments.items())), *template, norm
 
+    @property
+    def end(self) -> int | None:
+        """The tokenizer's end token."""
+        return getattr(self._tokenizer, "eos_token_id", None)
+
     @cached_property
     def suffix(self) -> int:
         """How many tokens stand behind every prompt: the end of a template, or an end token."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ PADDED_BATCH = 16  # of prompts with their padding: as fast, and a quarter of th
 PADDED_ROWS = 2048  # in one pass at most: a prompt of FLUX.1 has 512
 # Rows that the pipelines of T5 encoders pad to, unless the call says otherwise.
 USUAL_LENGTH, LENGTH_OF_GUIDED = 256, 512
+Prompt = TypeVar("Prompt")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,20 @@ class Reader:
         return torch.stack([found[i] for i in range(len(prompts))]).to("cpu", torch.float64)
 
     @torch.no_grad()
+    def ends(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Rows of the prompts' first end tokens [N, c]: float64 on the CPU."""
+        ids = self.ids(prompts)
+        if not self.causal:
+            batches = _batches(range(len(prompts)), self.length)
+            parts = [(self.all([prompts[i] for i in some])[0], some) for some in batches]
+            return torch.cat([rows[range(len(some)), [len(ids[i]) - 1 for i in some]] for rows, some in parts])
+        found: dict[int, torch.Tensor] = {}
+        for indices in _by_length(ids):  # what stands before them is all that they depend on
+            rows = self._forward([ids[i] for i in indices], None)[0]
+            found.update(zip(indices, rows[:, -1].clone(), strict=True))
+        return torch.stack([found[i] for i in range(len(prompts))]).to("cpu", torch.float64)
+
+    @torch.no_grad()
     def all(self, prompts: Sequence[str], first: int | None = None) -> tuple[torch.Tensor, list[int]]:
         """All rows [N, L, c], padded as the pipeline pads, and the place of each prompt's last word piece.
 
@@ -119,7 +134,7 @@ class Reader:
         return rows, getattr(result, "pooler_output", None) if projected is None else projected
 
 
-def _batches(prompts: Sequence[str], length: int) -> Iterator[Sequence[str]]:
+def _batches(prompts: Sequence[Prompt], length: int) -> Iterator[Sequence[Prompt]]:
     size = padded_batch(length)
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size]

@@ -52,6 +52,9 @@ class Source(ABC):
     def _all(self, prompts: Sequence[str], first: int | None = None) -> tuple[Sequence[torch.Tensor], list[int]]: ...
 
     @abstractmethod
+    def _ends(self, prompts: Sequence[str]) -> torch.Tensor: ...
+
+    @abstractmethod
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Tokens of each prompt, with the special ones, unpadded; a row stands where its token does."""
 
@@ -78,6 +81,14 @@ class Source(ABC):
         Lists of 8 and more are cached on disk.
         """
         return self.placed(self._listed("rows", prompts, lambda: _finite(self._last(prompts))))
+
+    def ends(self, prompts: Sequence[str]) -> torch.Tensor:
+        """The row of each prompt's first end token: float64 [N, C] on the CPU. Lists of 8 and more are cached on disk.
+
+        Raises:
+            ErasureInputError: what the denoiser reads of a prompt ends in no such token.
+        """
+        return self.placed(self._listed("ends", prompts, lambda: _finite(self._ends(prompts))))
 
     def all(self, prompts: Sequence[str], first: int | None = None) -> tuple[list[torch.Tensor], list[int]]:
         """All rows of each prompt that the denoiser reads, float64 [L, C], and the place of its last word piece.
@@ -154,6 +165,10 @@ class SideBySide(Source):
         self._checked_ids(prompts)
         return torch.cat([reader.last(prompts) for reader in self.readers], dim=1)
 
+    def _ends(self, prompts: Sequence[str]) -> torch.Tensor:
+        self._checked_ids(prompts)
+        return torch.cat([reader.ends(prompts) for reader in self.readers], dim=1)
+
     def _all(self, prompts: Sequence[str], first: int | None = None) -> tuple[Sequence[torch.Tensor], list[int]]:
         self._checked_ids(prompts)
         parts = [reader.all(prompts, first) for reader in self.readers]
@@ -218,6 +233,18 @@ class AsFed(Source):
         self.fed.check(prompts)
         texts = map(self.fed.of, prompts)  # one at a time: all rows of a list do not fit into memory
         return torch.stack([text.rows[self._place(text)].clone() for text in texts])
+
+    def _ends(self, prompts: Sequence[str]) -> torch.Tensor:
+        self.fed.check(prompts)
+        found = []
+        for text in map(self.fed.of, prompts):
+            if text.ids[-1] != self.fed.end:
+                raise ErasureInputError(
+                    f"`eot` maps the row of the end token, and what {type(self.pipe).__name__} makes of a prompt ends in none. "
+                    'Leave `eot` out; `rows="window"` maps all rows behind the word.'
+                )
+            found.append(text.rows[len(text.ids) - 1].clone())
+        return torch.stack(found)
 
     def _all(self, prompts: Sequence[str], first: int | None = None) -> tuple[Sequence[torch.Tensor], list[int]]:
         self.fed.check(prompts)

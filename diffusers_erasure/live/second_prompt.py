@@ -112,7 +112,7 @@ def refuse(pipe: Any, names: Sequence[str], arguments: Mapping[str, Any]) -> Non
             f"`{other[0]}_2` is another text than `{other[0]}`, so the halves of each text row are of two prompts. The erasures "
             f"{list(names)} were made for rows of one prompt, both halves together, and may not act on such rows. Leave "
             f"`{other[0]}_2` out; or make the erasure again by a method that maps each encoder's half by itself "
-            '(`erase(..., method="uce")`, `"rece"` or `"speed"` do, `per_encoder=True`).'
+            '(`erase(..., method="uce")`, `"rece"`, `"speed"`, `"dp"` or `"oce"` do, `per_encoder=True`).'
         )
 
 

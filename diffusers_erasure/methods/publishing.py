@@ -182,28 +182,49 @@ def report(
     """
     result: dict[str, Any] = {}
     for name, (rows, kept) in found.items():
-        part: dict[str, Any] = {}
         pooled = name in POOLED_INPUTS
-        shares = _least_share(rows.probes, edits[name], () if pooled else parts, len(concepts))
-        part["completeness"] = {str(c.target): _rounded(v) for c, v in zip(concepts, shares, strict=True)}
-        if len(kept.retain):
-            change = _mean([_relative(kept.retain, f) for f in edits[name]])
-            part["retained_change"] = {"median": _rounded(change.median()), "max": _rounded(change.max())}
-            if not pooled:
-                _warn_of_neighbours(change, retained)
+        shares = least_share(rows.probes, edits[name], () if pooled else parts, len(concepts))
+        moved = _mean([_relative(kept.retain, f) for f in edits[name]])
         null = _mean([_relative(kept.null, f) for f in edits[name]])
-        if pooled:
-            result["pooled"] = {**part, "empty_prompt_change": _rounded(null[0])}
-            continue
-        if kept.starts:
-            part["start_token_change"] = _rounded(null[: kept.starts].max())
-        part["empty_prompt_change"] = _rounded(null[kept.starts :].max()) if len(null) > kept.starts else 0.0
-        _warn_of_targets(part["completeness"])
-        result.update(part)
+        told = told_of(concepts, kept.starts, shares, moved, null, None if pooled else retained)
+        result.update({"pooled": told} if pooled else told)
     return result
 
 
-def _least_share(
+def told_of(
+    concepts: Sequence[Concept],
+    starts: int,
+    shares: torch.Tensor,
+    moved: torch.Tensor,
+    null: torch.Tensor,
+    retained: Sequence[str] | None,
+) -> dict[str, Any]:
+    """What is reported of one input of the denoiser.
+
+    Args:
+        concepts: the concepts.
+        starts: how many of the empty prompt's rows are start tokens'.
+        shares: how far each concept went to its anchor.
+        moved, null: by which share of their norm the retained rows, and the empty prompt's, moved.
+        retained: names of the retained rows, for the warning; `None` of a pooled vector.
+    """
+    part: dict[str, Any] = {
+        "completeness": {str(c.target): _rounded(v) for c, v in zip(concepts, shares, strict=True)}
+    }
+    if len(moved):
+        part["retained_change"] = {"median": _rounded(moved.median()), "max": _rounded(moved.max())}
+    if retained is None:
+        return {**part, "empty_prompt_change": _rounded(null[0])}
+    if len(moved):
+        _warn_of_neighbours(moved, retained)
+    if starts:
+        part["start_token_change"] = _rounded(null[:starts].max())
+    part["empty_prompt_change"] = _rounded(null[starts:].max()) if len(null) > starts else 0.0
+    _warn_of_targets(part["completeness"])
+    return part
+
+
+def least_share(
     probes: tuple[torch.Tensor, torch.Tensor], edits: Sequence[Factors], parts: Sequence[slice], concepts: int
 ) -> torch.Tensor:
     """How far each concept moves to its anchor: of its rows, and their parts, the one that moves least.

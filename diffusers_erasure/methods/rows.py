@@ -1,4 +1,4 @@
-"""Which text rows the closed-form methods (UCE, RECE, SPEED) map, and which they keep."""
+"""Which text rows the closed-form methods (UCE, RECE, SPEED, DP, OCE) map, and which they keep."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -33,6 +33,10 @@ class TextConfig:
             `"last"` is the row of its last word piece; `"window"` that row and all after it, padding included; `"all"` all
             rows but the start token's; `"whole"` that one too. T5 reads in both directions, so that a word is in every row:
             for Stable Diffusion 3, FLUX.1 and others the methods take more rows by default than for CLIP.
+        eot (`bool`, *optional*, defaults to `False`): with `rows="last"`, map the row of the first end-of-text token besides
+            (T5: of its end token); the others hold it anyway. Where prompts end in no such token it is an error.
+        after_weight (`float`, *optional*, defaults to 1.0): weight of the rows behind a prompt's last word piece, that of
+            `eot` among them, where that piece's own row has 1.
         templates (`str` or tuple of `str`, *optional*): `"object"`, `"style"`, `"person"`, `"object_context"`,
             `"style_context"`, `"none"`, or prompts, with `{}` for the concept, in which each target and its anchor are encoded.
         retain (tuple of `str`, *optional*): prompts that must not change.
@@ -53,6 +57,8 @@ class TextConfig:
     """
 
     rows: Which | None = None
+    eot: bool | None = None
+    after_weight: Annotated[float | None, Number(above=0)] = None
     templates: Templates = None
     retain: Retain = ()
     retain_templates: bool | None = None
@@ -65,7 +71,8 @@ class TextConfig:
 
     def stated(self) -> Mapping[str, Any]:
         """What stands for settings that are left out; a method's config adds its preset."""
-        return {"retain_templates": False, "per_encoder": True, "directions": 0, "rank": 0, "max_error": 0.0}
+        rows = {"eot": False, "after_weight": 1.0, "retain_templates": False, "per_encoder": True, "directions": 0}
+        return {**rows, "rank": 0, "max_error": 0.0}
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -76,6 +83,8 @@ class TextSettings:
     """What the closed-form methods work with: a [`TextConfig`] with nothing left out."""
 
     rows: Which
+    eot: bool
+    after_weight: float
     templates: str | tuple[str, ...]
     retain: Retained
     retain_templates: bool
@@ -240,9 +249,11 @@ def target_rows(
     groups = [[each] for each in concepts] if settings.directions else [list(concepts)]
     found = {}
     for name, sources in inputs_of(pipe, settings).items():
-        own = "last" if name in POOLED_INPUTS else chosen
+        own, asked = (
+            ("last", dataclasses.replace(settings, eot=False)) if name in POOLED_INPUTS else (chosen, settings)
+        )
         parts = [
-            _together([_led(_encoded(source, group, settings, own), settings.directions) for source in sources])
+            _together([_led(_encoded(source, group, asked, own), settings.directions) for source in sources])
             for group in groups
         ]
         found[name] = parts[0] if len(parts) == 1 else join(parts)
@@ -255,7 +266,9 @@ def _encoded(source: Source, concepts: Sequence[Concept], settings: TextSettings
     pairs = [(template.format(c.target), filled(template, c.anchor)) for c in concepts for template in templates]
     # Each concept's first template is its probe.
     plain = _picked(source, pairs, [i * len(templates) for i in range(len(concepts))])
-    return plain if rows == "last" else _blocks(source, pairs, rows, plain)
+    if rows != "last":
+        return _blocks(source, pairs, rows, plain, settings.after_weight)
+    return _with_ends(source, pairs, plain, settings.after_weight) if settings.eot else plain
 
 
 def _led(rows: TargetRows, directions: int) -> TargetRows:
@@ -298,7 +311,23 @@ def _together(parts: Sequence[TargetRows]) -> TargetRows:
     return TargetRows(e, g, (probes[0], probes[1]), squares, count, parts[0].prompts)
 
 
-def _blocks(source: Source, pairs: Sequence[tuple[str, str]], rows: str, plain: TargetRows) -> TargetRows:
+def _with_ends(source: Source, pairs: Sequence[tuple[str, str]], plain: TargetRows, weight: float) -> TargetRows:
+    """The rows of the last word pieces, and those of the end tokens behind them.
+
+    A weight of rows in all sums over them is its root in both rows of a pair.
+    """
+    prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    encoded = source.ends(prompts)
+    e, g = (encoded[[place[pair[side]] for pair in pairs]] for side in (0, 1))
+    squares = (plain.squares + float(e.square().sum(1).mean())) / 2
+    targets, anchors = torch.cat([plain.targets, weight**0.5 * e]), torch.cat([plain.anchors, weight**0.5 * g])
+    return TargetRows(targets, anchors, plain.probes, squares, 2 * plain.count, plain.prompts)
+
+
+def _blocks(
+    source: Source, pairs: Sequence[tuple[str, str]], rows: str, plain: TargetRows, after_weight: float = 1.0
+) -> TargetRows:
     """Many rows of each pair of prompts, rotated into few as they come, so that they never lie in memory together."""
     width = plain.targets.shape[1]
     e, g = plain.targets[:0], plain.anchors[:0]
@@ -319,8 +348,10 @@ def _blocks(source: Source, pairs: Sequence[tuple[str, str]], rows: str, plain: 
                 left, right = _from((first, first), lengths)
             else:
                 left, right = aligned(ids[t], ids[a], lengths)
-            e, g = torch.cat([e, encoded[t][left]]), torch.cat([g, encoded[a][right]])
-            squares, count = squares + float(encoded[t][left].square().sum()), count + len(left)
+            own, goal = encoded[t][left], encoded[a][right]
+            squares, count = squares + float(own.square().sum()), count + len(left)
+            roots = torch.where(torch.tensor(left) > last[t], after_weight**0.5, 1.0).to(own.dtype)[:, None]
+            e, g = torch.cat([e, roots * own]), torch.cat([g, roots * goal])
         if len(e) > 2 * width:
             e, g = reduced(e, g)
     e, g = reduced(e, g)

@@ -293,19 +293,19 @@ class Site:
         return self.name, self.reads
 
 
-def sites_of(pipe: Any, settings: Settings, problems: Mapping[str, Problem]) -> list[Site]:
-    """The projections that `params` names, or the door of the rows, and the Linear that reads the pooled vector."""
+def sites_of(pipe: Any, params: str, columns: Mapping[str, slice]) -> list[Site]:
+    """The projections that `params` names, or the door of the rows, and what reads the pooled vector; `columns` by problem."""
     door = family_of(pipe).door
-    wanted = [f"to_{letter.lower()}" for letter in settings.params] if door is None else [door.rpartition(".")[2]]
-    of_rows = [name for name in problems if name not in POOLED_INPUTS]
+    wanted = [f"to_{letter.lower()}" for letter in params] if door is None else [door.rpartition(".")[2]]
+    of_rows = [name for name in columns if name not in POOLED_INPUTS]
     sites = [
-        Site(name, linear, reads, problems[reads].columns)
+        Site(name, linear, reads, columns[reads])
         for name, linear in text_readers(pipe).items()
         if name.rpartition(".")[2] in wanted
         for reads in of_rows
     ]
-    for reads in POOLED_INPUTS & set(problems):
-        sites += [Site(name, linear, reads, problems[reads].columns) for name, linear in pooled_readers(pipe).items()]
+    for reads in POOLED_INPUTS & set(columns):
+        sites += [Site(name, linear, reads, columns[reads]) for name, linear in pooled_readers(pipe).items()]
     return sites
 
 
@@ -365,7 +365,7 @@ def refit(
     _warn_of_units(settings, found[rows][0])
     parts = parts_of(pipe, settings)
     problems = problems_of(found, settings, parts)
-    sites = sites_of(pipe, settings, problems)
+    sites = sites_of(pipe, settings.params, {name: problem.columns for name, problem in problems.items()})
     factors, free = solve_sites(pipe, problems, sites, settings)
     for _ in range(settings.adversarial):
         more = {

@@ -35,6 +35,29 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         ),
     ),
     MethodDeclaration(
+        name="dp",
+        module=f"{METHODS}.dp",
+        summary="Double Projections (CVPR 2026): UCE's map with what is retained projected out of it; seconds, no training",
+        families=ALL,
+        needs="text encoders",
+        makes=(
+            "text_map",
+            "lora",
+        ),
+        citation=Citation(
+            title="Closed-Form Concept Erasure via Double Projections",
+            year=2026,
+            url="https://arxiv.org/abs/2604.10032",
+            bibtex="""\
+@inproceedings{zhang2026closed,
+  title={Closed-Form Concept Erasure via Double Projections},
+  author={Zhang, Chi and Cheng, Jingpu and Wang, Zhixian and Liu, Ping},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2026}
+}""",
+        ),
+    ),
+    MethodDeclaration(
         name="dumo",
         module=f"{METHODS}.dumo",
         summary="DuMo (AAAI 2025): a network beside the encoder that adds to the skip connections, and its schedule; minutes",
@@ -125,6 +148,26 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
 @inproceedings{grebe2026gem,
   title={{GEM: Geometric Erasure by Contrastive Velocity Matching in Rectified Flows}},
   author={Grebe, Jonas Henry and Braun, Tobias and Rohrbach, Anna and Rohrbach, Marcus},
+  booktitle={International Conference on Machine Learning},
+  year={2026}
+}""",
+        ),
+    ),
+    MethodDeclaration(
+        name="oce",
+        module=f"{METHODS}.oce",
+        summary="OCE (ICML 2026): each layer's values turned away from the concept by an orthogonal matrix, as a LoRA; seconds",
+        families=ALL,
+        needs="text encoders",
+        makes=("lora",),
+        citation=Citation(
+            title="Orthogonal Concept Erasure for Diffusion Models",
+            year=2026,
+            url="https://arxiv.org/abs/2605.28902",
+            bibtex="""\
+@inproceedings{sun2026orthogonal,
+  title={Orthogonal Concept Erasure for Diffusion Models},
+  author={Sun, Yuhao and Yu, Lingyun and Xu, Haoxiang and Miao, Fengyuan and Xu, Zhuoer and Xie, Hongtao},
   booktitle={International Conference on Machine Learning},
   year={2026}
 }""",
