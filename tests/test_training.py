@@ -10,10 +10,12 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from torch import nn
 
-from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, erase
+from diffusers_erasure import ErasureCompatibilityError, ErasureInputError, demo, erase
 from diffusers_erasure.compat import accelerate_state_restored
 from diffusers_erasure.denoising.prompts import Prompts, nearest
 from diffusers_erasure.denoising.sampler import SAMPLE, Sampler, generator_for, partial, trajectories
+from diffusers_erasure.encoding import last_rows
+from diffusers_erasure.lists import read_list
 from diffusers_erasure.methods.esd import CONCEPT as ERASED
 from diffusers_erasure.methods.esd import NEUTRAL, Config, Settings, eta_of_paper
 from diffusers_erasure.methods.esd import Objective as ESD
@@ -22,7 +24,7 @@ from diffusers_erasure.methods.sdd import Objective as SDD
 from diffusers_erasure.methods.sdd import Settings as SDDSettings
 from diffusers_erasure.schema import Concept
 from diffusers_erasure.settings import Facts, resolve
-from diffusers_erasure.training import TrainConfig, TrainingRun, TrainSettings
+from diffusers_erasure.training import TrainConfig, TrainingRun, TrainSettings, resolved_for
 from diffusers_erasure.training.loop import retained_examples
 from diffusers_erasure.training.network import Network, in_training
 from diffusers_erasure.training.objective import RETAIN, STUDENT, Step
@@ -465,8 +467,17 @@ def test_presets_conversion_and_what_is_recorded() -> None:
     many = worked(Facts(32, 750.0))
     assert (many.steps, many.trajectories, many.learning_rate) == (1075, 64, 1e-4)
     few = worked(Facts(1, 7.5), trajectories=0)
-    assert (few.steps, few.trajectories, few.learning_rate) == (300, 0, 1e-3)
+    assert (few.steps, few.trajectories, few.learning_rate) == (300, 0, 3.2e-3)  # a hundredth, to the power of 3/4
     assert worked(Facts(1, 7.5), learning_rate=0.5).learning_rate == 0.5
+
+
+def test_the_rate_asks_what_words_differ_by() -> None:
+    pipe, concepts = demo.load_pipeline(), [Concept("cat"), Concept("dog")]
+    rows, words = last_rows(pipe, ["cat", "dog"]), last_rows(pipe, read_list("list:things"))
+    apart = float((rows - words.mean(0)).square().sum(1).mean())
+    assert apart < 0.5 * float(rows.square().sum(1).mean())  # most of a row is what all words share
+    rate = resolved_for(pipe, concepts, Config(), Settings).learning_rate
+    assert rate == pytest.approx(1e-4 * (750 / apart) ** 0.75, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,12 @@ _ENTRIES = (
     Entry("speed-published", {"published": True}, objects={"preset": "instance"}, note=HEAVIER),
     Entry("speed + adversarial rows", {"adversarial": 1}, objects={"preset": "instance"}),
     Entry("gated"),
-    Entry("esd"),
+    Entry("esd", version=2),
     Entry("gem"),
     Entry("eraseanything"),
     Entry("dumo", max_targets=1),
     Entry("dumo-full", {"form": "full", "learning_rate": 5e-4}, max_targets=1),
-    Entry("sdd"),
+    Entry("sdd", version=2),
     Entry("acterase", {"guidance_scale": 3.0}, max_targets=8, note="the guidance with which the model is drawn"),
 )
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}

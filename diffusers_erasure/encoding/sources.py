@@ -17,7 +17,7 @@ from ..families import Family
 from ..logging import get_logger
 from .fed import Fed, Norm, Text
 from .known import listing, once
-from .readers import Reader, padded_batch, readers_of
+from .readers import BATCH, Reader, padded_batch, readers_of
 
 
 logger = get_logger(__name__)
@@ -98,8 +98,9 @@ class Source(ABC):
         """
         found: list[torch.Tensor] = []
         places: list[int] = []
-        for start in range(0, len(prompts), self.batch):
-            rows, last = self._all(prompts[start : start + self.batch], first)
+        batch = self.batch if first is None or not self.causal else BATCH
+        for start in range(0, len(prompts), batch):
+            rows, last = self._all(prompts[start : start + batch], first)
             found += [self.placed(_finite(each)) for each in rows]
             places += last
         return found, places

@@ -14,7 +14,7 @@ class Facts:
 
     Attributes:
         concepts: how many are erased.
-        squares: mean |x|^2 of their text rows, as a UNet's cross-attention reads them.
+        squares: mean square of what their text rows, as a UNet's cross-attention reads them, differ by from those of many words.
         family: of the base model.
     """
 

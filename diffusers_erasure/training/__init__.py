@@ -10,6 +10,7 @@ from ..base_model import describe_base, family_of
 from ..compat import accelerate_state_restored
 from ..encoding import check_prompts, last_rows
 from ..layers.layer import Layer
+from ..lists import read_list
 from ..runs.options import TrainingRun
 from ..schema import Concept
 from ..settings import Facts, resolve
@@ -39,7 +40,9 @@ def resolved_for(pipe: Any, concepts: Sequence[Concept], config: TrainConfig, in
     if family.denoiser != "unet":
         check_prompts(pipe, targets, config.max_sequence_length or 0)
         return resolve(config, into, Facts(len(concepts), family=family.name))
-    squares = float(last_rows(pipe, targets).double().square().sum(1).mean())
+    # What all words share says nothing of a target; a fixed list, so that the rate depends on nothing else that is given.
+    center = last_rows(pipe, read_list("list:things")).mean(0)
+    squares = float((last_rows(pipe, targets) - center).square().sum(1).mean())
     return resolve(config, into, Facts(len(concepts), squares, family.name))
 
 
