@@ -112,7 +112,9 @@ def fit_gates(
     """Fit probes, set their thresholds, and test them, each in contexts of its own."""
     split = Split.of(settings.template_list)
     fitting, setting, testing = kept_prompts(words, split, settings.kept_contexts) if words else ([], [], [])
-    fitting.append("")
+    # In a context a long prompt may be too long; the prompts themselves are not.
+    fitting = [*fitting[: len(words)], *reading.short(fitting[len(words) :]), ""]
+    setting, testing = reading.short(setting), reading.short(testing)
     kept_rows = reading.of_kept([*fitting, *setting, *testing])
     for name in names:
         reading.read(name.within((*name.split.mapped, *name.split.testing)), pooled=not name.made)

@@ -20,6 +20,7 @@ from .rows import aligned
 BEHIND = 4  # rows of a kept prompt behind its words that are told apart from a name's
 SETTING, TESTING = 2, 3  # of four contexts the one that sets thresholds, and the one that tests them
 VARIANTS = 6  # contexts of a plural, or of a name in other letters
+MOST = 2400  # kept prompts, about
 PAIRS = ("a {} and a {}", "{} on {}", "a {} with a {}", "the {} of a {}", "{} or {}", "a {} near the {}")
 
 
@@ -110,6 +111,11 @@ class Reading:
         if pooled and self.pooled is not None and new:
             self.vectors.update(zip(new, self.pooled.last(new).float(), strict=True))
 
+    def short(self, prompts: Sequence[str]) -> list[str]:
+        """Those of some prompts that all encoders read whole."""
+        long: set[str] = set().union(*(source.too_long(prompts) for source in self.sources))
+        return [prompt for prompt in prompts if prompt not in long]
+
     def of_kept(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The rows of kept prompts that a gate reads, of all sources; the list is cached on disk."""
         parts = [read(source, prompts, behind=BEHIND, shown=True) for source in self.sources]
@@ -146,12 +152,21 @@ def _place_of_name(source: Source, context: str, name: str, text: Text, behind: 
 
 
 def kept_prompts(words: Sequence[str], split: Split, count: int) -> tuple[list[str], list[str], list[str]]:
-    """Prompts of what is kept, in which contexts take turns: those to fit probes, to set thresholds, and to test them."""
+    """Prompts of what is kept, in which contexts take turns: those to fit probes, to set thresholds, and to test them.
+
+    Each word stands in about so many; where that would be more than `MOST` prompts, alone and in one more.
+    """
     kinds: tuple[list[str], list[str], list[str]] = [*words], [], []
+    contexts = split.fitting, split.setting, split.testing
+    if len(words) * (count + 2) > MOST:
+        for i, word in enumerate(words):
+            turn = min(2, i % 4)
+            kinds[turn].append(contexts[turn][i % len(contexts[turn])].format(word))
+        return kinds
     shares = max(1, count // 2 - 1), max(1, count // 4), 1
     for i, word in enumerate(words):
-        for kind, contexts, share in zip(kinds, (split.fitting, split.setting, split.testing), shares, strict=True):
-            kind += [contexts[(i + j) % len(contexts)].format(word) for j in range(share)]
+        for kind, own, share in zip(kinds, contexts, shares, strict=True):
+            kind += [own[(i + j) % len(own)].format(word) for j in range(share)]
         for j, kind in enumerate((kinds[0], kinds[0], kinds[1], kinds[2])):
             kind.append(PAIRS[(i + j) % len(PAIRS)].format(word, words[(i * (j + 2) + 7) % len(words)]))
     return kinds
