@@ -30,7 +30,10 @@ _FAMILY_TAGS = {
     "stable-diffusion-3": ("sd3", "sd3-diffusers"),
     "flux": ("flux", "flux-diffusers"),
 }
-_NAMES = {"retain_default": "retained by default"}  # settings that are told in other words
+_NAMES = {
+    "retain_default": "retained by default",
+    "anchors_picked": "anchors, picked automatically",
+}  # settings that are told in other words
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # Control characters, marks that turn the direction of text, and halves of surrogate pairs.
 _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")

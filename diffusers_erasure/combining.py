@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from .anchors import RECORDED as ANCHORS_PICKED
 from .artifact import Erasure
 from .assembling import rounded
 from .base_model import compare_base
@@ -30,7 +31,7 @@ logger = get_logger(__name__)
 
 Source = Erasure | str | os.PathLike[str]
 # Settings in which the parts of a joint solve may differ: what they say of concepts, and how the result is published.
-FREE = ("retain", "retain_default", "retain_excluded", "retain_prompts", "rank", "max_error", "layer")
+FREE = ("retain", "retain_default", "retain_excluded", "retain_prompts", "rank", "max_error", "layer", ANCHORS_PICKED)
 
 
 def combine(

@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .anchors import AUTO as PICKED_FOR_ALL
+from .anchors import RECORDED, Picked, Picker, pick_anchors
 from .artifact import Erasure
 from .base_model import family_of, refuse_second_transformer
 from .collateral import Collateral
@@ -34,6 +36,8 @@ def erase(
     targets: "Texts | os.PathLike[str]",
     *,
     anchors: Texts | None = None,
+    anchor_images: int | None = None,
+    picker: Picker | None = None,
     retain: "Texts | os.PathLike[str] | None" = None,
     retain_default: Texts = "auto",
     method: str = "uce",
@@ -52,7 +56,14 @@ def erase(
             read from its files: single values, and the weights of the modules that read the text where these take part.
         targets (`str`, sequence of `str`, or `os.PathLike`): the concepts to remove, or the path of a list of them.
         anchors (`str` or sequence of `str`, *optional*): what they are mapped to: one for all, or one for each. The
-            method's own choice by default.
+            method's own choice by default. `"auto"` picks for each target the nearest thing of its kind, by its text rows, from the
+            shipped list of the kind of concept and the retained prompts: never what is erased too, means the same or is broader.
+            What was picked is logged, and recorded. To map a target to the word "auto", give `["auto"]`.
+        anchor_images (`int`, *optional*): with `anchors="auto"` and a `picker`, so many pictures of a candidate are looked at; 4 by
+            default.
+        picker ([`Picker`], *optional*): with `anchors="auto"`, what looks at pictures of the candidates, the nearest first: a function
+            of images and a target that gives the share of the images that show the target, such as [`ClipPicker`]. The first
+            candidate with none is picked. Without it text rows alone decide, and nothing is drawn.
         retain (`str`, sequence of `str`, or `os.PathLike`, *optional*): what must not change: prompts, paths of lists
             (see [`read_prompts`]), and names of the lists that the library ships (`"list:artists"`, see
             [`list_names`]). Entries of lists that name a target as whole words are left out. `()` is nothing at all.
@@ -73,7 +84,8 @@ def erase(
 
     Raises:
         ErasureInputError: an empty target, a target that is named twice, equal to its anchor (but for case, spaces or an
-            article) or among the retained prompts, a prompt longer than the encoder, an unknown method or setting, or a setting out of range.
+            article) or among the retained prompts, a prompt longer than the encoder, an unknown method or setting, or a setting out of
+            range; with `anchors="auto"` no candidate that is a thing of a target's kind.
         ErasureCompatibilityError: the method does not support this base model.
         ErasureTrainingError: methods that train: the loss is not finite, or a checkpoint cannot be written.
 
@@ -91,25 +103,21 @@ def erase(
     check_names(entry, settings if retain is None else [*settings, "retain"])  # before a list is read
     names = expand(targets, "targets")
     check_targets(names)
-    if anchors is not None:
-        mapped = expand(anchors, "anchors", allow_empty=True)
-        mapped = mapped * len(names) if len(mapped) == 1 else mapped
-        if len(mapped) != len(names):
-            raise ErasureInputError(
-                f"There are {len(names)} targets and {len(mapped)} anchors; give one, or one each."
-            )
-        concepts = tuple(Concept(target, anchor) for target, anchor in zip(names, mapped, strict=True))
-    else:
-        concepts = tuple(Concept(target) for target in names)
-    for concept in concepts:
-        if concept.target is not None and concept.anchor is not None:
-            check_anchor(concept.target, concept.anchor)
+    automatic = isinstance(anchors, str) and anchors == PICKED_FOR_ALL
+    if not automatic and (picker is not None or anchor_images is not None):
+        raise ErasureInputError(
+            '`picker` and `anchor_images` are for `anchors="auto"`; leave them out, or the anchors.'
+        )
+    concepts = concepts_of(names, None if automatic else anchors)
     kept, task = None if retain is None else retained(retain, names), task_of(names, settings)
-    replaced = [concept.anchor or "" for concept in concepts]
     lists = default_lists(entry, retain_default, task, 0 if kept is None else len(kept.prompts), settings)
-    if kept is not None or lists:
-        settings["retain"] = with_lists(kept, lists, [*names, *replaced])
-    config = make_config(entry, settings)
+
+    def settled(concepts: Sequence[Concept]) -> Any:
+        replaced = [concept.anchor or "" for concept in concepts]
+        more = {"retain": with_lists(kept, lists, [*names, *replaced])} if kept is not None or lists else {}
+        return make_config(entry, {**settings, **more})
+
+    config = make_config(entry, settings) if automatic else settled(concepts)
     resumable = entry.declared.resumable
     if training is not None and not resumable:
         raise ErasureInputError(
@@ -121,15 +129,47 @@ def erase(
     check_family(entry.declared, pipe)
     with erasures_disabled(loaded), one_fit():
         shown = training is None or training.progress
+        picked = None
+        if automatic:
+            length, own = settings.get("max_sequence_length") or 0, () if kept is None else kept.prompts
+            picked = pick_anchors(pipe, names, task, own, length=length, picker=picker, images=anchor_images)
+            concepts = concepts_of(names, picked.anchors)
+            config = settled(concepts)
+        replaced = [concept.anchor or "" for concept in concepts]
         collateral = Collateral(pipe, names, replaced, task, ahead=resumable, progress=shown) if compare else None
         erasure = entry.fit(pipe, concepts, config, *([training] if resumable else []))
         if not isinstance(erasure, Erasure):
             raise ErasureInputError(
                 f"The method {method!r} gave {type(erasure).__name__} where it should give an Erasure."
             )
+        erasure = erasure if picked is None else with_picked(erasure, picked)
         erasure = erasure if collateral is None else collateral.added_to(erasure)
     logger.info("Made an erasure of %d concepts by %s.", len(concepts), method)
     return erasure
+
+
+def concepts_of(names: Sequence[str], anchors: Texts | None) -> tuple[Concept, ...]:
+    """Targets, each with its anchor: one for all, one for each, or the method's own choice.
+
+    Raises:
+        ErasureInputError: there are other numbers of targets and anchors, or a target is its own anchor.
+    """
+    if anchors is None:
+        return tuple(Concept(target) for target in names)
+    mapped = expand(anchors, "anchors", allow_empty=True)
+    mapped = mapped * len(names) if len(mapped) == 1 else mapped
+    if len(mapped) != len(names):
+        raise ErasureInputError(f"There are {len(names)} targets and {len(mapped)} anchors; give one, or one each.")
+    for target, anchor in zip(names, mapped, strict=True):
+        check_anchor(target, anchor)
+    return tuple(Concept(target, anchor) for target, anchor in zip(names, mapped, strict=True))
+
+
+def with_picked(erasure: Erasure, picked: Picked) -> Erasure:
+    """The erasure with what is recorded of a pick; the anchors themselves stand beside the targets."""
+    method = erasure.config.method
+    method = dataclasses.replace(method, settings={**method.settings, RECORDED: picked.recorded()})
+    return dataclasses.replace(erasure, config=dataclasses.replace(erasure.config, method=method))
 
 
 def default_lists(
@@ -186,6 +226,7 @@ def recipe_of(erasure: Erasure) -> dict[str, Any]:
     settings = dict(method.settings)
     count = settings.pop("retain_prompts", 0)
     settings.pop("retain_excluded", None)
+    settings.pop(RECORDED, None)  # the anchors that were picked are the concepts'
     if count and "retain" not in settings:
         raise ErasureInputError(
             f"The erasure retained {count} prompts, too many to be recorded; it cannot be repeated."

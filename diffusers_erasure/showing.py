@@ -52,6 +52,17 @@ def base_text(base: "BaseModel") -> str:
     return f"{base.repo or 'a local model'} ({base.family})"
 
 
+def picked_rows(config: "ErasureConfig") -> Rows:
+    """That anchors were picked automatically, and how near they are."""
+    picked = config.method.settings.get("anchors_picked")
+    if not isinstance(picked, dict) or "candidates" not in picked:
+        return []
+    cosines = [value for value in picked.get("cosines", ()) if isinstance(value, float | int)]
+    near = f", cosines {min(cosines):.2f} to {max(cosines):.2f}" if len(cosines) > 1 else ""
+    near = f", cosine {cosines[0]:.2f}" if len(cosines) == 1 else near
+    return [("anchors", f"picked automatically from {picked['candidates']} candidates{near}")]
+
+
 def rows_of(config: "ErasureConfig", sizes: dict[str, int], source: str | None = None) -> Rows:
     """What is shown, as labels and values.
 
@@ -63,6 +74,7 @@ def rows_of(config: "ErasureConfig", sizes: dict[str, int], source: str | None =
     hidden = f"{len(config.concepts)} concepts, not named"
     rows = [
         ("removes", hidden if config.redacted else concepts_text(config.concepts) or "not stated"),
+        *picked_rows(config),
         ("method", config.method.name),
         ("base model", base_text(config.base_model)),
         *(("layer", layer_text(layer)) for layer in config.layers[:MOST_LAYERS]),

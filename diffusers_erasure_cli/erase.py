@@ -42,7 +42,14 @@ def erase(
             help="The concepts to remove, or a .txt or .csv file of them.", autocompletion=completion.targets
         ),
     ] = None,
-    anchor: Annotated[list[str] | None, typer.Option(help="What they are mapped to: one, or one each.")] = None,
+    anchor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--anchor",
+            "--anchors",
+            help="What they are mapped to: one, or one each; repeatable. `auto` picks for each the nearest thing of its kind.",
+        ),
+    ] = None,
     retain: Annotated[
         list[str] | None,
         typer.Option(
@@ -122,7 +129,12 @@ def erase(
         check_nothing_tells(output)
     kept: Any = () if retain == ["none"] else retain  # the empty one is nothing on purpose
     recipe: dict[str, Any] = {
-        **{"targets": targets, "anchors": anchor, "retain": kept or None, "method": method or "uce"},
+        **{
+            "targets": targets,
+            "anchors": "auto" if anchor == ["auto"] else anchor,
+            "retain": kept or None,
+            "method": method or "uce",
+        },
         "retain_default": "auto",
     }
     if config is not None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from benchmarks.efficacy.units import Unit
 from benchmarks.store import Store, do_all
 from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
 from diffusers_erasure.registry import BUILT_IN
+from diffusers_erasure.schema import Concept
 
 
 ROOT = Path(__file__).parent.parent
@@ -219,6 +221,11 @@ def test_anchor() -> None:
     )
     assert not numbers.is_anchor(DOG, shot, sees("dog"), "animal")
     assert numbers.is_anchor(DOG, shot, sees("rose"), "rose") and not numbers.is_anchor(DOG, shot, sees("cat"), "rose")
+    # What picks give besides: another name of an object, and a word of the kind that the judge does not know.
+    assert numbers.is_anchor(DOG, shot, sees("lion"), "big cat with mane")
+    assert numbers.is_anchor(DOG, shot, sees("cat"), "wolf") and not numbers.is_anchor(DOG, shot, sees("dog"), "wolf")
+    assert not numbers.is_anchor(DOG, shot, sees("rose"), "wolf")
+    assert numbers.has_measured_anchor(DOG, "wolf", "dog") and not numbers.has_measured_anchor(DOG, "hammer", "dog")
     assert not numbers.has_measured_anchor(DOG, "") and not numbers.has_measured_anchor(DOG, "a blur")
     found = numbers.measure([DOG], [AFTER], [BEFORE], {"dog": ""}, Bootstrap(resamples=5))
     assert "anchor" not in found and found["acc_e"].value == 0.25
@@ -364,6 +371,43 @@ def test_entries_pass_everything_to_erase(monkeypatch: pytest.MonkeyPatch) -> No
     assert baseline.make(("cat",)) is None and len(calls) == 3
     assert baseline.drawing_for(("cat", "owl")) == {"negative_prompt": "cat, owl"}
     assert methods.ENTRIES["uce"].anchors(("ink", "cat")) == ["", "animal"]
+
+
+def test_picked_anchors_are_those_that_the_erasure_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("diffusers_erasure.erase", lambda pipe, targets, **given: calls.append(given))
+    entry = methods.Entry("gated (auto anchors)", auto_anchors=True)
+    entry.make(("cat", "owl"))
+    ((given,),) = [calls]
+    assert given["anchors"] == "auto" and given["method"] == "gated"
+    assert given["retain"] == plan.retained(["cat", "owl"], []) and "fox" in given["retain"]
+    recorded = SimpleNamespace(concepts=(Concept("owl", "eagle"), Concept("cat", "fox")))
+    assert entry.anchors(("cat", "owl"), recorded) == ["fox", "eagle"]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="once the erasure is made"):
+        entry.anchors(("cat",))
+    assert entry.identity(("cat",)) != dataclasses.replace(entry, auto_anchors=False).identity(("cat",))
+    assert "anchors picked automatically" in entry.summary and "automatically" not in methods.ENTRIES["gated"].summary
+
+
+def test_picked_anchors_are_stored_and_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(unit: Unit, store: Store) -> dict[str, Any]:
+        picked = {"anchors": {"dog": "fox"}} if unit.method != "none" else {}
+        seen = [["fox" if shot.object == "dog" else shot.object, shot.style, 0.9, 0.9] for shot in unit.job.shots]
+        return {"seen": seen, "fit_seconds": 1.5, "draw_seconds": 2.0, **picked}
+
+    monkeypatch.setattr(units, "run_unit", run)
+    results = units.run_all(units_of("none", "gated (auto anchors)"), Store(tmp_path))
+    assert units.run_all(units_of("none", "gated (auto anchors)"), Store(tmp_path)) == results
+    found = tables.summarise([DOG], ["none", "gated (auto anchors)"], results, "dev")
+    row = found["scenarios"][plan.ONE_OBJECT]["methods"]["gated (auto anchors)"]
+    assert row["anchors"] == {"dog": "fox"} and row["anchor"]["value"] == 1 and row["acc_e"]["value"] == 0
+    assert "anchors" not in found["scenarios"][plan.ONE_OBJECT]["methods"]["none"]
+
+
+def test_an_erasure_with_picked_anchors_is_made_and_drawn(tmp_path: Path) -> None:
+    job = dataclasses.replace(DOG, shots=DOG.shots[:2], shown=())
+    found = units.run_unit(Unit("gated (auto anchors)", job, "dev", 1), Store(tmp_path))
+    assert HYPERNYMS[found["anchors"]["dog"]] == "animal" and len(found["seen"]) == 2
 
 
 def test_an_entry_says_its_settings() -> None:

@@ -37,6 +37,8 @@ class Entry:
         max_targets (`int`, *optional*): Scenarios that erase more concepts at once are left out.
         object_anchor (`str`, *optional*): One anchor for all objects instead of each one's hypernym.
         style_anchor (`str`, *optional*, defaults to `""`): The anchor of styles.
+        auto_anchors (`bool`, *optional*, defaults to `False`): Anchors are picked by the library, from the model's words, instead of the
+            above; what was picked is measured.
         note (`str`, *optional*): What the docs say of it besides the settings.
         version (`int`, *optional*, defaults to 1): Raise it when code that the fields above do not show changes, so that
             stored results are not taken any more.
@@ -51,6 +53,7 @@ class Entry:
     max_targets: int | None = None
     object_anchor: str | None = None
     style_anchor: str = ""
+    auto_anchors: bool = False
     note: str = ""
     version: int = 1
 
@@ -70,11 +73,17 @@ class Entry:
         parts += [f"`{key}={value!r}`".replace("'", '"') for key, value in common.items()]
         other = {key: value for key, value in styles.items() if value != common.get(key)}
         parts += [f"for styles `{key}={value!r}`".replace("'", '"') for key, value in other.items()]
+        parts += ["anchors picked automatically"] * self.auto_anchors
         parts += [f"at most {self.max_targets} at once"] * bool(self.max_targets)
         return ", ".join(parts) + (f"; {self.note}" if self.note else "")
 
-    def anchors(self, targets: Sequence[str]) -> list[str]:
-        """What each target is mapped to."""
+    def anchors(self, targets: Sequence[str], erasure: Erasure | None = None) -> list[str]:
+        """What each target is mapped to: what the erasure recorded, where one is given, and else what it is made with."""
+        if erasure is not None:
+            recorded = {concept.target: concept.anchor or "" for concept in erasure.concepts}
+            return [recorded[target] for target in targets]
+        if self.auto_anchors:
+            raise ValueError(f"{self.name}: which anchors are picked is known once the erasure is made")
         of_object = HYPERNYMS if self.object_anchor is None else dict.fromkeys(OBJECTS, self.object_anchor)
         return [self.style_anchor if target in STYLES else of_object[target] for target in targets]
 
@@ -109,9 +118,10 @@ class Entry:
         from diffusers_erasure import erase
         from diffusers_erasure.training import TrainingRun
 
-        settings, anchors, method = self.settings_for(targets), self.anchors(targets), declaration(self.method)
+        settings, method = self.settings_for(targets), declaration(self.method)
+        anchors = self.given_anchors(targets)
         if not method.instead_of_retain:
-            settings["retain"] = retained(targets, anchors)
+            settings["retain"] = self.retained(targets)
         if method.resumable:
             settings["training"] = TrainingRun(progress=False)
         # Backward passes through channels-last weights are slow in small batches, and torch 2.13 crashes in some on a CPU.
@@ -119,12 +129,20 @@ class Entry:
         pipe = pipe if method.resumable else fast_pipeline(pipe)
         return erase(pipe, list(targets), anchors=anchors, method=self.method, **settings)
 
+    def given_anchors(self, targets: Sequence[str]) -> str | list[str]:
+        """What `erase(anchors=...)` gets."""
+        return "auto" if self.auto_anchors else self.anchors(targets)
+
+    def retained(self, targets: Sequence[str]) -> list[str]:
+        """What the method is told to keep; anchors that are picked are among it."""
+        return retained(targets, [] if self.auto_anchors else self.anchors(targets))
+
     def identity(self, targets: Sequence[str]) -> dict[str, Any]:
         """All of the entry that the images depend on, for the key of a stored result."""
-        anchors = self.anchors(targets)
+        anchors = self.given_anchors(targets)
         return {
             **{"name": self.name, "says": self.says, "version": self.version, "anchors": anchors},
-            **{"settings": self.settings_for(targets), "retain": retained(targets, anchors)},
+            **{"settings": self.settings_for(targets), "retain": self.retained(targets)},
         }
 
 
@@ -155,6 +173,7 @@ _ENTRIES = (
     Entry("speed-published", {"published": True}, objects={"preset": "instance"}, note=HEAVIER),
     Entry("speed + adversarial rows", {"adversarial": 1}, objects={"preset": "instance"}),
     Entry("gated"),
+    Entry("gated (auto anchors)", auto_anchors=True),
     Entry("esd", version=2),
     Entry("gem"),
     Entry("eraseanything"),
@@ -187,4 +206,4 @@ def make_fit(fit: Fit, store: Store) -> dict[str, Any]:
     erasure = entry_of(fit.method).make([fit.concept])
     assert erasure is not None
     erasure.save_pretrained(store.new_files(fit))
-    return {"anchors": entry_of(fit.method).anchors([fit.concept])}
+    return {"anchors": entry_of(fit.method).anchors([fit.concept], erasure)}

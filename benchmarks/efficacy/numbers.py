@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.efficacy.plan import Job, Shot, members
-from diffusers_erasure.demo.words import OBJECTS, STYLES
+from diffusers_erasure.demo.words import HYPERNYMS, OBJECTS, STYLES, SYNONYMS
+from diffusers_erasure.lists.kinds import kind_of, wider_kinds
 
 
 RESAMPLES = 2000
@@ -67,9 +68,24 @@ def is_other_right(job: Job, shot: Shot, seen: Seen) -> bool:
     return seen.object == shot.object if job.of_styles else seen.style == shot.style
 
 
-def has_measured_anchor(job: Job, anchor: str) -> bool:
+def shown_by(anchor: str, target: str = "") -> set[str]:
+    """
+    The objects that show an anchor: itself, what it is another name of, or all that the captions of the model's training call by
+    it. A word that the judge does not know but that is of the target's kind, as picked anchors may be, is shown by objects of the
+    target's hypernym.
+    """
+    if anchor in OBJECTS:
+        return {anchor}
+    named = {name for name, words in SYNONYMS.items() if anchor in words}
+    if named or members(anchor):
+        return named or members(anchor)
+    kind, own = kind_of(anchor), kind_of(target)
+    return members(HYPERNYMS[target]) if kind and own and kind in wider_kinds(own) and target in HYPERNYMS else set()
+
+
+def has_measured_anchor(job: Job, anchor: str, target: str = "") -> bool:
     """Whether it can be told if an image shows the anchor: no object means the empty prompt, for instance."""
-    return job.of_styles or anchor in OBJECTS or bool(members(anchor))
+    return job.of_styles or bool(shown_by(anchor, target))
 
 
 def is_anchor(job: Job, shot: Shot, seen: Seen, anchor: str) -> bool:
@@ -87,7 +103,8 @@ def is_anchor(job: Job, shot: Shot, seen: Seen, anchor: str) -> bool:
     if job.of_styles:
         styles = {anchor} if anchor in STYLES else set(STYLES) - set(job.targets)
         return seen.style in styles and seen.object == shot.object
-    return seen.object in ({anchor} if anchor in OBJECTS else members(anchor) - set(job.targets))
+    shown = shown_by(anchor, shot.concept)
+    return seen.object in (shown if anchor in OBJECTS else shown - set(job.targets))
 
 
 # --------------------------------------------------------------------------------------------------- one number
@@ -225,7 +242,7 @@ def measure(
     if not jobs[0].of_styles:  # a style's nearest are all the kept ones
         numbers |= {"acc_r_near": bootstrap.mean(near), "acc_r_near_ratio": bootstrap.ratio(near)}
     numbers["h_o"] = bootstrap.harmonic(erased, kept)
-    measured = all(has_measured_anchor(job, anchors[target]) for job in jobs for target in job.targets)
+    measured = all(has_measured_anchor(job, anchors[target], target) for job in jobs for target in job.targets)
     for name, of, score in (
         ("anchor", "erased", anchor_seen if measured else None),
         ("confidence", "erased", confidence),

@@ -48,13 +48,19 @@ def summarise(
                 continue
             done = [found[method, job] for job in members]
             seen = [each.seen for each in done]
-            anchors = {t: a for job in members for t, a in zip(job.targets, ENTRIES[method].anchors(job.targets))}
+            entry = ENTRIES[method]
+            anchors = {
+                target: anchor
+                for job, each in zip(members, done)
+                for target, anchor in (each.anchors or zip(job.targets, entry.anchors(job.targets)))
+            }
             rows[method] = measure(members, seen, baseline, anchors, Bootstrap())
-            if ENTRIES[method].erases:
+            if entry.erases:
                 fit[method] = statistics.median(each.fit_seconds for each in done)
             details[method] = {
                 "fit_seconds": fit.get(method),
                 "draw_seconds": sum(each.draw_seconds for each in done),
+                **({"anchors": anchors} if entry.auto_anchors else {}),
                 "acc_e_by_target": shares_by(members, seen, "erased", "concept"),
                 "acc_e_by_wording": shares_by(members, seen, "erased", "wording"),
             }

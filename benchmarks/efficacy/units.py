@@ -49,16 +49,18 @@ class Unit:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a unit: what the judge saw in each shot, and processor seconds."""
+    """What came out of a unit: what the judge saw in each shot, processor seconds, and anchors by target where they were picked."""
 
     seen: tuple[Seen, ...]
     fit_seconds: float
     draw_seconds: float
+    anchors: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Result:
         """From what the store keeps."""
-        return cls(tuple(Seen(*each) for each in stored["seen"]), stored["fit_seconds"], stored["draw_seconds"])
+        seconds, picked = (stored["fit_seconds"], stored["draw_seconds"]), stored.get("anchors", {})
+        return cls(tuple(Seen(*each) for each in stored["seen"]), *seconds, tuple(picked.items()))
 
 
 def wanted_units(method: str, jobs: Iterable[Job], half: str, steps: int, **where: str) -> list[Unit]:
@@ -99,6 +101,7 @@ def run_unit(unit: Unit, store: Store) -> dict[str, Any]:
         ],
         "fit_seconds": round(fitted - started, 2) if erasure is not None else 0.0,
         "draw_seconds": round(time.process_time() - fitted, 2),
+        **({"anchors": dict(zip(job.targets, entry.anchors(job.targets, erasure)))} if entry.auto_anchors else {}),
     }
 
 

@@ -30,7 +30,7 @@ from ..schema import Concept
 from ..settings import Number, Whole, resolve
 from .holding import scaled_up
 from .publishing import Form, kept_names, make_erasure, publish, report, side_by_side
-from .rows import SAME, KeptRows, TargetRows, TextConfig, by_part, kept_rows, parts_of, suited, target_rows
+from .rows import SAME, KeptRows, MapConfig, TargetRows, by_part, kept_rows, parts_of, suited, target_rows
 from .uce import MapSettings, relative_units, solve_holding
 
 
@@ -62,7 +62,7 @@ AT_DOORS: dict[str, Any] = {"rows": "window", "directions": 2}  # where text ent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TextConfig):
+class Config(MapConfig):
     """Settings of Double Projections. Those that are left out (`None`) come from the preset.
 
     Args:
@@ -238,7 +238,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
     config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
-    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings)})
+    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings, push=settings.push)})
 
 
 def refit(

@@ -30,6 +30,7 @@ from . import uce
 from .gated_probes import Gates, fit_gates
 from .gated_reading import Name, Reading, Split, anchored, kept_words, names_of, paired_prompts, paired_rows
 from .gated_settings import Config, Settings
+from .rows import pushed
 
 
 __all__ = ["Config", "Settings", "fit"]
@@ -37,9 +38,13 @@ __all__ = ["Config", "Settings", "fit"]
 logger = get_logger(__name__)
 
 
-def fit_map(e: torch.Tensor, g: torch.Tensor, ridge: float, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(A, D)` [r, C]: ridge regression from rows E to rows G [n, C], of the directions in which these rows go farthest."""
-    e, way = e.double(), g.double() - e.double()
+def fit_map(
+    e: torch.Tensor, g: torch.Tensor, ridge: float, rank: int, push: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(A, D)` [r, C]: ridge regression from rows E to rows G [n, C], or to some [`pushed`] away from E, of the directions in which these
+    rows go farthest."""
+    e, g = e.double(), g.double()
+    way = pushed(e, g, push) - e
     lamb = ridge * float(e.square().sum()) / e.shape[1]
     alpha = torch.linalg.solve(e @ e.T + lamb * torch.eye(len(e), dtype=e.dtype), way)
     moved = way - lamb * alpha  # E M, with M = E^T alpha
@@ -72,13 +77,13 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
         contexts = {context for name in own for context in (*name.split.mapped, *name.split.testing)}
         reading.read([anchored(context, concept.anchor) for context in contexts])
         pairs = paired_prompts(concept, own)
-        a, d = fit_map(*paired_rows(reading, pairs), settings.ridge, settings.rank)
+        a, d = fit_map(*paired_rows(reading, pairs), settings.ridge, settings.rank, settings.push)
         _add(maps, "", a, d)
-        went[str(concept.target)] = _went(reading, concept, own[0], a, d)
+        went[str(concept.target)] = _went(reading, concept, own[0], a, d, settings.push)
         if reading.pooled is not None:
             known = [pair for pair in pairs if pair[0] in reading.vectors]
             targets, anchors = (torch.stack([reading.vectors[pair[side]] for pair in known]) for side in (0, 1))
-            _add(maps, "pooled_", *fit_map(targets, anchors, settings.ridge, settings.rank))
+            _add(maps, "pooled_", *fit_map(targets, anchors, settings.ridge, settings.rank, settings.push))
     tensors |= {name: torch.cat(values) for name, values in maps.items()}
     base = describe_base(pipe)
     layer = Layer("gated_map", (ROWS,), tensors, family.denoiser)
@@ -98,14 +103,15 @@ def _add(maps: dict[str, list[torch.Tensor]], prefix: str, a: torch.Tensor, d: t
         maps.setdefault(prefix + name, []).append(value)
 
 
-def _went(reading: Reading, concept: Concept, name: Name, a: torch.Tensor, d: torch.Tensor) -> float:
-    """How far a target's own rows go to its anchor's in contexts that were held out: 1 all the way."""
+def _went(reading: Reading, concept: Concept, name: Name, a: torch.Tensor, d: torch.Tensor, push: float) -> float:
+    """How far a target's own rows go to what they are mapped to in contexts that were held out: 1 all the way."""
     done = wanted = 0.0
     for context in name.split.testing:
         for own, its in zip(
             reading.of(context.format(name.text)), reading.of(anchored(context, concept.anchor)), strict=True
         ):
-            row, way = own.word.double(), its.word.double() - own.word.double()
+            row = own.word.double()
+            way = pushed(row, its.word.double(), push) - row
             done, wanted = done + float(((row @ a.T) @ d) @ way), wanted + float(way @ way)
     return done / wanted if wanted else 1.0
 
@@ -143,6 +149,7 @@ def with_linear_edit(erasure: Erasure, pipe: Any, concepts: Sequence[Concept], s
         retain=settings.retain,
         layer="lora",
         pooled=settings.pooled,
+        push=settings.push,
         max_sequence_length=settings.max_sequence_length,
     )
     linear = uce.fit(pipe, concepts, config)

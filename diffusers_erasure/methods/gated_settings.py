@@ -69,6 +69,8 @@ class Config:
         share (`float`, *optional*): where a threshold stands between the kept prompts' highest value (0) and the name's lowest (1).
         rank (`int`, *optional*): rank of each map at most, of rows and pooled vector.
         ridge (`float`, *optional*): weight of a small map, relative to the rows' mean square.
+        push (`float`, *optional*, defaults to 0.0): move what a target is mapped to away from the target, by this share of the way between
+            them: the row g + push (g - e) for the target's row e and the anchor's g, and likewise the pooled vector.
         probe_ridge (`float`, *optional*): ridge of the probes' covariance, relative to its mean diagonal.
         pooled (`bool`, *optional*, defaults to `True`): SDXL, Stable Diffusion 3, FLUX.1: map the pooled text vector behind the gates.
         max_sequence_length (`int`, *optional*, defaults to 0): Stable Diffusion 3, FLUX.1 and others: how many rows T5 makes of a
@@ -88,6 +90,7 @@ class Config:
     rank: Annotated[int | None, Whole(least=1)] = None
     ridge: Annotated[float | None, Number(above=0)] = None
     probe_ridge: Annotated[float | None, Number(above=0)] = None
+    push: Annotated[float, Number()] = 0.0
     pooled: bool = True
     max_sequence_length: Annotated[int, Whole(least=0)] = 0
     stock: Literal["uce", "none"] = "uce"
@@ -114,6 +117,7 @@ class Settings:
     rank: int
     ridge: float
     probe_ridge: float
+    push: float
     pooled: bool
     max_sequence_length: int
     stock: Literal["uce", "none"]

@@ -45,6 +45,7 @@ class FormSettings(TextSettings):
     """Settings of a method whose edit can be a map of the text rows."""
 
     layer: Form
+    push: float
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ from .publishing import (
 )
 from .rows import (
     KeptRows,
+    MapConfig,
     TargetRows,
-    TextConfig,
     Which,
     by_part,
     kept_rows,
@@ -94,7 +94,7 @@ AT_DOORS: dict[str, Any] = {"rows": "window", "adversarial_rows": "window"}  # w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TextConfig):
+class Config(MapConfig):
     """Settings of RECE. Those that are left out (`None`) come from the preset.
 
     Args:
@@ -269,10 +269,10 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     concepts = with_anchors(concepts, str(PUBLISHED[config.preset]["anchor"]))
     config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
-    first = target_rows(pipe, concepts, settings)
+    first = target_rows(pipe, concepts, settings, push=settings.push)
     if settings.rows == settings.adversarial_rows:
         return refit(pipe, concepts, config, {"": first})
-    later = target_rows(pipe, concepts, settings, settings.adversarial_rows)
+    later = target_rows(pipe, concepts, settings, settings.adversarial_rows, settings.push)
     return refit(pipe, concepts, config, {"": first, "epochs": later})
 
 

@@ -79,6 +79,18 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MapConfig(TextConfig):
+    """The same for methods that take each row to its anchor's.
+
+    Args:
+        push (`float`, *optional*, defaults to 0.0): move what a target is mapped to away from the target, by this share of the way between
+            them: the row g + push (g - e) for the target's row e and the anchor's g, and likewise the pooled vector.
+    """
+
+    push: Annotated[float, Number()] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextSettings:
     """What the closed-form methods work with: a [`TextConfig`] with nothing left out."""
 
@@ -238,12 +250,13 @@ def inputs_of(pipe: Any, settings: TextSettings) -> dict[str, tuple[Source, ...]
 
 
 def target_rows(
-    pipe: Any, concepts: Sequence[Concept], settings: TextSettings, rows: str | None = None
+    pipe: Any, concepts: Sequence[Concept], settings: TextSettings, rows: str | None = None, push: float = 0.0
 ) -> dict[str, TargetRows]:
     """Encode targets and anchors, and pick their rows, for each input of the denoiser that text enters.
 
     Args:
         rows: which ones, where not those of the settings.
+        push: how much farther than the anchors' rows what targets are mapped to lies; see [`MapConfig`].
     """
     chosen = settings.rows if rows is None else rows
     groups = [[each] for each in concepts] if settings.directions else [list(concepts)]
@@ -253,7 +266,9 @@ def target_rows(
             ("last", dataclasses.replace(settings, eot=False)) if name in POOLED_INPUTS else (chosen, settings)
         )
         parts = [
-            _together([_led(_encoded(source, group, asked, own), settings.directions) for source in sources])
+            _together(
+                [_pushed(_led(_encoded(source, group, asked, own), settings.directions), push) for source in sources]
+            )
             for group in groups
         ]
         found[name] = parts[0] if len(parts) == 1 else join(parts)
@@ -277,6 +292,20 @@ def _led(rows: TargetRows, directions: int) -> TargetRows:
         return rows
     leading = torch.linalg.svd(rows.way, full_matrices=False).Vh[:directions]
     return dataclasses.replace(rows, anchors=rows.targets + (rows.way @ leading.T) @ leading)
+
+
+def _pushed(rows: TargetRows, push: float) -> TargetRows:
+    """Rows whose anchors lie farther from the targets, and so do those of the probes."""
+    if not push:
+        return rows
+    own, goal = rows.probes
+    probes = own, pushed(own, goal, push)
+    return dataclasses.replace(rows, anchors=pushed(rows.targets, rows.anchors, push), probes=probes)
+
+
+def pushed(targets: torch.Tensor, anchors: torch.Tensor, push: float) -> torch.Tensor:
+    """What targets' rows E are mapped to: their anchors' rows G, farther from them by some share of the way: G + push (G - E)."""
+    return anchors + push * (anchors - targets) if push else anchors
 
 
 def suited(config: Config, pipe: Any, at_doors: Mapping[str, Any]) -> Config:

@@ -46,8 +46,8 @@ from .publishing import (
 )
 from .rows import (
     KeptRows,
+    MapConfig,
     TargetRows,
-    TextConfig,
     Which,
     by_part,
     kept_rows,
@@ -101,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TextConfig):
+class Config(MapConfig):
     """Settings of SPEED. Those that are left out (`None`) come from the preset.
 
     Args:
@@ -338,7 +338,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = with_anchors(concepts, config.anchor)
     settings = resolve(config, Settings)
-    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings)})
+    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings, push=settings.push)})
 
 
 def with_anchors(concepts: Sequence[Concept], anchor: str) -> list[Concept]:

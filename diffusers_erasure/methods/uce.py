@@ -23,7 +23,7 @@ from ..schema import Concept
 from ..settings import Number, resolve
 from .holding import HELD, holding, scaled_up
 from .publishing import Factors, Form, FormSettings, kept_names, make_erasure, publish, report, side_by_side
-from .rows import KeptRows, TargetRows, TextConfig, by_part, kept_rows, parts_of, suited, target_rows
+from .rows import KeptRows, MapConfig, TargetRows, by_part, kept_rows, parts_of, suited, target_rows
 
 
 # What the authors' code of 2025 does, whatever the concept is.
@@ -51,7 +51,7 @@ AT_DOORS: dict[str, Any] = {"rows": "window", "directions": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TextConfig):
+class Config(MapConfig):
     """Settings of UCE. Those that are left out (`None`) come from the preset.
 
     Args:
@@ -178,7 +178,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     concepts = [Concept(c.target, c.anchor or "") for c in concepts]
     config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
-    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings)})
+    return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings, push=settings.push)})
 
 
 def refit(
