@@ -41,12 +41,11 @@ class Text:
         return self.rows[self.places.index(place)]
 
 
-def read(source: Source, prompts: Sequence[str], *, behind: int | None = None, shown: bool = False) -> dict[str, Text]:
+def read(source: Source, prompts: Sequence[str], *, behind: int | None = None) -> dict[str, Text]:
     """Encode prompts.
 
     Args:
         behind: so many rows behind the words are enough; what is looked at is then kept on disk.
-        shown: show a progress bar.
     """
     prompts = list(dict.fromkeys(prompts))
     ids = source.ids(prompts)
@@ -55,8 +54,8 @@ def read(source: Source, prompts: Sequence[str], *, behind: int | None = None, s
         return _places(source, own, length if behind is None else min(length, len(own) + behind))
 
     def make() -> dict[str, torch.Tensor]:
-        rows = []
-        for start in tqdm(range(0, len(prompts), 64), desc="encoding contexts", leave=False, disable=not shown):
+        rows, starts = [], range(0, len(prompts), 64)
+        for start in tqdm(starts, desc="encoding contexts", leave=False, disable=len(starts) < 8):
             some = ids[start : start + 64]
             found, _ = source.all(prompts[start : start + 64], FIRST)
             rows += [

@@ -106,7 +106,7 @@ class Reading:
         for source, known in zip(self.sources, self.texts, strict=True):
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
             if new:
-                known.update(read(source, new, shown=len(new) > 256))
+                known.update(read(source, new))
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.vectors]
         if pooled and self.pooled is not None and new:
             self.vectors.update(zip(new, self.pooled.last(new).float(), strict=True))
@@ -118,7 +118,7 @@ class Reading:
 
     def of_kept(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The rows of kept prompts that a gate reads, of all sources; the list is cached on disk."""
-        parts = [read(source, prompts, behind=BEHIND, shown=True) for source in self.sources]
+        parts = [read(source, prompts, behind=BEHIND) for source in self.sources]
         return {prompt: torch.cat([part[prompt].rows for part in parts]) for prompt in parts[0]}
 
     def of(self, prompt: str) -> list[Text]:
