@@ -243,14 +243,15 @@ def test_merging() -> None:
 
 
 def test_each_method_has_its_citation() -> None:
+    """But for the library's own, whose cards have no such section."""
+    assert [declared.name for declared in BUILT_IN if declared.citation is None] == ["gated"]
     for declared in BUILT_IN:
         citation = declared.citation
-        assert (
-            citation is not None
-            and citation.url.startswith("https://")
-            and citation.bibtex.startswith("@")
-            and str(citation.year)
-        )
+        if citation is None:
+            card = render_card(config(method=Method(declared.name)))
+            assert "Citation" not in card and declared.summary.split(":")[0] in card
+            continue
+        assert citation.url.startswith("https://") and citation.bibtex.startswith("@") and str(citation.year)
         assert citation.title in citation.bibtex
 
 
