@@ -14,6 +14,7 @@ from diffusers_erasure import (
     ErasureCompatibilityError,
     ErasureError,
     ErasureFileError,
+    ErasureInactiveError,
     ErasureInputError,
     combine,
     demo,
@@ -23,12 +24,13 @@ from diffusers_erasure.encoding import row_sources
 from diffusers_erasure.encoding.contexts import read
 from diffusers_erasure.layers.gated_map import COUNTED, in_two
 from diffusers_erasure.layers.layer import Layer
+from diffusers_erasure.live.second_prompt import maps_together
 from diffusers_erasure.methods.gated import fit_map
 from diffusers_erasure.methods.gated_probes import Sums, directions, thresholds
 from diffusers_erasure.methods.gated_reading import Split
 from diffusers_erasure.schema import TENSOR_FILE
 from tests.flow_pipes import tiny_flux_pipe, tiny_sd3_pipe
-from tests.helpers import equal, far, normal
+from tests.helpers import equal, far, normal, tiny_sdxl_pipe
 from tests.tiny_families import FAMILIES, FLUX, QWEN, SD3, Z, arguments, predict, rows
 
 
@@ -598,6 +600,21 @@ def test_sums_of_pooled_probes() -> None:
         by_hand(pipe, {**bare, **more, "pooled_probe_counts": torch.tensor([1.0])})
     with pytest.raises(ErasureFileError, match="gated_map"):
         by_hand(pipe, {**bare, **more, "pooled_probes": more["pooled_probes"][:, 1:]})
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl_pipe, tiny_sd3_pipe])
+def test_rows_of_two_prompts_are_refused(make: Any) -> None:
+    """Probes see what two encoders make of a token, side by side."""
+    pipe = make()
+    made = erase(pipe, "cat", **{**BARE, "max_sequence_length": 0 if hasattr(pipe, "unet") else 12})
+    assert maps_together(pipe, made) and maps_together(pipe, made.cast("bfloat16"))
+    call: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent"}
+    pipe.load_erasure(made, "no-cat")
+    pipe("cat", prompt_2="cat", **call)
+    with pytest.raises(ErasureInactiveError, match="prompt_2"):
+        pipe("cat", prompt_2="dog", **call)
+    flux = tiny_flux_pipe()
+    assert not maps_together(flux, erase(flux, "cat", **BARE))
 
 
 # ------------------------------------------------------------------------------------------------ stock diffusers

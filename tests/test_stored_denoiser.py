@@ -65,7 +65,8 @@ def test_it_is_recognised_by_its_files(saved: tuple[Any, Any, Path]) -> None:
 @pytest.mark.parametrize("method", ["uce", "rece", "speed", "dp", "oce", "gated"])
 def test_an_erasure_has_the_same_bytes_with_it_and_without(saved: tuple[Any, Any, Path], method: str) -> None:
     whole, bare, _ = saved
-    more = {"compare": False} if method == "gated" else {}  # of which what moved is told by predictions, with the denoiser
+    # What a gated one moved is told by predictions, with the denoiser.
+    more = {"compare": False} if method == "gated" else {}
     one, other = (erase(pipe, "cat", **COMMON, **more, method=method) for pipe in (whole, bare))
     assert one.content_hash == other.content_hash and one.config == other.config
     assert more or one.config.diagnostics["collateral"]["words"] > 100
