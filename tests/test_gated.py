@@ -29,6 +29,7 @@ from diffusers_erasure.methods.gated import fit_map
 from diffusers_erasure.methods.gated_probes import Sums, directions, thresholds
 from diffusers_erasure.methods.gated_reading import Split
 from diffusers_erasure.schema import TENSOR_FILE
+from tests.commands import invoke
 from tests.flow_pipes import tiny_flux_pipe, tiny_sd3_pipe
 from tests.helpers import equal, far, normal, tiny_sdxl_pipe
 from tests.tiny_families import FAMILIES, FLUX, QWEN, SD3, Z, arguments, predict, rows
@@ -652,3 +653,22 @@ def test_stock_diffusers_gets_a_linear_edit(pipe: Any, erasure: Erasure) -> None
     assert close(mapped(pipe, text), oracle(text, tensors_of(made)))  # here the gated maps act alone
     made_again = copy.deepcopy(made)
     assert made_again.content_hash == made.content_hash
+
+
+def test_what_it_shows_of_itself(pipe: Any, tmp_path: Path) -> None:
+    made = erase(pipe, "cat", **{**COMMON, "stock": "uce"})
+    gates = made.config.diagnostics["gates"]
+    names, tested = gates["names"], gates["kept_tested"]
+    share = f"{made.config.stock.results['uce']['completeness']['cat']:.3g}"
+    told = (
+        f"act in this library alone; {names} names, calibrated on 12 contexts",
+        f"missed {100 * gates['missed']['cat']:.3g} % of a target's prompts at most, opened for 0 of {tested} others",
+        f"UCE's linear edit, {share} complete at least",
+    )
+    for part in told:
+        assert part in repr(made), part
+    assert "in their test" not in repr(made.redacted()) and "act in this library alone" in repr(made.redacted())
+    made.save_pretrained(tmp_path / "no-cat")
+    shown = " ".join(invoke("info", str(tmp_path / "no-cat")).stdout.replace("│", " ").split())
+    for part in told:
+        assert part in shown, part
