@@ -256,10 +256,10 @@ def random_erasure(
 
 
 def random_gates(example: torch.Tensor, pooled: int = 0, size: float = 1.0) -> dict[str, torch.Tensor]:
-    """Tensors of a `gated_map` with two gates: one that a row like an example's [C] opens, and one that none does."""
+    """Tensors of a `gated_map` with two gates: one that any prompt with a row like an example's [C] opens, and one that none does."""
     generator, width = torch.Generator().manual_seed(13), len(example)
     row = torch.nn.functional.normalize(example.detach().float(), dim=0)
-    far_along = torch.stack([0.5 * row @ example.float(), 1e4 * example.norm()])
+    far_along = torch.stack([0.01 * row @ example.float(), 1e4 * example.norm()])
     tensors = {
         "probes": torch.stack([row, row]),
         "thresholds": torch.stack(
