@@ -381,7 +381,8 @@ class GatedMapKind(LayerKind):
 
     def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
         pooled = reading_family(compat.unwrap_compiled(component)).pooled
-        return {ROWS, *(() if pooled is None or "pooled_A" not in tensors else (pooled.input,))}
+        looked = pooled is not None and not {"pooled_A", "pooled_probes"}.isdisjoint(tensors)
+        return {ROWS, *((pooled.input,) if looked and pooled is not None else ())}
 
     def summed(
         self, members: Sequence[Summand], rank: int | None, max_error: float | None

@@ -76,12 +76,15 @@ def thresholds(named: Sequence[torch.Tensor], kept: torch.Tensor, share: float) 
     Args:
         named: of each probe what it reached for its own name [n].
         kept (`torch.Tensor`): what each reached for prompts that do not name it [N, P]; -inf where one does.
-        share (`float`): between 0, just above all that is kept, and 1, just below all that names it. Where the two overlap, 0 is the
-            lower end too: every prompt that may name it opens the gate.
+        share (`float`): between 0, just above all that is kept, and 1, just below all that names it. Where the two overlap, 0 is just
+            below the lower end: every prompt that may name it opens the gate.
     """
     high = torch.stack([values.amin() for values in named]).double()
     low = kept.amax(0).double() if len(kept) else high - high.abs().clamp_min(1.0)
+    overlap = high <= low
     low, high = torch.minimum(low, high), torch.maximum(low, high)
+    # What reaches a threshold exactly does not open, and of a name that overlaps the lowest is to.
+    low = torch.where(overlap, low - 1e-4 * (high - low) - 1e-6 * low.abs(), low)
     return low + share * (high - low)
 
 
