@@ -13,6 +13,7 @@ from .demo import is_embedded
 from .errors import ErasureInputError
 from .registry import find
 from .schema import GRID_FILE, LORA_FILE, ErasureConfig
+from .showing import Gates
 
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def render_card(
             diagnostics=_rows(config.diagnostics),
             results=_rows(config.results),
             stock_results=_rows(config.stock.results) if config.stock else [],
+            gates=Gates.of(config),
             in_two_forms=any(layer.file != LORA_FILE for layer in config.layers),
             summary=method.summary if method else None,
             citation=method.citation if method else None,

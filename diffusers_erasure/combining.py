@@ -62,7 +62,7 @@ def combine(
 
     Raises:
         ErasureInputError: fewer than two erasures; a target twice; other methods or settings (joint); kept rows or retained
-            prompts missing (joint); a layer that is neither `lora` nor `text_map` (sum); a schedule or a gate.
+            prompts missing (joint); a layer that is neither `lora`, `text_map` nor `gated_map` (sum); a schedule or a gate.
         ErasureCompatibilityError: they were made for different base models, or for another one than `pipe`.
 
     Examples:

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 
@@ -63,6 +64,76 @@ def picked_rows(config: "ErasureConfig") -> Rows:
     return [("anchors", f"picked automatically from {picked['candidates']} candidates{near}")]
 
 
+@dataclass(frozen=True)
+class Gates:
+    """What an erasure's file tells of gates that are part of it (`gated_map`); of what it does not tell, `None`.
+
+    Attributes:
+        names: how many names have a probe.
+        contexts: in how many contexts these were fitted and tested.
+        missed: the largest share of a target's tested prompts that opened no gate of its.
+        opened, tested: how many kept prompts opened a gate, of how many that were tested.
+        linear: the least completeness of the linear edit that stock diffusers gets.
+    """
+
+    names: int | None = None
+    contexts: int | None = None
+    missed: float | None = None
+    opened: int | None = None
+    tested: int | None = None
+    linear: float | None = None
+
+    @classmethod
+    def of(cls, config: "ErasureConfig") -> "Gates | None":
+        """`None` where there are none."""
+        if not any(layer.kind == "gated_map" for layer in config.layers):
+            return None
+        told = _part(config.diagnostics, "gates")
+        contexts = _numbers(_part(told, "contexts"))
+        missed = _numbers(_part(told, "missed"))
+        linear = _numbers(_part({} if config.stock is None else config.stock.results, "uce", "completeness"))
+        counts = {
+            name: int(number)
+            for name, key in (("names", "names"), ("opened", "kept_opened"), ("tested", "kept_tested"))
+            for number in _numbers({key: told.get(key)})
+        }
+        return cls(
+            contexts=_contexts(contexts),
+            missed=max(missed, default=None),
+            linear=min(linear, default=None),
+            **counts,
+        )
+
+    @property
+    def rows(self) -> Rows:
+        """In words, as labels and values."""
+        calibrated = ""
+        if self.names is not None and self.contexts is not None:
+            calibrated = f"; {self.names} names, calibrated on {self.contexts} contexts"
+        rows = [("gates", f"act in this library alone{calibrated}")]
+        if self.missed is not None and self.opened is not None and self.tested is not None:
+            told = f"missed {100 * self.missed:.3g} % of a target's prompts at most, opened for {self.opened} of {self.tested} others"
+            rows.append(("in their test", told))
+        return rows
+
+
+def _part(values: Any, *names: str) -> dict[str, Any]:
+    """A dictionary in dictionaries; an empty one where there is none: files may hold anything."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+def _contexts(kinds: list[float]) -> int | None:
+    """How many there are of those that fit, set and test; few did all three."""
+    few = len(kinds) == 3 and kinds[0] == kinds[1] == kinds[2] < 4
+    return int(kinds[0] if few else sum(kinds)) if kinds else None
+
+
+def _numbers(values: dict[str, Any]) -> list[float]:
+    return [each for each in values.values() if isinstance(each, int | float) and not isinstance(each, bool)]
+
+
 def rows_of(config: "ErasureConfig", sizes: dict[str, int], source: str | None = None) -> Rows:
     """What is shown, as labels and values.
 
@@ -81,9 +152,13 @@ def rows_of(config: "ErasureConfig", sizes: dict[str, int], source: str | None =
     ]
     more = len(config.layers) - MOST_LAYERS
     rows += [("", f"and {more} more layers")] if more > 0 else []
+    gates = Gates.of(config)
+    rows += [] if gates is None else gates.rows
     rows += [(name, size_text(size)) for name, size in sorted(sizes.items())]
     if config.stock is not None and any(layer.file != config.stock.file for layer in config.layers):
         same = "the same edit" if config.stock.is_exact else "an edit that comes near it"
+        if gates is not None and gates.linear is not None:
+            same = f"UCE's linear edit, {gates.linear:.3g} complete at least"
         rows.append(("stock diffusers", f"{same}, by the LoRA in {config.stock.file}"))
     if config.published_strength != 1:
         rows.append(("strength 1 is", f"{config.published_strength:g} of the original"))

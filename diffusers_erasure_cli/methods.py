@@ -134,7 +134,7 @@ def info(
     from diffusers_erasure.cards import flattened
     from diffusers_erasure.demo import is_embedded
     from diffusers_erasure.registry import find
-    from diffusers_erasure.showing import size_text
+    from diffusers_erasure.showing import Gates, size_text
 
     table, declared = Table(show_header=False), find(config.method.name)
     here = "demo" if is_embedded(config.base_model) else "local"
@@ -156,6 +156,10 @@ def info(
         rows[f"layer {index}, {layer.kind}"] = (
             f"{layer.component}, {len(layer.sites)} sites, in {layer.file}{modified}"
         )
+    gates = Gates.of(config)
+    rows.update({} if gates is None else dict(gates.rows))
+    if gates is not None and gates.linear is not None:
+        rows["the LoRA file"] = f"UCE's linear edit, {gates.linear:.3g} complete at least"
     rows.update({f"result, {name}": str(value) for name, value in flattened(config.results)})
     for name, record in config.files.items():
         rows[name] = f"{size_text(record.size)}, sha256 {record.sha256[:12]}…"

@@ -47,6 +47,7 @@ from diffusers_erasure import (
     Erasure,
     ErasureCompatibilityError,
     ErasureError,
+    Layer,
     prompt_embeds_are_erased,
     with_schedule,
 )
@@ -62,6 +63,8 @@ from tests.helpers import (
     dense_edit,
     images,
     random_erasure,
+    random_gates,
+    rows_of,
     style_lora,
     tiny_sd_pipe,
 )
@@ -182,6 +185,25 @@ def plain_map(pipe: Any, erasure: Erasure) -> Any:
     return pipe
 
 
+def plain_gates(pipe: Any, erasure: Erasure) -> Any:
+    """x + sum over open gates of (x A^T) D on the text rows, where a gate is open if a row is far along its probe."""
+    (layer,) = erasure.config.layers
+    tensors = erasure.layer_tensors(layer)
+
+    def call(forward: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, **kwargs: Any) -> Any:
+        rows = encoder_hidden_states
+        reached = (rows.float() @ tensors["probes"].T.to(rows.device)).amax(1)
+        maps = (tensors[name].split(tensors["counts"].int().tolist()) for name in "AD")
+        edits = zip(reached.T, tensors["thresholds"].sum(1), *maps, strict=True)
+        change = sum(
+            (value > limit)[:, None, None] * (rows @ a.T.to(rows) @ d.to(rows)) for value, limit, a, d in edits
+        )
+        return forward(sample, timestep, rows + change, **kwargs)
+
+    before(pipe.unet, call)
+    return pipe
+
+
 def plain_sums(pipe: Any, erasure: Erasure, table: Sequence[float] | None = None) -> Any:
     """W x + s(t) (B A) x at each site."""
     now = Now(pipe.unet)
@@ -249,6 +271,14 @@ def mapped() -> Erasure:
 
 
 @cache
+def gated() -> Erasure:
+    """With a gate that every prompt opens, by its start token, and one that none does; both would change the picture."""
+    rows = rows_of(_tiny())
+    layer = Layer("gated_map", ("encoder_hidden_states",), random_gates(rows[0, 0], size=2.0), "unet")
+    return Erasure.from_layers([layer], base=_tiny(), concepts=["zebra", "gnu"], method="random")
+
+
+@cache
 def patches() -> tuple[test_activation.Plan, Erasure]:
     plan = test_activation.make_plan((*test_activation.FF, *test_activation.ATTENTION[:2]))
     return plan, test_activation.as_erasure(plan, pipe=_tiny())
@@ -311,6 +341,7 @@ FORMS: dict[str, Form] = {
     "merged": Form(low_rank, partial(dense, low_rank), "merge", twin="low rank"),
     "peft": Form(low_rank, partial(dense, low_rank), "peft", twin="low rank"),
     "text_map": Form(mapped, partial(dense, mapped)),
+    "gated_map": Form(gated, lambda pipe: plain_gates(pipe, gated())),
     "activation": Form(lambda: patches()[1], lambda pipe: plain_patches(pipe, patches()[0])),
     "skip": Form(network, plain_network),
     "scheduled": Form(lambda: scheduled()[1], lambda pipe: plain_sums(pipe, scheduled()[0], TABLE)),

@@ -30,7 +30,7 @@ from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantiz
 from benchmarks.builders import random_factors
 from diffusers_erasure import Erasure, ErasureCompatibilityError, ErasureError, ErasureInactiveError, Layer
 from diffusers_erasure.low_rank import DOWN, UP
-from tests.helpers import dense_edit, random_erasure
+from tests.helpers import PROMPT, dense_edit, random_erasure, random_gates
 from tests.tiny_transformers import PIPES, SIDE, drawn, sites_of
 
 
@@ -101,8 +101,40 @@ def _mapped(
     return args, {**given, **{name: given[name] + given[name] @ a.T @ d for name, (a, d) in tensors.items()}}
 
 
+@cache
+def gating(kind: str) -> Erasure:
+    """With a gate that the prompt opens, and one that none does."""
+    pipe = tiny(kind)
+    with torch.no_grad():  # by a copy: transformers puts hooks on encoders that are asked for all layers
+        rows = copy.deepcopy(pipe).encode_prompt(PROMPT, *[None] * (1 if kind == "flux" else 2), device="cpu")[0]
+    tensors = random_gates(rows[0, 0], pipe.transformer.config.pooled_projection_dim)
+    layer = Layer("gated_map", ("encoder_hidden_states",), tensors, "transformer")
+    return Erasure.from_layers([layer], base=pipe, concepts=["zebra", "gnu"], method="random")
+
+
+def plain_gates(kind: str, pipe: Any) -> Any:
+    """The pipeline whose transformer is given what the open gates leave of the text."""
+    erasure = gating(kind)
+    tensors = erasure.layer_tensors(erasure.config.layers[0])
+    pipe.transformer.register_forward_pre_hook(partial(_gated, tensors), with_kwargs=True)
+    return pipe
+
+
+def _gated(
+    tensors: Mapping[str, torch.Tensor], module: Any, args: Any, given: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    rows, found = given["encoder_hidden_states"], dict(given)
+    is_open = (rows.float() @ tensors["probes"].T).amax(1) > tensors["thresholds"].sum(1)
+    for prefix, name in (("", "encoder_hidden_states"), ("pooled_", "pooled_projections")):
+        x, counts = given[name], tensors[prefix + "counts"].int().tolist()
+        parts = zip(is_open.T, *(tensors[prefix + each].split(counts) for each in "AD"), strict=True)
+        shape = (-1, *[1] * (x.ndim - 1))
+        found[name] = x + sum(gate.reshape(shape) * (x @ a.T.to(x) @ d.to(x)) for gate, a, d in parts)
+    return args, found
+
+
 def _erasures(kind: str) -> tuple[Erasure, ...]:
-    return low_rank(kind), patching(kind), mapping(kind)
+    return low_rank(kind), patching(kind), mapping(kind), gating(kind)
 
 
 @dataclass(frozen=True)
@@ -133,6 +165,7 @@ FORMS: dict[str, Form] = {
     "merged": Form(low_rank, dense, "merge"),
     "peft": Form(low_rank, dense, "peft"),
     "text_map": Form(mapping, plain_maps),
+    "gated_map": Form(gating, plain_gates),
     "activation": Form(patching, lambda kind, pipe: patches(kind).plainly(pipe)),
 }
 

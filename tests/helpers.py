@@ -255,6 +255,26 @@ def random_erasure(
     )
 
 
+def random_gates(example: torch.Tensor, pooled: int = 0, size: float = 1.0) -> dict[str, torch.Tensor]:
+    """Tensors of a `gated_map` with two gates: one that any prompt with a row like an example's [C] opens, and one that none does."""
+    generator, width = torch.Generator().manual_seed(13), len(example)
+    row = torch.nn.functional.normalize(example.detach().float(), dim=0)
+    far_along = torch.stack([0.01 * row @ example.float(), 1e4 * example.norm()])
+    tensors = {
+        "probes": torch.stack([row, row]),
+        "thresholds": torch.stack(
+            [far_along.bfloat16().float(), far_along - far_along.bfloat16().float()], 1
+        ).detach(),
+        "probe_counts": torch.ones(2),
+    }
+    for prefix, columns in (("", width), ("pooled_", pooled)):
+        if columns:
+            tensors[prefix + "A"] = size * torch.randn(5, columns, generator=generator) / columns**0.5
+            tensors[prefix + "D"] = torch.randn(5, columns, generator=generator)
+            tensors[prefix + "counts"] = torch.tensor([2.0, 3.0])
+    return tensors
+
+
 def only_family(pipe: Any) -> BaseModel:
     """A base model without fingerprints."""
     return BaseModel(family_of(pipe).name)

@@ -113,6 +113,15 @@ def config(**changes: Any) -> ErasureConfig:
     return ErasureConfig(**{**values, **changes})
 
 
+GATES: dict[str, Any] = {
+    "names": 5,
+    "contexts": {"fitting": 20, "setting": 10, "testing": 10},
+    "missed": {"cat": 0.05, "Van Gogh": 0.0},
+    "kept_tested": 384,
+    "kept_opened": 2,
+}
+
+
 def examples() -> dict[str, str]:
     full = config()
     text_map = LayerSpec("text_map", "unet", ("encoder_hidden_states",), TENSOR_FILE, "text_map.")
@@ -124,15 +133,24 @@ def examples() -> dict[str, str]:
         results={},
         redacted=True,
     )
+    gated_map = LayerSpec("gated_map", "unet", ("encoder_hidden_states",), TENSOR_FILE, "gated_map.")
+    gated = config(
+        method=Method("gated", settings={"preset": "object", "contexts": 40}),
+        layers=(gated_map,),
+        stock=Stock(LORA_FILE, 0.069, "approximate", {"uce": {"completeness": {"cat": 0.935, "Van Gogh": 0.931}}}),
+        diagnostics={"completeness": {"cat": 1.0, "Van Gogh": 0.934}, "gates": GATES},
+        results={},
+    )
     local = config(base_model=BaseModel("stable-diffusion"), layers=(text_map,), stock=None, results={})
     return {
         "example_lora.md": render_card(full, "user/no-cat"),
         "example_text_map.md": render_card(local),
         "example_redacted.md": render_card(redacted, "user/redacted"),
+        "example_gated.md": render_card(gated, "user/gated"),
     }
 
 
-@pytest.mark.parametrize("name", ["example_lora.md", "example_redacted.md", "example_text_map.md"])
+@pytest.mark.parametrize("name", ["example_lora.md", "example_redacted.md", "example_text_map.md", "example_gated.md"])
 def test_the_examples_are_what_the_template_renders(name: str) -> None:
     """`UPDATE_CARDS=1 pytest tests/test_cards.py` writes them anew."""
     if os.environ.get("UPDATE_CARDS") == "1":
@@ -167,6 +185,33 @@ def test_what_the_hub_reads() -> None:
         assert ModelCard(str(card)).data.to_dict() == card.data.to_dict() and ModelCard(str(card)).text == card.text
     redacted = examples()["example_redacted.md"]
     assert not re.search(r"cat\b|Gogh|animal|dog", redacted.split("## Citation")[0])
+
+
+def test_what_is_told_of_gates() -> None:
+    text = " ".join(examples()["example_gated.md"].split())
+    for part in (
+        "act in diffusers-erasure alone; no LoRA has them",
+        "Calibrated for 5 name(s) on 40 contexts",
+        "missed 5 % of a target's prompts at most, and opened for 2 of 384 prompts",
+        "UCE's linear edit of the same concepts",
+        "0.931 at least",
+        "so that no probe sees the concept's name",
+    ):
+        assert part in text, part
+    assert "## Citation" not in text and "## Gates" not in examples()["example_lora.md"]
+    layer = LayerSpec("gated_map", "unet", ("encoder_hidden_states",), TENSOR_FILE, "gated_map.")
+    # What a file tells may be anything.
+    for told in (
+        None,
+        [],
+        "x",
+        {"names": "5", "contexts": 3, "missed": [1]},
+        {"contexts": {"a": True}, "kept_tested": None},
+    ):
+        card = render_card(config(layers=(layer,), stock=None, diagnostics={"gates": told}))
+        assert "## Gates" in card and "Calibrated" not in card and "held out" not in card
+    few = {**GATES, "contexts": dict.fromkeys(("fitting", "setting", "testing"), 1)}
+    assert "on 1 contexts" in render_card(config(layers=(layer,), stock=None, diagnostics={"gates": few}))
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -243,14 +288,15 @@ def test_merging() -> None:
 
 
 def test_each_method_has_its_citation() -> None:
+    """But for the library's own, whose cards have no such section."""
+    assert [declared.name for declared in BUILT_IN if declared.citation is None] == ["gated"]
     for declared in BUILT_IN:
         citation = declared.citation
-        assert (
-            citation is not None
-            and citation.url.startswith("https://")
-            and citation.bibtex.startswith("@")
-            and str(citation.year)
-        )
+        if citation is None:
+            card = render_card(config(method=Method(declared.name)))
+            assert "Citation" not in card and declared.summary.split(":")[0] in card
+            continue
+        assert citation.url.startswith("https://") and citation.bibtex.startswith("@") and str(citation.year)
         assert citation.title in citation.bibtex
 
 

@@ -266,7 +266,7 @@ def test_what_the_catalogue_says() -> None:
     assert (found["uce"]["presets"], found["uce"]["has_published"]) == (["object", "style", "person"], True)
     assert found["uce"]["settings"]["lamb"]["presets"]["style"] == 1e-3
     assert found["uce"]["settings"]["lamb"]["published"]["style"] == 0.5
-    closed = {"uce", "rece", "speed", "dp", "oce"}
+    closed = {"uce", "rece", "speed", "dp", "oce", "gated"}
     trained = ["dumo", "eraseanything", "esd", "gem", "sdd"]
     of_transformers = {"gem", "eraseanything"}
     assert all(

@@ -62,12 +62,14 @@ def test_it_is_recognised_by_its_files(saved: tuple[Any, Any, Path]) -> None:
     assert with_stored_denoiser(whole) is whole
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "speed", "dp", "oce"])
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "dp", "oce", "gated"])
 def test_an_erasure_has_the_same_bytes_with_it_and_without(saved: tuple[Any, Any, Path], method: str) -> None:
     whole, bare, _ = saved
-    one, other = (erase(pipe, "cat", **COMMON, method=method) for pipe in (whole, bare))
+    # What a gated one moved is told by predictions, with the denoiser.
+    more = {"compare": False} if method == "gated" else {}
+    one, other = (erase(pipe, "cat", **COMMON, **more, method=method) for pipe in (whole, bare))
     assert one.content_hash == other.content_hash and one.config == other.config
-    assert one.config.diagnostics["collateral"]["words"] > 100
+    assert more or one.config.diagnostics["collateral"]["words"] > 100
     assert getattr(bare, name_of(bare)) is None
     if method == "uce":
         whole.load_erasure(other)

@@ -58,9 +58,7 @@ def read(source: Source, prompts: Sequence[str], *, behind: int | None = None) -
         for start in tqdm(starts, desc="encoding contexts", leave=False, disable=len(starts) < 8):
             some = ids[start : start + 64]
             found, _ = source.all(prompts[start : start + 64], FIRST)
-            rows += [
-                each[list(_places(source, own, len(each)))].float() for each, own in zip(found, some, strict=True)
-            ]
+            rows += [each[places(own, len(each))].float() for each, own in zip(found, some, strict=True)]
         counts = torch.tensor([len(each) for each in rows])
         return {"rows": torch.cat(rows) if rows else torch.zeros(0, source.width), "counts": counts}
 

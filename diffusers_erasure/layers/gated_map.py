@@ -2,10 +2,12 @@
 
 For a prompt with rows x_1 … x_L and pooled vector p
 
-    open_c = 1 where x_i . w_j > t_j for any row i and any probe j of the concept c, else 0
+    open_c = 1 where x_i . w_j > t_j for any row i and any probe j of the concept c, or p . v_k > u_k for any of its pooled probes k,
+             else 0
     x_i <- x_i + s sum_c open_c (x_i A_c^T) D_c,        p <- p + s sum_c open_c (p P_c^T) Q_c
 
-so that a prompt which no probe sees stays bit for bit what it was, while behind an open gate a map is free to move everything. Maps that
+Pooled probes are for denoisers whose pooled vector is made by another encoder than the rows, so perhaps of another prompt (FLUX.1).
+A prompt which no probe sees stays bit for bit what it was, while behind an open gate a map is free to move everything. Maps that
 are open add up: of several names in one prompt all are to go. Gates depend on the text alone and are computed once a run.
 """
 
@@ -34,6 +36,13 @@ from .text_map import TextMapLayer, argument_of, check_pooled_width, check_row_w
 
 DIMENSIONS = {"probes": 2, "thresholds": 2, "probe_counts": 1, "A": 2, "D": 2, "counts": 1}
 POOLED_DIMENSIONS = {"pooled_A": 2, "pooled_D": 2, "pooled_counts": 1}
+POOLED_PROBES = {"pooled_probes": 2, "pooled_thresholds": 2, "pooled_probe_counts": 1}
+COUNTED = {
+    "probe_counts": "probes",
+    "counts": "A",
+    "pooled_counts": "pooled_A",
+    "pooled_probe_counts": "pooled_probes",
+}
 
 
 def in_two(values: torch.Tensor) -> torch.Tensor:
@@ -62,6 +71,45 @@ class GatedPart:
     def concepts(self) -> int:
         """How many gates it has."""
         return len(self.tensors["probe_counts"])
+
+
+class Probes(nn.Module):
+    """Probes [P, C], each of one gate, and their thresholds; of parts that may have none.
+
+    Args:
+        parts: of each its probes, thresholds and counts, and the number of its first gate.
+        count: how many gates there are.
+    """
+
+    bits: torch.Tensor  # float32 in the bits of whole numbers: no cast of the model rounds them
+    thresholds: torch.Tensor  # likewise
+    gates: torch.Tensor  # [P]
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]],
+        count: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.count = count
+        probes, thresholds, counts, starts = zip(*parts, strict=True)
+        bits = torch.cat(probes).float().contiguous().view(torch.int32)
+        live_buffer(self, "bits", bits, device, torch.int32)
+        exact = torch.cat([each.double().sum(1).float() for each in thresholds])
+        live_buffer(self, "thresholds", exact.view(torch.int32), device, torch.int32)
+        gates = torch.cat([numbered(each) + start for each, start in zip(counts, starts, strict=True)])
+        live_buffer(self, "gates", gates, device, torch.int64)
+
+    @torch.no_grad()
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which gates are open, bool [B, gates], for rows [B, L, C]."""
+        probes = self.bits.to(rows.device).view(torch.float32)
+        with _exactly(rows.device):
+            values = F.linear(rows.float(), probes).amax(1)
+        hit = (values > self.thresholds.to(rows.device).view(torch.float32)).to(torch.int32)
+        gates = self.gates.to(rows.device).expand(len(rows), -1)
+        return torch.zeros(len(rows), self.count, dtype=torch.int32, device=rows.device).scatter_add(1, gates, hit) > 0
 
 
 class Ranks(nn.Module):
@@ -98,11 +146,7 @@ class Ranks(nn.Module):
 
 
 class GatedMap(SiteEdit):
-    """The gated maps of some erasures on one denoiser: probes [P, C], each of one gate, and the maps behind the gates."""
-
-    bits: torch.Tensor  # the probes, float32 in the bits of whole numbers: no cast of the model rounds them
-    thresholds: torch.Tensor  # likewise
-    gates: torch.Tensor  # [P], the gate of each probe
+    """The gated maps of some erasures on one denoiser: their probes, and the maps behind the gates."""
 
     def __init__(
         self,
@@ -115,13 +159,18 @@ class GatedMap(SiteEdit):
         super().__init__(module, parts, columns, device, dtype)
         own = [part.tensors for part in parts.values()]
         starts = [sum(part.concepts for part in list(parts.values())[:i]) for i in range(len(own))]
-        self.count = sum(part.concepts for part in parts.values())
-        thresholds = torch.cat([each["thresholds"].double().sum(1).float() for each in own])
-        bits = torch.cat([each["probes"] for each in own]).float().contiguous().view(torch.int32)
-        live_buffer(self, "bits", bits, device, torch.int32)
-        live_buffer(self, "thresholds", thresholds.view(torch.int32), device, torch.int32)
-        gates = torch.cat([numbered(each["probe_counts"]) + start for each, start in zip(own, starts, strict=True)])
-        live_buffer(self, "gates", gates, device, torch.int64)
+        count = sum(part.concepts for part in parts.values())
+
+        def probes(*names: str) -> Probes | None:
+            found = [
+                (*(each[name] for name in names), start)
+                for each, start in zip(own, starts, strict=True)
+                if names[0] in each
+            ]
+            return Probes(found, count, device) if found else None  # type: ignore[arg-type]
+
+        self.probes = probes("probes", "thresholds", "probe_counts")
+        self.pooled_probes = probes(*POOLED_PROBES)
 
         def maps(a: str, d: str, of: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
             return [
@@ -136,29 +185,32 @@ class GatedMap(SiteEdit):
         if self.of_pooled:
             self.pooled = Ranks(maps("pooled_A", "pooled_D", "pooled_counts"), device, dtype)
 
-    def opened(self, rows: torch.Tensor, now: Pass) -> torch.Tensor:
-        """Which gates are open for each prompt, bool [B, gates], of rows [B, L, C]."""
-        if torch.compiler.is_compiling():
-            return self._opened(rows)
-        return kept_for(now, (self, "gates"), rows, lambda: self._opened(rows))
+    def opened(self, rows: torch.Tensor, vectors: torch.Tensor | None, now: Pass) -> torch.Tensor:
+        """Which gates are open for each prompt, bool [B, gates], of rows [B, L, C] and pooled vectors [B, c]."""
+        found = self._seen("probes", rows, now)
+        if self.pooled_probes is None or vectors is None or len(vectors) != len(rows):
+            return found
+        return found | self._seen("pooled_probes", vectors, now)
 
-    @torch.no_grad()
-    def _opened(self, rows: torch.Tensor) -> torch.Tensor:
-        probes = self.bits.to(rows.device).view(torch.float32)
-        with _exactly(rows.device):
-            values = F.linear(rows.float(), probes).amax(1)
-        hit = (values > self.thresholds.to(rows.device).view(torch.float32)).to(torch.int32)
-        gates = self.gates.to(rows.device).expand(len(rows), -1)
-        return torch.zeros(len(rows), self.count, dtype=torch.int32, device=rows.device).scatter_add(1, gates, hit) > 0
+    def _seen(self, name: str, values: torch.Tensor, now: Pass) -> torch.Tensor:
+        probes = getattr(self, name)
 
-    def of_rows(self, rows: torch.Tensor, now: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        def seen() -> torch.Tensor:
+            return probes(values if values.ndim == 3 else values[:, None])
+
+        return seen() if torch.compiler.is_compiling() else kept_for(now, (self, name), values, seen)
+
+    def of_rows(
+        self, rows: torch.Tensor, vectors: torch.Tensor | None, now: Pass
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mapped rows [B, L, C], and which gates are open."""
-        is_open = self.opened(rows, now)
+        is_open = self.opened(rows, vectors, now)
 
         def mapped() -> torch.Tensor:
             return self.ranks(rows, is_open, self._factors(now, rows))
 
-        if self.factors.modified or torch.compiler.is_compiling():
+        # What is kept is that of rows, and pooled probes look at more.
+        if self.factors.modified or self.pooled_probes is not None or torch.compiler.is_compiling():
             return mapped(), is_open
         return kept_for(now, self, rows, mapped), is_open
 
@@ -171,7 +223,8 @@ class GatedMap(SiteEdit):
             factors = self.factors.product(now, rows.device)
             if factors is not None and len(factors) > 1:
                 factors = self.factors.for_rows(factors, now, len(prompts))[index : index + 1]
-            return self.ranks(rows[None], self._opened(rows[None]), factors)[0]
+            assert self.probes is not None
+            return self.ranks(rows[None], self.probes(rows[None]), factors)[0]
 
         return [of_picture(rows, index) for index, rows in enumerate(prompts)]
 
@@ -215,30 +268,37 @@ class GatedInput(Place):
         given = arguments[self.position] if len(arguments) > self.position else kwargs.get(self.argument)
         if given is None:
             return None
-        mapped, is_open = self._rows(edit, given, now)
+        vectors = self._vectors(arguments, kwargs)
+        mapped, is_open = self._rows(edit, given, vectors, now)
         kwargs = _put(arguments, kwargs, self.position, self.argument, mapped)
-        if is_open is not None and self.pooled is not None and self.pooled_position is not None:
-            kwargs = self._with_pooled(edit, arguments, kwargs, is_open, now)
+        if is_open is not None and vectors is not None:
+            kwargs = self._with_vectors(arguments, kwargs, edit.of_pooled_vectors(vectors, is_open, now))
         return tuple(arguments), kwargs
 
-    def _rows(self, edit: GatedMap, given: Any, now: Pass) -> tuple[Any, torch.Tensor | None]:
+    def _rows(
+        self, edit: GatedMap, given: Any, vectors: torch.Tensor | None, now: Pass
+    ) -> tuple[Any, torch.Tensor | None]:
         if isinstance(given, list):
             return edit.of_list(given, now), None
         rows = given[0] if isinstance(given, tuple) else given  # an IP-Adapter's (text, image embeddings)
-        mapped, is_open = edit.of_rows(rows, now)
+        mapped, is_open = edit.of_rows(rows, vectors, now)
         return ((mapped, *given[1:]) if isinstance(given, tuple) else mapped), is_open
 
-    def _with_pooled(
-        self, edit: GatedMap, arguments: list[Any], kwargs: dict[str, Any], is_open: torch.Tensor, now: Pass
-    ) -> dict[str, Any]:
-        assert self.pooled is not None and self.pooled_position is not None
+    def _vectors(self, arguments: list[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The pooled vectors of this call, where it has some."""
+        if self.pooled is None or self.pooled_position is None:
+            return None
         name, key = self.pooled
         held = arguments[self.pooled_position] if len(arguments) > self.pooled_position else kwargs.get(name)
-        vectors = held if key is None or held is None else held.get(key)
-        if held is None or vectors is None:
-            return kwargs
-        mapped = edit.of_pooled_vectors(vectors, is_open, now)
-        return _put(arguments, kwargs, self.pooled_position, name, mapped if key is None else {**held, key: mapped})
+        return held if key is None or held is None else held.get(key)
+
+    def _with_vectors(self, arguments: list[Any], kwargs: dict[str, Any], vectors: torch.Tensor) -> dict[str, Any]:
+        assert self.pooled is not None and self.pooled_position is not None
+        name, key = self.pooled
+        if key is None:
+            return _put(arguments, kwargs, self.pooled_position, name, vectors)
+        held = arguments[self.pooled_position] if len(arguments) > self.pooled_position else kwargs[name]
+        return _put(arguments, kwargs, self.pooled_position, name, {**held, key: vectors})
 
 
 def _put(arguments: list[Any], kwargs: dict[str, Any], position: int, name: str, value: Any) -> dict[str, Any]:
@@ -269,7 +329,7 @@ class GatedMapLayer(TextMapLayer):
 class GatedMapKind(LayerKind):
     """`probes` [P, C] with `thresholds` [P, 2] (sums of two), `A` and `D` [R, C], and how many of them each concept has, one after
     another: `probe_counts` and `counts` [concepts]; where the denoiser reads a pooled vector `pooled_A`, `pooled_D` and
-    `pooled_counts` besides."""
+    `pooled_counts` besides, and probes on it: `pooled_probes`, `pooled_thresholds` and `pooled_probe_counts`."""
 
     name: ClassVar[str] = "gated_map"
     live: ClassVar[type[HookLayer]] = GatedMapLayer
@@ -279,7 +339,9 @@ class GatedMapKind(LayerKind):
             raise ErasureFileError(
                 f"A `gated_map` acts on {ROWS!r} of the denoiser, not on {spec.component!r}, {list(spec.sites)[:3]}."
             )
-        wanted = {**DIMENSIONS, **(POOLED_DIMENSIONS if set(tensors) & set(POOLED_DIMENSIONS) else {})}
+        wanted = dict(DIMENSIONS)
+        for optional in (POOLED_DIMENSIONS, POOLED_PROBES):
+            wanted |= optional if set(tensors) & set(optional) else {}
         if set(tensors) != set(wanted):
             raise ErasureFileError(
                 f"{spec.file}: a `gated_map` has the tensors {sorted(wanted)}, not {sorted(tensors)[:12]}."
@@ -289,8 +351,12 @@ class GatedMapKind(LayerKind):
         fits = all(len(shapes[name]) == count for name, count in wanted.items())
         fits = fits and shapes["thresholds"] == (probes[0], 2) and shapes["D"] == maps and maps[1:] == probes[1:]
         fits = fits and shapes.get("pooled_A") == shapes.get("pooled_D")
+        if "pooled_probes" in shapes:
+            probes = shapes["pooled_probes"]
+            fits = fits and shapes["pooled_thresholds"] == (probes[0], 2)
+            fits = fits and probes[1:] == shapes.get("pooled_A", probes)[1:]
         concepts = shapes["probe_counts"]
-        for name, of in (("probe_counts", "probes"), ("counts", "A"), ("pooled_counts", "pooled_A")):
+        for name, of in COUNTED.items():
             fits = fits and (
                 of not in shapes or _counts(tensors[name], concepts, shapes[of][0], name == "probe_counts")
             )
@@ -306,16 +372,17 @@ class GatedMapKind(LayerKind):
         family, kind = reading_family(component), type(component).__name__
         position_of(component, argument_of(component, ROWS)[0])
         check_row_width(component, tensors["A"].shape[1])
-        if "pooled_A" in tensors:
+        for name in sorted({"pooled_A", "pooled_probes"} & set(tensors)):
             if family.pooled is None:
                 raise ErasureCompatibilityError(
-                    f"The erasure maps a pooled text vector, and {kind} reads none: it was made for another architecture."
+                    f"The erasure reads a pooled text vector, and {kind} reads none: it was made for another architecture."
                 )
-            check_pooled_width(component, tensors["pooled_A"].shape[1])
+            check_pooled_width(component, tensors[name].shape[1])
 
     def reads(self, component: nn.Module, spec: LayerSpec, tensors: Tensors) -> Collection[Any] | None:
         pooled = reading_family(compat.unwrap_compiled(component)).pooled
-        return {ROWS, *(() if pooled is None or "pooled_A" not in tensors else (pooled.input,))}
+        looked = pooled is not None and not {"pooled_A", "pooled_probes"}.isdisjoint(tensors)
+        return {ROWS, *((pooled.input,) if looked and pooled is not None else ())}
 
     def summed(
         self, members: Sequence[Summand], rank: int | None, max_error: float | None
@@ -345,6 +412,17 @@ def _side_by_side(kind: str, component: str, members: Sequence[Summand]) -> Laye
         raise ErasureInputError(
             "Of these erasures some map the pooled text vector and some do not; load them side by side."
         )
-    tensors = {name: torch.cat([member.tensors[name] for member in members]).contiguous() for name in names}
+    parts = [dict(member.tensors) for member in members]
+    with_probes = next((part for part in parts if "pooled_probes" in part), None)
+    if with_probes is not None:
+        names += POOLED_PROBES
+        for part in parts:
+            none = (
+                with_probes["pooled_probes"][:0],
+                with_probes["pooled_thresholds"][:0],
+                torch.zeros(len(part["probe_counts"])),
+            )
+            part |= {name: part.get(name, empty) for name, empty in zip(POOLED_PROBES, none, strict=True)}
+    tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in names}
     origins = {name for member in members for name in member.spec.derived_from}
     return Layer(kind, (ROWS,), tensors, component, tuple(sorted(origins)))

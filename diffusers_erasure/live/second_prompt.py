@@ -78,6 +78,8 @@ def _at_door(layer: LayerSpec, family: Family) -> bool:
 
 
 def _mixes(erasure: Erasure, layer: LayerSpec, width: int | None) -> bool:
+    if layer.kind == "gated_map":  # a probe sees whole rows
+        return True
     tensors = erasure.layer_tensors(layer)
     if layer.kind == "text_map":
         return layer.sites[0] == ROWS and (_spans(tensors["A"], width) or _spans(tensors["D"], width))

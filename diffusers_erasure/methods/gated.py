@@ -27,7 +27,7 @@ from ..schema import LORA_FILE, Concept
 from ..settings import Facts, resolve
 from ..stock_lora import give_stock_lora
 from . import uce
-from .gated_probes import Gates, fit_gates
+from .gated_probes import Gates, Kept, fit_gates, fit_pooled_gates
 from .gated_reading import Name, Reading, Split, anchored, kept_words, names_of, paired_prompts, paired_rows
 from .gated_settings import Config, Settings
 from .rows import pushed
@@ -60,10 +60,12 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     settings = resolve(config, Settings, Facts(len(concepts), family=family.name))
     check_prompts(pipe, [str(concept.target) for concept in concepts], settings.max_sequence_length)
     sources = row_sources(pipe, length=settings.max_sequence_length, before_norm=True)
-    reading = Reading(sources, pooled_source(pipe) if settings.pooled else None)
-    names = names_of(concepts, settings, sources)
-    words = kept_words(pipe, settings, concepts, sources[0])
-    gates = fit_gates(reading, concepts, names, words, settings)
+    encoders = {name for block in family.rows for name in block}
+    apart = family.pooled is not None and encoders.isdisjoint(family.pooled.encoders)
+    reading = Reading(sources, pooled_source(pipe) if settings.pooled else None, apart)
+    names = names_of(concepts, settings, reading)
+    prompts = Kept.of(reading, kept_words(pipe, settings, concepts, sources[0]), settings)
+    gates = fit_gates(reading, concepts, names, prompts, settings)
     names = list(gates.names)
     tensors = {
         "probes": gates.probes,
@@ -85,6 +87,7 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
             targets, anchors = (torch.stack([reading.vectors[pair[side]] for pair in known]) for side in (0, 1))
             _add(maps, "pooled_", *fit_map(targets, anchors, settings.ridge, settings.rank, settings.push))
     tensors |= {name: torch.cat(values) for name, values in maps.items()}
+    tensors |= fit_pooled_gates(reading, concepts, names, prompts, settings)
     base = describe_base(pipe)
     layer = Layer("gated_map", (ROWS,), tensors, family.denoiser)
     _warn(gates, settings)

@@ -4,14 +4,16 @@ Fisher's discriminant: with S the covariance of all rows, mu the mean of the kep
 
     w_j = (S + ridge tr(S) / C)^-1 (m_j - mu).
 
-A threshold stands between what the kept prompts reach in contexts that were held out, and what the name reaches there.
+A threshold stands between what the kept prompts reach in contexts that were held out, and what the name reaches there. Pooled vectors
+that another encoder makes than the rows (FLUX.1's) have such probes too, where these are sure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..layers.gated_map import in_two
 from ..lists import names_any
 from ..schema import Concept
 from .gated_reading import Name, Reading, Split, kept_prompts, named_rows
@@ -74,12 +76,15 @@ def thresholds(named: Sequence[torch.Tensor], kept: torch.Tensor, share: float) 
     Args:
         named: of each probe what it reached for its own name [n].
         kept (`torch.Tensor`): what each reached for prompts that do not name it [N, P]; -inf where one does.
-        share (`float`): between 0, just above all that is kept, and 1, just below all that names it. Where the two overlap, 0 is the
-            lower end too: every prompt that may name it opens the gate.
+        share (`float`): between 0, just above all that is kept, and 1, just below all that names it. Where the two overlap, 0 is just
+            below the lower end: every prompt that may name it opens the gate.
     """
     high = torch.stack([values.amin() for values in named]).double()
     low = kept.amax(0).double() if len(kept) else high - high.abs().clamp_min(1.0)
+    overlap = high <= low
     low, high = torch.minimum(low, high), torch.maximum(low, high)
+    # What reaches a threshold exactly does not open, and of a name that overlaps the lowest is to.
+    low = torch.where(overlap, low - 1e-4 * (high - low) - 1e-6 * low.abs(), low)
     return low + share * (high - low)
 
 
@@ -106,20 +111,33 @@ class Gates:
     blurred: list[str]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Prompts that must not open a gate: those to fit probes, to set thresholds, and to test them."""
+
+    fitting: list[str]
+    setting: list[str]
+    testing: list[str]
+
+    @classmethod
+    def of(cls, reading: Reading, words: Sequence[str], settings: Settings) -> "Kept":
+        """Of some words, in contexts in which all encoders read them whole."""
+        split = Split.of(settings.template_list)
+        kinds = kept_prompts(words, split, settings.kept_contexts) if words else ([], [], [])
+        fitting, setting, testing = map(reading.readable, kinds)
+        return cls(list(dict.fromkeys([*fitting, ""])), setting, testing)
+
+
 def fit_gates(
-    reading: Reading, concepts: Sequence[Concept], names: Sequence[Name], words: Sequence[str], settings: Settings
+    reading: Reading, concepts: Sequence[Concept], names: Sequence[Name], prompts: Kept, settings: Settings
 ) -> Gates:
     """Fit probes, set their thresholds, and test them, each in contexts of its own."""
-    split = Split.of(settings.template_list)
-    fitting, setting, testing = kept_prompts(words, split, settings.kept_contexts) if words else ([], [], [])
-    # In a context a long prompt may be too long; the prompts themselves are not.
-    fitting = [*fitting[: len(words)], *reading.short(fitting[len(words) :]), ""]
-    setting, testing = reading.short(setting), reading.short(testing)
+    fitting, setting, testing = prompts.fitting, prompts.setting, prompts.testing
     kept_rows = reading.of_kept([*fitting, *setting, *testing])
     for name in names:
         reading.read(name.within((*name.split.mapped, *name.split.testing)), pooled=not name.made)
     sums = Sums.empty(reading.sources[0].width)
-    for prompt in dict.fromkeys(fitting):
+    for prompt in fitting:
         sums.add(kept_rows[prompt])
     probes = directions(sums, [named_rows(reading, name, name.split.fitting) for name in names], settings.probe_ridge)
 
@@ -131,14 +149,8 @@ def fit_gates(
         return torch.stack([highest_of(prompt) for prompt in prompts]) if prompts else torch.zeros(0, len(names))
 
     own = [reached(name.within(name.split.setting))[:, i] for i, name in enumerate(names)]
-    others = [(name.concept, prompt) for name in names if not name.made for prompt in name.within(name.split.setting)]
     targets = [str(concept.target) for concept in concepts]
-    beside = reached([prompt for _, prompt in others])
-    for row, (concept, prompt) in enumerate(others):
-        for i, name in enumerate(names):
-            if name.concept == concept or names_any(prompt, [name.text, targets[name.concept]]):
-                beside[row, i] = -torch.inf
-    kept = torch.cat([reached(setting), beside, *([reached([""])] if not words else [])])
+    kept = torch.cat([reached(setting or [""]), _beside(reached, names, targets)])
     limits = thresholds(own, kept, 0.0 if settings.strict else settings.share)
     blurred = [float(kept[:, i].amax()) >= float(own[i].amin()) for i in range(len(names))]
     tested = reached(testing)
@@ -162,6 +174,50 @@ def fit_gates(
         missed[target] = sum(index not in opened(prompt) for prompt in own_prompts) / max(1, len(own_prompts))
     false = {prompt: sorted(targets[i] for i in found) for prompt in testing if (found := opened(prompt))}
     return Gates(tuple(names), probes, limits, missed, false, len(testing), unsure)
+
+
+def fit_pooled_gates(
+    reading: Reading, concepts: Sequence[Concept], names: Sequence[Name], prompts: Kept, settings: Settings
+) -> dict[str, torch.Tensor]:
+    """Probes of pooled vectors as the layer's tensors: of names that they tell from all that is kept, none where there are none."""
+    if not (reading.apart and prompts.setting):
+        return {}
+    names = [name for name in names if not name.made]
+    sums = Sums.empty(reading.vectors_of([""]).shape[1])
+    sums.add(reading.vectors_of(prompts.fitting))
+    named = [reading.vectors_of(name.within(name.split.fitting)) for name in names]
+    probes = directions(sums, named, settings.probe_ridge)
+
+    def reached(some: Sequence[str]) -> torch.Tensor:
+        return reading.vectors_of(some) @ probes.T if some else torch.zeros(0, len(names))
+
+    targets = [str(concept.target) for concept in concepts]
+    own = [reached(name.within(name.split.setting))[:, i] for i, name in enumerate(names)]
+    kept = torch.cat([reached(prompts.setting), _beside(reached, names, targets)])
+    limits = thresholds(own, kept, 0.0 if settings.strict else settings.share)
+    opened = (reached(prompts.testing) > limits).any(0)
+    clear = [i for i in range(len(names)) if own[i].amin() > kept[:, i].amax() and not opened[i]]
+    if not clear:
+        return {}
+    concept_of = [names[i].concept for i in clear]
+    return {
+        "pooled_probes": probes[clear],
+        "pooled_thresholds": in_two(limits[clear]),
+        "pooled_probe_counts": torch.tensor([concept_of.count(i) for i in range(len(concepts))]).float(),
+    }
+
+
+def _beside(
+    reached: Callable[[Sequence[str]], torch.Tensor], names: Sequence[Name], targets: Sequence[str]
+) -> torch.Tensor:
+    """What probes reach for the prompts of the other concepts [N, names]; -inf where these name the probe's own."""
+    others = [(name.concept, prompt) for name in names if not name.made for prompt in name.within(name.split.setting)]
+    values = reached([prompt for _, prompt in others])
+    for row, (concept, prompt) in enumerate(others):
+        for i, name in enumerate(names):
+            if name.concept == concept or names_any(prompt, [name.text, targets[name.concept]]):
+                values[row, i] = -torch.inf
+    return values
 
 
 def _gap(own: torch.Tensor, kept: torch.Tensor) -> float:

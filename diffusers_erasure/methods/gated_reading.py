@@ -1,12 +1,12 @@
 """What the gated edit looks at: names in contexts, what is kept in contexts, and the rows of their prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..encoding import short_enough
+from ..encoding import check_prompts, short_enough
 from ..encoding.contexts import Text, read
 from ..encoding.sources import Source
 from ..errors import ErasureInputError
@@ -40,6 +40,16 @@ class Split:
         held_out = {*setting, *testing}
         return cls(tuple(each for each in contexts if each not in held_out), setting, testing)
 
+    def without(self, contexts: Collection[str]) -> "Split":
+        """Without some contexts; a kind of which none would be left takes what is left of the others."""
+        kinds = [
+            tuple(each for each in kind if each not in contexts) for kind in (self.fitting, self.setting, self.testing)
+        ]
+        left = tuple(each for kind in kinds for each in kind)
+        return Split(
+            *(kind or left or own for kind, own in zip(kinds, (self.fitting, self.setting, self.testing), strict=True))
+        )
+
     def first(self, count: int) -> "Split":
         """Fewer, of each kind one at least."""
         kinds = self.fitting[: max(1, count - 2)], self.setting[:1], self.testing[:1]
@@ -64,8 +74,11 @@ class Name:
         return [context.format(self.text) for context in contexts]
 
 
-def names_of(concepts: Sequence[Concept], settings: Settings, sources: Sequence[Source]) -> list[Name]:
-    """The names that probes look for: the targets, their synonyms, and of both the plural and other letters where tokens differ."""
+def names_of(concepts: Sequence[Concept], settings: Settings, reading: "Reading") -> list[Name]:
+    """The names that probes look for: the targets, their synonyms, and of both the plural and other letters where tokens differ.
+
+    Each has the contexts in which all encoders read it, and its anchor, whole.
+    """
     whole = Split.of(settings.template_list)
     unknown = sorted(set(settings.synonyms) - {str(concept.target) for concept in concepts})
     if unknown:
@@ -77,10 +90,17 @@ def names_of(concepts: Sequence[Concept], settings: Settings, sources: Sequence[
         for given in (target, *settings.synonyms.get(target, ())):
             made = [(given, False), *((each, True) for each in _variants(given, settings.preset == "object"))]
             for text, is_made in made:
-                tokens = str([source.ids([text])[0] for source in sources])
+                tokens = str([source.ids([text])[0] for source in reading.sources])
                 if tokens not in known:
                     known.add(tokens)
-                    found.append(Name(index, text, whole.first(VARIANTS) if is_made else whole, is_made))
+                    split = whole.first(VARIANTS) if is_made else whole
+                    pairs = {
+                        context: {context.format(text), anchored(context, concept.anchor)}
+                        for context in (*split.mapped, *split.testing)
+                    }
+                    long = reading.too_long([prompt for pair in pairs.values() for prompt in pair])
+                    split = split.without({context for context, pair in pairs.items() if pair & long})
+                    found.append(Name(index, text, split, is_made))
     return found
 
 
@@ -94,12 +114,26 @@ def _variants(name: str, counted: bool) -> list[str]:
 
 
 class Reading:
-    """Rows of prompts from all sources of an input, as far as they were asked for."""
+    """Rows of prompts from all sources of an input, as far as they were asked for.
 
-    def __init__(self, sources: Sequence[Source], pooled: Source | None) -> None:
-        self.sources, self.pooled = sources, pooled
+    Args:
+        apart: whether the pooled vector is made by other encoders than the rows.
+    """
+
+    def __init__(self, sources: Sequence[Source], pooled: Source | None, apart: bool = False) -> None:
+        self.sources, self.pooled, self.apart = sources, pooled, apart and pooled is not None
         self.texts: list[dict[str, Text]] = [{} for _ in sources]
         self.vectors: dict[str, torch.Tensor] = {}
+
+    def too_long(self, prompts: Sequence[str]) -> set[str]:
+        """Those of some prompts that an encoder does not read whole."""
+        sources = [*self.sources, *([] if self.pooled is None else [self.pooled])]
+        return set().union(*(source.too_long(prompts) for source in sources))
+
+    def readable(self, prompts: Sequence[str]) -> list[str]:
+        """The others."""
+        long = self.too_long(prompts)
+        return [prompt for prompt in prompts if prompt not in long]
 
     def read(self, prompts: Sequence[str], *, pooled: bool = True) -> None:
         """Encode prompts that were not yet, pooled vectors only where they are wanted."""
@@ -107,14 +141,16 @@ class Reading:
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
             if new:
                 known.update(read(source, new))
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.vectors]
-        if pooled and self.pooled is not None and new:
-            self.vectors.update(zip(new, self.pooled.last(new).float(), strict=True))
+        if pooled and self.pooled is not None:
+            self.vectors_of(prompts)
 
-    def short(self, prompts: Sequence[str]) -> list[str]:
-        """Those of some prompts that all encoders read whole."""
-        long: set[str] = set().union(*(source.too_long(prompts) for source in self.sources))
-        return [prompt for prompt in prompts if prompt not in long]
+    def vectors_of(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Pooled vectors [N, c], of which there must be some."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.vectors]
+        if new:
+            assert self.pooled is not None
+            self.vectors.update(zip(new, self.pooled.last(new).float(), strict=True))
+        return torch.stack([self.vectors[prompt] for prompt in prompts])
 
     def of_kept(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The rows of kept prompts that a gate reads, of all sources; the list is cached on disk."""
@@ -175,6 +211,7 @@ def kept_prompts(words: Sequence[str], split: Split, count: int) -> tuple[list[s
 def kept_words(pipe: Any, settings: Settings, concepts: Sequence[Concept], first: Source) -> list[str]:
     """What must not open a gate, without entries of the shipped lists that say the same as a target."""
     words = list(settings.retain.prompts)
+    check_prompts(pipe, words, settings.max_sequence_length)
     held = short_enough(pipe, list(settings.retain.held), settings.max_sequence_length)
     if held:
         rows, named = first.last(held), first.last([str(concept.target) for concept in concepts])
