@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from ..artifact import Erasure
-from ..base_model import plain_weight, pooled_readers, text_readers
+from ..base_model import family_of, plain_weight, pooled_readers, text_readers
 from ..encoding import row_sources
 from ..families import ROW_INPUTS
+from ..layers.gated_map import numbered
 from ..layers.layer import Layer
 from ..low_rank import DOWN, UP
 
@@ -27,7 +28,7 @@ def row_moves(pipe: Any, erasure: Erasure, words: Sequence[str], context: str = 
 
     Args:
         pipe ([`DiffusionPipeline`]): the base model, un-erased.
-        erasure ([`Erasure`]): LoRAs on what reads the text rows, or maps of these.
+        erasure ([`Erasure`]): LoRAs on what reads the text rows, or maps of these, behind gates or not.
         words (sequence of `str`): the words.
         context (`str`, *optional*): the prompt in which a word stands, at its end.
 
@@ -40,6 +41,8 @@ def row_moves(pipe: Any, erasure: Erasure, words: Sequence[str], context: str = 
         _of_rows(each, readers, pooled) for each in layers
     ):
         return None
+    if family_of(pipe).norm is not None and any(each.kind == "gated_map" for each in layers):
+        return None  # these act on the rows in front of the norm
     length = erasure.config.method.settings.get("max_sequence_length", 0)
     texts = [context.format(word) for word in words]
     moves = [_turned(source.last(texts), layers, readers) for source in row_sources(pipe, length=length)]
@@ -65,7 +68,7 @@ def _read(erasure: Erasure, spec: Any) -> Layer:
 
 def _of_rows(layer: Layer, readers: Mapping[str, nn.Linear], pooled: set[str]) -> bool:
     """Whether a layer acts on text rows alone; the pooled vector goes with them."""
-    if layer.kind == "text_map":
+    if layer.kind in ("text_map", "gated_map"):
         return True
     sites = set(layer.sites) - pooled
     return (
@@ -78,6 +81,16 @@ def _changed(layer: Layer, site: str, weight: torch.Tensor, rows: torch.Tensor) 
     own = {name: value.double() for name, value in layer.tensors.items()}
     if layer.kind == "text_map":
         return (rows @ own["A"].T) @ own["D"] @ weight.T if ROW_INPUTS & set(layer.sites) else torch.zeros(1)
+    if layer.kind == "gated_map":
+        return _behind_gates(own, rows) @ weight.T
     if site not in layer.sites:
         return torch.zeros(1)
     return (rows @ own[site + DOWN].T) @ own[site + UP].T
+
+
+def _behind_gates(own: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """What the maps of a `gated_map` add to each row [N, C], with the gates that this row opens by itself."""
+    hit = rows @ own["probes"].T > own["thresholds"].sum(1)
+    concepts = len(own["counts"])
+    opened = torch.zeros(len(rows), concepts).index_add(1, numbered(own["probe_counts"]), hit.float()) > 0
+    return ((rows @ own["A"].T) * opened[:, numbered(own["counts"])]) @ own["D"]
