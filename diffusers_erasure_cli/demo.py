@@ -53,15 +53,19 @@ class DemoReport:
 
 
 def demo(
-    concept: Annotated[str, typer.Option(help="Object or style of the embedded model to erase.")] = "cat",
-    anchor: Annotated[str | None, typer.Option(help="What it is mapped to; its hypernym by default.")] = None,
+    concept: Annotated[str, typer.Option(help="Object or style of the embedded model to erase.")] = "dog",
+    anchor: Annotated[
+        str | None,
+        typer.Option(help="What it is mapped to; by default the nearest thing of its kind, of the model's words."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="A new folder; by default one in the current directory.")] = None,
     as_json: Json = False,
 ) -> None:
     """The main job on the embedded model: erase, save, load into a fresh pipeline, compare, score."""
     limit_threads()
     # What the fit warns of in numbers, the demo measures on pictures.
-    logging.getLogger("diffusers_erasure.methods.publishing").setLevel(logging.ERROR)
+    for module in ("publishing", "gated"):
+        logging.getLogger(f"diffusers_erasure.methods.{module}").setLevel(logging.ERROR)
     with bar() as shown:
         tasks: dict[str, Any] = {}
 
@@ -99,7 +103,7 @@ def run_demo(concept: str, anchor: str | None, output: Path | None, progress: Pr
 
     Args:
         concept (`str`): an object or a style of the embedded model.
-        anchor (`str`, *optional*): what it is mapped to; by default its hypernym, of a style the empty prompt.
+        anchor (`str`, *optional*): what it is mapped to; by default what `erase` picks.
         output (`Path`, *optional*): a new or empty folder; by default a new one in the current directory.
         progress: called with a label and how many of how many images are drawn.
 
@@ -109,7 +113,7 @@ def run_demo(concept: str, anchor: str | None, output: Path | None, progress: Pr
     Raises:
         ErasureInputError: the model does not know the concept, or the folder is not empty.
     """
-    from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES, load_judge
+    from diffusers_erasure.demo import OBJECTS, STYLES, load_judge
     from diffusers_erasure.demo.drawing import draw, fast_pipeline
     from diffusers_erasure.errors import ErasureInputError
     from diffusers_erasure.schema import GRID_FILE
@@ -120,7 +124,6 @@ def run_demo(concept: str, anchor: str | None, output: Path | None, progress: Pr
         raise ErasureInputError(
             f"The embedded model does not know {concept!r}. Styles: {', '.join(STYLES)}. Objects: {', '.join(OBJECTS)}."
         )
-    anchor = HYPERNYMS.get(concept, "") if anchor is None else anchor
     folder = _new_folder(output)
     erased, kept = _pairs(concept)
     pairs = [*erased, *kept]
@@ -152,7 +155,7 @@ def run_demo(concept: str, anchor: str | None, output: Path | None, progress: Pr
     with_results(erasure, *scores, len(after)).save_pretrained(folder / "erasure")
     report = DemoReport(
         concept=concept,
-        anchor=anchor,
+        anchor=str(erasure.concepts[0].anchor),
         before=scores[0],
         after=scores[1],
         images=len(after),
@@ -165,17 +168,15 @@ def run_demo(concept: str, anchor: str | None, output: Path | None, progress: Pr
     return report
 
 
-def _erase(pipe: Any, concept: str, anchor: str) -> "Erasure":
+def _erase(pipe: Any, concept: str, anchor: str | None) -> "Erasure":
     """Erase an object or a style and retain all the other words."""
     from diffusers_erasure import erase
     from diffusers_erasure.demo import HYPERNYMS, OBJECTS, STYLES
 
     retain = [word for word in (*OBJECTS, *STYLES, *sorted(set(HYPERNYMS.values()))) if word not in (concept, anchor)]
-    # Picked by hand on "cat", among some twenty settings, on the images that the demo itself scores.
-    settings: dict[str, Any] = {"templates": "object", "retain_scale": 0.2, "retain_templates": True}
-    if concept in STYLES:
-        settings["templates"] = "style"
-    return erase(pipe, concept, anchors=anchor, retain=retain, method="uce", **settings)
+    preset = "style" if concept in STYLES else "object"
+    anchors = "auto" if anchor is None else [anchor]
+    return erase(pipe, concept, anchors=anchors, retain=retain, method="gated", preset=preset)
 
 
 def _pairs(concept: str) -> tuple[list[Pair], list[Pair]]:

@@ -15,15 +15,15 @@ from tests.commands import fails, invoke, run
 
 @pytest.mark.timeout(600)
 def test_demo_erases_the_concept_and_keeps_the_others(tmp_path: Path) -> None:
-    """The aims of the default setting, over 200 images: at most 20 % on the erased, 95 % of before on the kept."""
+    """Over 200 images, an object on which nothing was tuned: at most 5 % on the erased, 99 % of before on the kept."""
     done = run("demo", "--json", "--output", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     before, after = report["before"], report["after"]
     assert report["images"] >= 200
     assert before["erased_accuracy"] >= 0.9 and before["kept_accuracy"] >= 0.9
-    assert after["erased_accuracy"] <= 0.20
-    assert after["kept_accuracy"] >= 0.95 * before["kept_accuracy"]
+    assert after["erased_accuracy"] <= 0.05
+    assert after["kept_accuracy"] >= 0.99 * before["kept_accuracy"]
     assert report["output"] == "here"
     with Image.open(tmp_path / "here" / "before_after.png") as grid:
         assert grid.size[0] > 500

@@ -163,7 +163,6 @@ _ENTRIES = (
     ),
     Entry("anchor prompt", erases=False, says="anchor", note="the anchor in the prompt instead: a perfect edit"),
     Entry("uce", objects=BARE, styles={"templates": "style"}),
-    Entry("uce (demo settings)", {"retain_scale": 0.2, "retain_templates": True}, BARE, {"templates": "style"}),
     Entry("uce-published", AS_PUBLISHED, {}, {}, note=HEAVIER),
     Entry("dp"),
     Entry("oce"),
