@@ -80,6 +80,7 @@ def test_push_pull_card(hub: Hub, folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow
 def test_what_was_edited_is_pulled_shown_and_pushed(hub: Hub, folder: Path, tmp_path: Path) -> None:
     token, repo = ["--token", "hf_alice"], "alice/edited"
     mine, home = tmp_path / "mine", tmp_path / "home"

@@ -147,6 +147,7 @@ def test_generate_with_a_world(name: str, tmp_path: Path) -> None:
     assert told.get("guidance_scale") == {"flux": None}.get(name, "3.0")
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(ErasureNotFoundError, match="'sdxl' .* is not in"):

@@ -196,6 +196,7 @@ def test_wheel_installed(built: tuple[Path, Path], tmp_path: Path) -> None:
     assert (site / "bin" / "diffusers-erasure").is_file()
 
 
+@pytest.mark.slow
 def test_editable_install(tmp_path: Path) -> None:
     """PEP 660, in a virtual environment of its own, which borrows this one's dependencies."""
     source = copy_of_repository(tmp_path / "source")

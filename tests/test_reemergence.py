@@ -269,6 +269,7 @@ def test_cases_share_what_is_the_same() -> None:
 # ------------------------------------------------------------------------------------------------------- the run
 
 
+@pytest.mark.slow
 def test_smoke_run_and_its_store(store: Store, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     path = tmp_path / "numbers.json"
     command = ["--smoke", "--steps", "1", "--data", NEAR, "--store", str(store.folder), "--json", str(path)]

@@ -87,6 +87,7 @@ class Admin:
                 self.turned.set()
 
 
+@pytest.mark.slow
 def test_eight_requests_and_an_administrator() -> None:
     pipe, base = serving(), demo.load_pipeline()
     requests, twins = mixed(), [twin(pipe) for _ in range(8)]
@@ -324,6 +325,7 @@ def test_a_job_has_the_strengths_of_the_block_that_handed_it_over() -> None:
     assert all(map(equal, drawn[::2], alone)) and all(equal(each, plain) for each in drawn[1::2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_pool", [False, True])
 def test_requests_of_an_event_loop(own_pool: bool) -> None:
     """Tasks wait within their blocks while others enter and leave theirs."""

@@ -196,6 +196,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(folder)
 
 
+@pytest.mark.slow
 def test_killed_twice_the_resumed_run_is_bit_identical(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     folder = tmp_path / "out"
     arguments = command(folder, "--set=steps=12", "--checkpoint-every=1", "--resume")
