@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
@@ -25,6 +26,7 @@ from diffusers_erasure.base_model import family_of
 from diffusers_erasure.live.marks import KEY
 from diffusers_erasure.low_rank import DOWN, UP
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE, BaseModel, Concept, ErasureConfig, Method
+from diffusers_erasure.training import loop
 
 
 TOKENIZER = Path(diffusers_erasure.__file__).parent / "demo" / "assets" / "model" / "tokenizer"
@@ -452,3 +454,19 @@ def counting() -> Iterator[Counter[str]]:
         mock.patch.object(cards, "sealed", counted("cards rendered", sealed)),
     ):
         yield counts
+
+
+class Cut(BaseException):
+    """Stands for whatever ends a process."""
+
+
+def cut_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let a training run end when the given step's checkpoint is written."""
+    save = loop.Trainer._save
+
+    def cut(self: Any, state: Any) -> None:
+        save(self, state)
+        if state.step == step:
+            raise Cut
+
+    monkeypatch.setattr(loop.Trainer, "_save", cut)

@@ -305,14 +305,15 @@ def test_a_picker_that_gives_no_share_is_told(pipe: Any, quick: None, share: Any
 
 
 def test_wrong_pickers_and_counts_are_told(pipe: Any) -> None:
-    for given, message in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"images": 2}, "there is none"),
         ({"images": -1}, "at least 0"),
         ({"images": True}, "at least 0"),
         ({"picker": "clip"}, "must be a function"),
-    ):
+    )
+    for given, message in wrong:
         with pytest.raises(ErasureInputError, match=message):
-            pick_anchors(pipe, ["cat"], "object", **given)  # type: ignore[arg-type]
+            pick_anchors(pipe, ["cat"], "object", **given)
     headless = demo.load_pipeline()
     headless.vae = None
     with pytest.raises(ErasureCompatibilityError, match="vae is not loaded"):
@@ -381,9 +382,9 @@ def test_pushed_rows_are_the_formula() -> None:
 
 @pytest.mark.parametrize("rows", ["last", "window", "all"])
 @pytest.mark.parametrize("make", [tiny_sd_pipe, tiny_sdxl_pipe])
-def test_goals_are_pushed_away_from_targets(make: Any, rows: str) -> None:
+def test_goals_are_pushed_away_from_targets(make: Any, rows: Any) -> None:
     base = make()
-    settings = resolve(uce.Config(rows=rows, templates=("{}", "a {}")), uce.Settings)  # type: ignore[arg-type]
+    settings = resolve(uce.Config(rows=rows, templates=("{}", "a {}")), uce.Settings)
     concepts = [Concept("cat", "dog"), Concept("car", "")]
     plain, far = target_rows(base, concepts, settings), target_rows(base, concepts, settings, push=0.5)
     assert set(plain) == set(far) and len(plain) == (1 if make is tiny_sd_pipe else 2)  # SDXL: the pooled vector too

@@ -381,8 +381,8 @@ def test_picked_anchors_are_those_that_the_erasure_recorded(monkeypatch: pytest.
     ((given,),) = [calls]
     assert given["anchors"] == "auto" and given["method"] == "gated"
     assert given["retain"] == plan.retained(["cat", "owl"], []) and "fox" in given["retain"]
-    recorded = SimpleNamespace(concepts=(Concept("owl", "eagle"), Concept("cat", "fox")))
-    assert entry.anchors(("cat", "owl"), recorded) == ["fox", "eagle"]  # type: ignore[arg-type]
+    recorded: Any = SimpleNamespace(concepts=(Concept("owl", "eagle"), Concept("cat", "fox")))
+    assert entry.anchors(("cat", "owl"), recorded) == ["fox", "eagle"]
     with pytest.raises(ValueError, match="once the erasure is made"):
         entry.anchors(("cat",))
     assert entry.identity(("cat",)) != dataclasses.replace(entry, auto_anchors=False).identity(("cat",))

@@ -15,11 +15,11 @@ from diffusers_erasure.denoising.sampler import SAMPLE, partial, sampler_for, tr
 from diffusers_erasure.encoding import check_prompts, short_enough
 from diffusers_erasure.methods.esd import CONCEPT, NEUTRAL
 from diffusers_erasure.methods.esd import Objective as ESD
-from diffusers_erasure.training import TrainingRun, loop
+from diffusers_erasure.training import TrainingRun
 from diffusers_erasure.training.objective import STUDENT
 from diffusers_erasure.training.sites import find_sites
 from tests.flow_pipes import LENGTH, tiny_flux_pipe, tiny_sd3_pipe
-from tests.helpers import ROUNDINGS, far, images, roundings, tree
+from tests.helpers import ROUNDINGS, Cut, cut_after, far, images, roundings, tree
 
 
 QUIET = TrainingRun(progress=False)
@@ -235,16 +235,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 ) -> None:
     settings = {**SMALL, "method": "esd", "policy": policy, "retain": ["dog"], "refresh_every": 2, "refresh": 1}
     whole = erase(PIPES[name](), "cat", training=QUIET, **settings)
-    save = loop.Trainer._save
-
-    def cut(self: Any, state: Any) -> None:
-        save(self, state)
-        if state.step == 2:
-            raise KeyboardInterrupt
-
     run = TrainingRun(checkpoint_dir=tmp_path, checkpoint_every=1, resume=True, progress=False)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Trainer, "_save", cut)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 2)
         erase(PIPES[name](), "cat", training=run, **settings)
     assert erase(PIPES[name](), "cat", training=run, **settings).to_files() == whole.to_files()
 

@@ -17,13 +17,13 @@ from diffusers_erasure.methods import eraseanything, esd, gem
 from diffusers_erasure.methods.eraseanything import WORD
 from diffusers_erasure.schema import Concept
 from diffusers_erasure.settings import Facts, resolve
-from diffusers_erasure.training import TrainingRun, loop
+from diffusers_erasure.training import TrainingRun
 from diffusers_erasure.training.attention import AttentionToText, word_places
 from diffusers_erasure.training.objective import STUDENT
 from diffusers_erasure.training.pool import Drawn, Source
 from diffusers_erasure.training.sites import find_sites
 from tests.flow_pipes import LENGTH, tiny_flux_pipe, tiny_sd3_pipe
-from tests.helpers import ROUNDINGS, far, images, roundings
+from tests.helpers import ROUNDINGS, Cut, cut_after, far, images, roundings
 
 
 QUIET = TrainingRun(progress=False)
@@ -305,18 +305,11 @@ def test_runs_resume_and_are_loaded_by_stock_diffusers(
     pipe = PIPES[name]()
     drawn = images(pipe, **DRAW)
     whole = erase(pipe, "cat", **settings)
-    save = loop.Trainer._save
-
-    def cut(self: Any, state: Any) -> None:
-        save(self, state)
-        if state.step == 3:
-            raise KeyboardInterrupt
-
     settings["training"] = TrainingRun(
         checkpoint_dir=tmp_path / "run", checkpoint_every=1, resume=True, progress=False
     )
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Trainer, "_save", cut)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 3)
         erase(PIPES[name](), "cat", **settings)
     assert erase(PIPES[name](), "cat", **settings).to_files() == whole.to_files()
     sites = set(whole.config.layers[0].sites)

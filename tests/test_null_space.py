@@ -17,7 +17,7 @@ from diffusers_erasure.denoising.sampler import generator_for, sampler_for
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.null_space import Directions, directions, triangle
 from tests.flow_pipes import tiny_flux_pipe, tiny_sd3_pipe
-from tests.helpers import tiny_sd_pipe
+from tests.helpers import Cut, cut_after, tiny_sd_pipe
 
 
 QUIET = TrainingRun(progress=False)
@@ -216,16 +216,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 ) -> None:
     whole = trained(tiny_sd_pipe(), null_space=0.9, **more)
     assert whole.content_hash != trained(tiny_sd_pipe(), **more).content_hash
-    save = loop.Trainer._save
-
-    def cut(self: Any, state: Any) -> None:
-        save(self, state)
-        if state.step == 2:
-            raise KeyboardInterrupt
-
     run = TrainingRun(checkpoint_dir=tmp_path, checkpoint_every=1, resume=True, progress=False)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Trainer, "_save", cut)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 2)
         trained(tiny_sd_pipe(), null_space=0.9, training=run, **more)
     assert trained(tiny_sd_pipe(), null_space=0.9, training=run, **more).to_files() == whole.to_files()
     with pytest.raises(ErasureInputError, match="another run"):

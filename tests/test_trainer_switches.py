@@ -24,7 +24,7 @@ from diffusers_erasure.training.objective import STUDENT, Step
 from diffusers_erasure.training.pool import Drawn
 from diffusers_erasure.training.pull import distance_gradients, pull
 from tests.flow_pipes import tiny_flux_pipe, tiny_sd3_pipe
-from tests.helpers import ROUNDINGS, roundings, tiny_sd_pipe, tiny_sdxl_pipe
+from tests.helpers import ROUNDINGS, Cut, cut_after, roundings, tiny_sd_pipe, tiny_sdxl_pipe
 
 
 QUIET = TrainingRun(progress=False)
@@ -239,7 +239,8 @@ def test_teacher_and_student_are_asked_the_same(monkeypatch: pytest.MonkeyPatch)
 
 def test_sdd_asks_the_student_for_the_anchors_mixture() -> None:
     mixing = Mixing(SDD().examples([Concept("cat", "pet"), Concept("dog", "")], TEMPLATES), 2, 2, 0)
-    step = Step(None, mixing.of(drawn_from(mixing, [0]), (0, 0), 1, slice(0, 1)))  # type: ignore[arg-type]
+    network: Any = None  # which is not asked
+    step = Step(network, mixing.of(drawn_from(mixing, [0]), (0, 0), 1, slice(0, 1)))
     (own,), (anchor,) = step.drawn.asked(STUDENT), step.drawn.asked("neutral")
     assert isinstance(own, Mixture) and isinstance(anchor, Mixture) and own.weights == anchor.weights
     assert [part.replace("cat", "pet") for part in own.parts] == list(anchor.parts)
@@ -252,10 +253,11 @@ def test_eraseanything_looks_at_a_word_as_much_as_it_is_mixed_in() -> None:
     drawn = mixing.of(drawn_from(mixing, [1]), (0, 0), 1, slice(0, 1))
     asked = drawn.asked(STUDENT)[0]
     assert isinstance(asked, Mixture) and asked.parts == ("a cat", "cat")
-    step = Step(None, drawn)  # type: ignore[arg-type]
+    network: Any = None  # which is not asked
+    step = Step(network, drawn)
     found = objective._to_words(torch.ones(1, 1, 1, 4), step, STUDENT).flatten().tolist()
     assert found == pytest.approx([0, asked.weights[1], asked.weights[0], 0])
-    plain = Step(None, drawn_from(mixing, [1]))  # type: ignore[arg-type]
+    plain = Step(network, drawn_from(mixing, [1]))
     assert objective._to_words(torch.ones(1, 1, 1, 4), plain, STUDENT).flatten().tolist() == [0, 0, 1, 0]
 
 
@@ -275,16 +277,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 ) -> None:
     plain, whole = trained(load(), **more), trained(load(), mixtures=2, pull=0.5, **more)
     assert not same(plain, whole)
-    save = loop.Trainer._save
-
-    def cut(self: Any, state: Any) -> None:
-        save(self, state)
-        if state.step == 3:
-            raise KeyboardInterrupt
-
     run = TrainingRun(checkpoint_dir=tmp_path, checkpoint_every=1, resume=True, progress=False)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Trainer, "_save", cut)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 3)
         trained(load(), mixtures=2, pull=0.5, training=run, **more)
     assert trained(load(), mixtures=2, pull=0.5, training=run, **more).to_files() == whole.to_files()
 

@@ -29,7 +29,7 @@ from diffusers_erasure.runs.checkpoint import POOL_FILE, Checkpoints
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.state import State
 from tests.forks import Fork, cli
-from tests.helpers import ROUNDINGS, contents, equal, far, images, roundings, tiny_sd_pipe
+from tests.helpers import ROUNDINGS, Cut, contents, cut_after, equal, far, images, roundings, tiny_sd_pipe
 
 
 SMALL: dict[str, Any] = {
@@ -67,22 +67,6 @@ def flat(erasure: Erasure) -> torch.Tensor:
     """All factors in a row."""
     tensors = erasure.tensors["pytorch_lora_weights.safetensors"]
     return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
-
-
-class Cut(BaseException):
-    """Stands for whatever ends a process."""
-
-
-def cut_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the run end when the given step's checkpoint is written."""
-    save = loop.Trainer._save
-
-    def cut(self: Any, state: State) -> None:
-        save(self, state)
-        if state.step == step:
-            raise Cut
-
-    monkeypatch.setattr(loop.Trainer, "_save", cut)
 
 
 # -------------------------------------------------------------------------------------------------------- resuming

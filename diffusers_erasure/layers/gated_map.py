@@ -161,16 +161,12 @@ class GatedMap(SiteEdit):
         starts = [sum(part.concepts for part in list(parts.values())[:i]) for i in range(len(own))]
         count = sum(part.concepts for part in parts.values())
 
-        def probes(*names: str) -> Probes | None:
-            found = [
-                (*(each[name] for name in names), start)
-                for each, start in zip(own, starts, strict=True)
-                if names[0] in each
-            ]
-            return Probes(found, count, device) if found else None  # type: ignore[arg-type]
+        def probes(w: str, t: str, of: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+            return [(each[w], each[t], each[of], start) for each, start in zip(own, starts, strict=True) if w in each]
 
-        self.probes = probes("probes", "thresholds", "probe_counts")
-        self.pooled_probes = probes(*POOLED_PROBES)
+        self.probes = Probes(probes("probes", "thresholds", "probe_counts"), count, device)
+        pooled = probes("pooled_probes", "pooled_thresholds", "pooled_probe_counts")
+        self.pooled_probes = Probes(pooled, count, device) if pooled else None
 
         def maps(a: str, d: str, of: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
             return [
@@ -223,7 +219,6 @@ class GatedMap(SiteEdit):
             factors = self.factors.product(now, rows.device)
             if factors is not None and len(factors) > 1:
                 factors = self.factors.for_rows(factors, now, len(prompts))[index : index + 1]
-            assert self.probes is not None
             return self.ranks(rows[None], self.probes(rows[None]), factors)[0]
 
         return [of_picture(rows, index) for index, rows in enumerate(prompts)]

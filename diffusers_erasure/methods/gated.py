@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..artifact import Erasure
-from ..assembling import bound_to_text, made_by
+from ..assembling import bound_to_text, made_by, rounded
 from ..base_model import describe_base, family_of
 from ..encoding import check_prompts, pooled_source, row_sources
 from ..families import ROWS
@@ -134,11 +134,11 @@ def _warn(gates: Gates, settings: Settings) -> None:
 def _diagnostics(gates: Gates, went: Mapping[str, float], settings: Settings) -> dict[str, Any]:
     split = Split.of(settings.template_list)
     return {
-        "completeness": {target: _rounded(share) for target, share in went.items()},
+        "completeness": {target: rounded(share) for target, share in went.items()},
         "gates": {
             "names": len(gates.names),
             "contexts": {"fitting": len(split.fitting), "setting": len(split.setting), "testing": len(split.testing)},
-            "missed": {target: _rounded(share) for target, share in gates.missed.items()},
+            "missed": {target: rounded(share) for target, share in gates.missed.items()},
             "kept_tested": gates.tested,
             "kept_opened": len(gates.opened),
         },
@@ -148,7 +148,7 @@ def _diagnostics(gates: Gates, went: Mapping[str, float], settings: Settings) ->
 def with_linear_edit(erasure: Erasure, pipe: Any, concepts: Sequence[Concept], settings: Settings) -> Erasure:
     """The erasure with UCE's LoRA of the same concepts for stock diffusers, and how far that goes."""
     config = uce.Config(
-        preset=settings.preset,  # type: ignore[arg-type]
+        preset=settings.preset,
         retain=settings.retain,
         layer="lora",
         pooled=settings.pooled,
@@ -160,7 +160,3 @@ def with_linear_edit(erasure: Erasure, pipe: Any, concepts: Sequence[Concept], s
     error = max(abs(1 - share) for share in shares.values())
     results = {"completeness": shares, "retained_change": linear.config.diagnostics.get("retained_change", {})}
     return give_stock_lora(erasure, pipe, linear.tensors[LORA_FILE], error=error, results={"uce": results})
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")

@@ -106,7 +106,7 @@ class Config:
 class Settings:
     """What the gated edit works with: a [`Config`] with nothing left out."""
 
-    preset: str
+    preset: Literal["object", "style", "person"]
     templates: str | tuple[str, ...]
     contexts: int
     kept_contexts: int

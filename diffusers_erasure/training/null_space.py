@@ -21,9 +21,8 @@ from ..errors import ErasureInputError
 from ..low_rank import DOWN
 
 
-ROUNDING = float(
-    torch.finfo(torch.float32).eps
-)  # of the longest row: what is left of a row below that is no direction of its own
+# Of the longest row: what is left of a row below that is no direction of its own.
+ROUNDING = float(torch.finfo(torch.float32).eps)
 SEEN = 1e-5  # of its length: below that a LoRA cannot act on a target's row
 
 
