@@ -62,13 +62,14 @@ def cache_dir() -> Path | None:
 
 
 def _split(value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """float64 as two float32 halves, which the file format's readers all know; 48 bits are kept.
+    """float64 as two float32 halves, which the file format's readers all know; 48 bits are kept, and no second half of zeros.
 
     They are contiguous, as they will be when they are read: sums over another layout may round in another order.
     """
     value = value.contiguous()
     high = value.float()
-    return {"high": high, "low": (value - high.double()).float()}
+    low = (value - high.double()).float()
+    return {"high": high, "low": low} if low.count_nonzero() else {"high": high}
 
 
 def fetch(
@@ -105,7 +106,9 @@ def _hash(stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _joined(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = sorted(name.removesuffix(".high") for name in stored if name.endswith(".high"))
-    return {name: stored[f"{name}.high"].double() + stored[f"{name}.low"].double() for name in names}
+    low = {name: stored.get(f"{name}.low") for name in names}
+    high = {name: stored[f"{name}.high"].double() for name in names}
+    return {name: high[name] if (half := low[name]) is None else high[name] + half.double() for name in names}
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:

@@ -16,6 +16,7 @@ from diffusers_erasure import (
     ErasureFileError,
     ErasureInactiveError,
     ErasureInputError,
+    cache,
     combine,
     demo,
     erase,
@@ -27,7 +28,7 @@ from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.live.second_prompt import maps_together
 from diffusers_erasure.methods.gated import fit_map
 from diffusers_erasure.methods.gated_probes import Sums, directions, thresholds
-from diffusers_erasure.methods.gated_reading import Split
+from diffusers_erasure.methods.gated_reading import Split, kept_prompts, long_prompts
 from diffusers_erasure.schema import TENSOR_FILE
 from tests.commands import invoke
 from tests.flow_pipes import tiny_flux_pipe, tiny_sd3_pipe
@@ -604,7 +605,7 @@ def test_a_pooled_vector_alone_opens_the_gate() -> None:
         pipe.unload_erasure()
     assert "pooled_probes" not in tensors_of(erase(pipe, "cat", **{**BARE, "retain": ()}))
     # Of so small an encoder they do not tell a name from all that is kept where it stands among words.
-    unsure = {**BARE, "templates": ("{}", "a {}", "the {}", "a red {}")}
+    unsure = {**BARE, "templates": ("{}", "a {}", "the {}", "a red {}"), "strict": False}
     assert "pooled_probes" not in tensors_of(erase(pipe, "cat", **unsure))
     sd3 = tiny_sd3_pipe()
     assert "pooled_probes" not in tensors_of(erase(sd3, "cat", **BARE))
@@ -696,3 +697,75 @@ def test_what_it_shows_of_itself(pipe: Any, tmp_path: Path) -> None:
     shown = " ".join(invoke("info", str(tmp_path / "no-cat")).stdout.replace("│", " ").split())
     for part in told:
         assert part in shown, part
+
+
+# -------------------------------------------------------------------------------------------- what is kept, and where
+
+
+def test_no_row_of_padding_opens_a_gate() -> None:
+    """The second tokenizer of SDXL pads with a word piece, whose rows go on changing behind the words."""
+    pipe = demo.load_pipeline("sdxl")
+    kept = [
+        "monkey",
+        "dolphin",
+        "pineapple",
+        "snowman",
+        "horse",
+        "owl",
+        "duck",
+        "cookie",
+        "tree",
+        "car",
+        "noto",
+        "flat",
+    ]
+    made = erase(pipe, "butterfly", **{**COMMON, "retain": kept, "contexts": 40, "kept_contexts": 8})
+    contexts = ("{}, twemoji style", "fluent {}", "an emoji of a {} in the style of flat", "a {} in noto style")
+    prompts = [context.format(word) for word in kept[:10] for context in contexts]
+    with torch.no_grad():
+        text = pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)[0]
+        named = pipe.encode_prompt([each.format("butterfly") for each in contexts], device="cpu")[0]
+    assert opens(named, tensors_of(made)).all() and int(opens(text, tensors_of(made)).sum()) <= 1
+
+
+def test_long_prompts_are_kept(pipe: Any) -> None:
+    """Kept words in rows stand where short prompts have padding."""
+    kinds = long_prompts(KEPT)
+    assert all(kinds) and all(len(set(each.words)) >= 5 for kind in kinds for each in kind)
+    assert kinds[0][0].prompt == ", ".join(kinds[0][0].words) and long_prompts([]) == ([], [], [])
+
+
+def test_what_is_kept_of_shipped_lists_is_encoded_once(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The prompts of shipped lists are the same for all targets, so that the cache has them; those of a target's name are left out."""
+    asked: list[str] = []
+    real = cache.fetch
+
+    def fetch(kind: str, key: Any, make: Any) -> Any:
+        asked.extend([kind] if kind == "contexts" else [])
+
+        def counted() -> Any:
+            made.append(kind)
+            return make()
+
+        return real(kind, key, counted)
+
+    monkeypatch.setattr("diffusers_erasure.encoding.contexts.cache.fetch", fetch)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    made: list[str] = []
+    settings = {**COMMON, "retain": (), "retain_default": "list:things"}
+    erase(pipe, "cat", **settings)
+    first = made.count("contexts")
+    made.clear()
+    again = erase(pipe, "car", **settings)
+    assert 0 < made.count("contexts") < first and asked.count("contexts") >= 2 * first - 2
+    assert opens(encoded(pipe, "a car"), tensors_of(again)).all()
+
+
+def test_few_contexts_of_many_words() -> None:
+    words = [f"w{i}" for i in range(12)]
+    split = Split.of([f"{i} {{}}" for i in range(8)])
+    dense, sparse = kept_prompts(words, split, 8), kept_prompts(words, split, 1)
+    assert [len(kind) for kind in sparse] == [12 + 3, 3, 6] and sum(map(len, dense)) == 12 * 11
+    assert all(all(word in each.prompt for word in each.words) for kind in (*dense, *sparse) for each in kind)

@@ -11,8 +11,9 @@ from .known import listing
 from .sources import Source
 
 
-FIRST = 16  # rows of a prompt where the encoder is causal, or as many as it has words; those behind are like the last
+FIRST = 16  # rows of a prompt where the encoder is causal, or as many as it has words
 PADDING, SPREAD = 32, 8  # where it is not: so many rows of padding behind the words, and so many of all others
+BATCH = 64  # prompts in one pass
 
 
 @dataclass(frozen=True)
@@ -41,43 +42,50 @@ class Text:
         return self.rows[self.places.index(place)]
 
 
-def read(source: Source, prompts: Sequence[str], *, behind: int | None = None) -> dict[str, Text]:
+def read(
+    source: Source, prompts: Sequence[str], *, behind: int | None = None, whole: bool = False, keep: bool = False
+) -> dict[str, Text]:
     """Encode prompts.
 
     Args:
-        behind: so many rows behind the words are enough; what is looked at is then kept on disk.
+        behind: so many rows behind the words are enough.
+        whole: all rows of causal encoders too, not the first ones.
+        keep: keep the rows on disk.
     """
     prompts = list(dict.fromkeys(prompts))
     ids = source.ids(prompts)
 
     def places(own: Sequence[int], length: int) -> list[int]:
-        return _places(source, own, length if behind is None else min(length, len(own) + behind))
+        most = length if behind is None else min(length, len(own) + behind)
+        if source.causal:
+            return list(range(most if whole or behind is not None else min(most, max(FIRST, len(own)))))
+        return [place for place in _spread(len(own)) if place < most]
 
     def make() -> dict[str, torch.Tensor]:
-        rows, starts = [], range(0, len(prompts), 64)
+        rows: dict[int, torch.Tensor] = {}
+        order = sorted(
+            range(len(prompts)), key=lambda i: len(ids[i])
+        )  # what is encoded together is as long as the longest
+        starts = range(0, len(prompts), BATCH)
         for start in tqdm(starts, desc="encoding contexts", leave=False, disable=len(starts) < 8):
-            some = ids[start : start + 64]
-            found, _ = source.all(prompts[start : start + 64], FIRST)
-            rows += [each[places(own, len(each))].float() for each, own in zip(found, some, strict=True)]
-        counts = torch.tensor([len(each) for each in rows])
-        return {"rows": torch.cat(rows) if rows else torch.zeros(0, source.width), "counts": counts}
+            some = order[start : start + BATCH]
+            first = FIRST if behind is None else len(ids[some[-1]]) + behind
+            found, _ = source.all([prompts[i] for i in some], None if whole else first)
+            rows.update((i, each[places(ids[i], len(each))].float()) for i, each in zip(some, found, strict=True))
+        parts = [rows[i] for i in range(len(prompts))]
+        counts = torch.tensor([len(each) for each in parts])
+        return {"rows": torch.cat(parts) if parts else torch.zeros(0, source.width), "counts": counts}
 
-    key = (*source.key, f"{FIRST} {behind}")
-    held = (
-        cache.fetch("contexts", listing(key, prompts, source.pipe), make) if behind is not None and prompts else make()
-    )
+    key = (*source.key, f"{FIRST} {behind} {whole}")
+    held = cache.fetch("contexts", listing(key, prompts, source.pipe), make) if keep and prompts else make()
     parts = held["rows"].float().split(held["counts"].long().tolist()) if prompts else ()
     texts = {}
     for prompt, own, rows in zip(prompts, ids, parts, strict=True):
-        texts[prompt] = Text(rows, tuple(places(own, 1 << 20))[: len(rows)], tuple(own), source.last_place(own))
+        where = range(len(rows)) if source.causal else _spread(len(own))[: len(rows)]
+        texts[prompt] = Text(rows, tuple(where), tuple(own), source.last_place(own))
     return texts
 
 
-def _places(source: Source, ids: Sequence[int], length: int) -> list[int]:
-    """Which rows of a prompt are looked at; those of the padding lie alike behind all prompts."""
-    words = len(ids)
-    if source.causal:
-        return list(range(min(length, max(FIRST, words))))
-    near = range(words + PADDING)
-    far = [words + PADDING + (2 << i) for i in range(SPREAD)]
-    return [place for place in (*near, *far) if place < length]
+def _spread(words: int) -> list[int]:
+    """Places of a prompt of so many tokens where all rows depend on all of it: those of the padding lie alike behind all prompts."""
+    return [*range(words + PADDING), *(words + PADDING + (2 << i) for i in range(SPREAD))]

@@ -64,7 +64,7 @@ class Reader:
 
     def too_long(self, prompts: Sequence[str]) -> set[str]:
         """Those of some prompts that it does not read whole."""
-        rows = self.tokenizer(self.fed(prompts)).input_ids if prompts else []
+        rows = self.tokenizer(self.fed(prompts), verbose=False).input_ids if prompts else []
         return {prompt for prompt, row in zip(prompts, rows, strict=True) if len(row) > self.length}
 
     @torch.no_grad()

@@ -76,8 +76,6 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     went = {}
     for index, concept in enumerate(concepts):
         own = [name for name in names if name.concept == index]
-        contexts = {context for name in own for context in (*name.split.mapped, *name.split.testing)}
-        reading.read([anchored(context, concept.anchor) for context in contexts])
         pairs = paired_prompts(concept, own)
         a, d = fit_map(*paired_rows(reading, pairs), settings.ridge, settings.rank, settings.push)
         _add(maps, "", a, d)

@@ -16,7 +16,17 @@ import torch
 from ..layers.gated_map import in_two
 from ..lists import names_any
 from ..schema import Concept
-from .gated_reading import Name, Reading, Split, kept_prompts, named_rows
+from .gated_reading import (
+    WHOLE,
+    Name,
+    Reading,
+    Split,
+    evenly,
+    kept_prompts,
+    long_prompts,
+    named_rows,
+    read_names,
+)
 from .gated_settings import Settings
 
 
@@ -113,19 +123,39 @@ class Gates:
 
 @dataclass(frozen=True)
 class Kept:
-    """Prompts that must not open a gate: those to fit probes, to set thresholds, and to test them."""
+    """Prompts that must not open a gate: those to fit probes, to set thresholds, and to test them.
+
+    Attributes:
+        fitting, setting, testing: the prompts.
+        lists: what is encoded to know them, list by list: short prompts, and those of which all rows are looked at, as a running gate
+            does. They may hold more than is kept.
+    """
 
     fitting: list[str]
     setting: list[str]
     testing: list[str]
+    lists: tuple[tuple[list[str], list[str]], ...]
 
     @classmethod
-    def of(cls, reading: Reading, words: Sequence[str], settings: Settings) -> "Kept":
-        """Of some words, in contexts in which all encoders read them whole."""
+    def of(cls, reading: Reading, words: Sequence[tuple[Sequence[str], Sequence[str]]], settings: Settings) -> "Kept":
+        """Of some lists of words, each with what prompts are made of, in contexts in which all encoders read them whole."""
         split = Split.of(settings.template_list)
-        kinds = kept_prompts(words, split, settings.kept_contexts) if words else ([], [], [])
-        fitting, setting, testing = map(reading.readable, kinds)
-        return cls(list(dict.fromkeys([*fitting, ""])), setting, testing)
+        kinds: tuple[list[str], list[str], list[str]] = [], [], []
+        lists: list[tuple[list[str], list[str]]] = []
+        for kept, made_of in words:
+            short, whole = [], [] if lists else [""]
+            for kind, own, more in zip(
+                kinds, kept_prompts(made_of, split, settings.kept_contexts), long_prompts(made_of), strict=True
+            ):
+                known = set(reading.readable([each.prompt for each in (*own, *more)]))
+                own, more = ([each for each in some if each.prompt in known] for some in (own, more))
+                seen = {each.prompt for each in (*evenly(own, WHOLE), *more)}
+                whole += sorted(seen)
+                short += [each.prompt for each in own if each.prompt not in seen]
+                kind += [each.prompt for each in (*own, *more) if set(kept).issuperset(each.words)]
+            lists.append((short, whole))
+        fitting, setting, testing = kinds
+        return cls(list(dict.fromkeys([*fitting, ""])), setting, testing, tuple(lists))
 
 
 def fit_gates(
@@ -133,9 +163,10 @@ def fit_gates(
 ) -> Gates:
     """Fit probes, set their thresholds, and test them, each in contexts of its own."""
     fitting, setting, testing = prompts.fitting, prompts.setting, prompts.testing
-    kept_rows = reading.of_kept([*fitting, *setting, *testing])
-    for name in names:
-        reading.read(name.within((*name.split.mapped, *name.split.testing)), pooled=not name.made)
+    kept_rows: dict[str, torch.Tensor] = {}
+    for short, whole in prompts.lists:
+        kept_rows |= reading.of_kept(short, whole)
+    read_names(reading, names, concepts)
     sums = Sums.empty(reading.sources[0].width)
     for prompt in fitting:
         sums.add(kept_rows[prompt])
@@ -196,7 +227,8 @@ def fit_pooled_gates(
     kept = torch.cat([reached(prompts.setting), _beside(reached, names, targets)])
     limits = thresholds(own, kept, 0.0 if settings.strict else settings.share)
     opened = (reached(prompts.testing) > limits).any(0)
-    clear = [i for i in range(len(names)) if own[i].amin() > kept[:, i].amax() and not opened[i]]
+    gaps = [_gap(own[i], kept[:, i]) for i in range(len(names))]
+    clear = [i for i, gap in enumerate(gaps) if (gap > 0 if settings.strict else gap >= SURE and not opened[i])]
     if not clear:
         return {}
     concept_of = [names[i].concept for i in clear]

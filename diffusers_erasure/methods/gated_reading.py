@@ -1,5 +1,6 @@
 """What the gated edit looks at: names in contexts, what is kept in contexts, and the rows of their prompts."""
 
+import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from ..encoding import check_prompts, short_enough
 from ..encoding.contexts import Text, read
 from ..encoding.sources import Source
 from ..errors import ErasureInputError
+from ..lists import read_list
 from ..schema import Concept
 from ..settings.texts import without_concept
 from .gated_settings import Settings
@@ -19,9 +21,16 @@ from .rows import aligned
 
 BEHIND = 4  # rows of a kept prompt behind its words that are told apart from a name's
 SETTING, TESTING = 2, 3  # of four contexts the one that sets thresholds, and the one that tests them
-VARIANTS = 6  # contexts of a plural, or of a name in other letters
+VARIANTS = 6  # contexts of a plural, or of a name in other letters, at most
 MOST = 2400  # kept prompts, about
-PAIRS = ("a {} and a {}", "{} on {}", "a {} with a {}", "the {} of a {}", "{} or {}", "a {} near the {}")
+FEW = 3  # contexts of a kept word
+WHOLE = 24  # of each kind that are looked at with all their rows, long ones apart
+LONG = (20, 10, 5)  # kept words in a row that make a long prompt
+# Of two kept words: things, and what is said of them.
+PAIRS = (
+    *("a {} and a {}", "{}, {}", "{} on {}", "a {} {}", "a {} with a {}", "a picture of {}, {}", "the {} of a {}"),
+    *("{} {}", "{} or {}", "my {}, made of {}", "a {} near the {}", "{}: {}", "a {} like a {}"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ def names_of(concepts: Sequence[Concept], settings: Settings, reading: "Reading"
     Each has the contexts in which all encoders read it, and its anchor, whole.
     """
     whole = Split.of(settings.template_list)
+    variants = max(3, min(VARIANTS, len(settings.template_list) // 3))
     unknown = sorted(set(settings.synonyms) - {str(concept.target) for concept in concepts})
     if unknown:
         raise ErasureInputError(f"`synonyms` names {unknown[0]!r}, which is no target.")
@@ -93,7 +103,7 @@ def names_of(concepts: Sequence[Concept], settings: Settings, reading: "Reading"
                 tokens = str([source.ids([text])[0] for source in reading.sources])
                 if tokens not in known:
                     known.add(tokens)
-                    split = whole.first(VARIANTS) if is_made else whole
+                    split = whole.first(variants) if is_made else whole
                     pairs = {
                         context: {context.format(text), anchored(context, concept.anchor)}
                         for context in (*split.mapped, *split.testing)
@@ -135,12 +145,12 @@ class Reading:
         long = self.too_long(prompts)
         return [prompt for prompt in prompts if prompt not in long]
 
-    def read(self, prompts: Sequence[str], *, pooled: bool = True) -> None:
-        """Encode prompts that were not yet, pooled vectors only where they are wanted."""
+    def read(self, prompts: Sequence[str], *, pooled: bool = True, behind: int | None = None) -> None:
+        """Encode prompts that were not yet, pooled vectors only where they are wanted; `behind` as [`read`] has it."""
         for source, known in zip(self.sources, self.texts, strict=True):
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
             if new:
-                known.update(read(source, new))
+                known.update(read(source, new, behind=behind, keep=source.causal))  # T5's rows are many
         if pooled and self.pooled is not None:
             self.vectors_of(prompts)
 
@@ -152,10 +162,13 @@ class Reading:
             self.vectors.update(zip(new, self.pooled.last(new).float(), strict=True))
         return torch.stack([self.vectors[prompt] for prompt in prompts])
 
-    def of_kept(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The rows of kept prompts that a gate reads, of all sources; the list is cached on disk."""
-        parts = [read(source, prompts, behind=BEHIND) for source in self.sources]
-        return {prompt: torch.cat([part[prompt].rows for part in parts]) for prompt in parts[0]}
+    def of_kept(self, short: Sequence[str], whole: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The rows of kept prompts that a gate reads, of all sources; of some all rows. Both lists are cached on disk."""
+        found: dict[str, torch.Tensor] = {}
+        for some, how in ((short, {"behind": BEHIND}), (whole, {"whole": True})):
+            parts = [read(source, some, keep=True, **how) for source in self.sources]
+            found.update((prompt, torch.cat([part[prompt].rows for part in parts])) for prompt in parts[0])
+        return found
 
     def of(self, prompt: str) -> list[Text]:
         return [texts[prompt] for texts in self.texts]
@@ -167,6 +180,23 @@ class Reading:
     def rows(self, prompt: str) -> torch.Tensor:
         """The rows that a gate reads, of all sources."""
         return torch.cat([text.rows[: len(text.ids) + BEHIND] for text in self.of(prompt)])
+
+
+def read_names(reading: Reading, names: Sequence[Name], concepts: Sequence[Concept]) -> None:
+    """Encode names and anchors in their contexts: as many rows as maps are fitted on, and fewer where they only test a gate."""
+    long: list[str] = []
+    short: list[str] = []
+    made: list[str] = []
+    for name in names:
+        mapped, testing = name.split.mapped, name.split.testing
+        anchor = concepts[name.concept].anchor
+        long += [anchored(context, anchor) for context in mapped]
+        short += [anchored(context, anchor) for context in testing]
+        (made if name.made else long).extend(name.within(mapped))
+        (made if name.made else short).extend(name.within(testing))
+    reading.read(long)
+    reading.read(short, behind=BEHIND)
+    reading.read(made, pooled=False, behind=BEHIND)
 
 
 def named_rows(reading: Reading, name: Name, contexts: Sequence[str]) -> torch.Tensor:
@@ -187,38 +217,68 @@ def _place_of_name(source: Source, context: str, name: str, text: Text, behind: 
     return min(source.last_place(ids), text.last)
 
 
-def kept_prompts(words: Sequence[str], split: Split, count: int) -> tuple[list[str], list[str], list[str]]:
+@dataclass(frozen=True)
+class Wording:
+    """A kept prompt, and the kept words in it."""
+
+    prompt: str
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, context: str, *words: str) -> "Wording":
+        return cls(context.format(*words), words)
+
+
+def kept_prompts(words: Sequence[str], split: Split, count: int) -> tuple[list[Wording], list[Wording], list[Wording]]:
     """Prompts of what is kept, in which contexts take turns: those to fit probes, to set thresholds, and to test them.
 
-    Each word stands in about so many; where that would be more than `MOST` prompts, alone and in one more.
+    Each word stands in about so many; where these are few, or would be more than `MOST` prompts, alone and in one more.
     """
-    kinds: tuple[list[str], list[str], list[str]] = [*words], [], []
+    kinds: tuple[list[Wording], list[Wording], list[Wording]] = [Wording(word, (word,)) for word in words], [], []
     contexts = split.fitting, split.setting, split.testing
-    if len(words) * (count + 2) > MOST:
+    if count < FEW or len(words) * (count + 2) > MOST:
         for i, word in enumerate(words):
             turn = min(2, i % 4)
-            kinds[turn].append(contexts[turn][i % len(contexts[turn])].format(word))
+            kinds[turn].append(Wording.of(contexts[turn][i % len(contexts[turn])], word))
         return kinds
     shares = max(1, count // 2 - 1), max(1, count // 4), 1
     for i, word in enumerate(words):
         for kind, own, share in zip(kinds, contexts, shares, strict=True):
-            kind += [own[(i + j) % len(own)].format(word) for j in range(share)]
+            kind += [Wording.of(own[(i + j) % len(own)], word) for j in range(share)]
         for j, kind in enumerate((kinds[0], kinds[0], kinds[1], kinds[2])):
-            kind.append(PAIRS[(i + j) % len(PAIRS)].format(word, words[(i * (j + 2) + 7) % len(words)]))
+            kind.append(Wording.of(PAIRS[(i + j) % len(PAIRS)], word, words[(i * (j + 2) + 7) % len(words)]))
     return kinds
 
 
-def kept_words(pipe: Any, settings: Settings, concepts: Sequence[Concept], first: Source) -> list[str]:
-    """What must not open a gate, without entries of the shipped lists that say the same as a target."""
-    words = list(settings.retain.prompts)
-    check_prompts(pipe, words, settings.max_sequence_length)
+def long_prompts(words: Sequence[str]) -> tuple[list[Wording], list[Wording], list[Wording]]:
+    """Kept words in rows, which reach places that short prompts leave to padding: to fit probes, to set thresholds, and to test them."""
+    kinds: tuple[list[Wording], list[Wording], list[Wording]] = [], [], []
+    for i in range(WHOLE if words else 0):
+        row = random.Random(i).sample(list(words), min(LONG[i % len(LONG)], len(words)))
+        kinds[i // len(LONG) % 3].append(Wording.of(", ".join(["{}"] * len(row)), *row))
+    return kinds
+
+
+def evenly(prompts: Sequence[Any], count: int) -> list[Any]:
+    """So many of a list, or all, from all parts of it."""
+    return [prompts[len(prompts) * i // count] for i in range(count)] if count < len(prompts) else list(prompts)
+
+
+def kept_words(
+    pipe: Any, settings: Settings, concepts: Sequence[Concept], first: Source
+) -> tuple[tuple[list[str], list[str]], ...]:
+    """What must not open a gate, list by list, each with what prompts are made of: shipped lists whole, so that their prompts are the
+    same for all targets and need be encoded once, without those of the entries that say the same as a target."""
+    given = list(settings.retain.prompts)
+    check_prompts(pipe, given, settings.max_sequence_length)
+    shipped = list(dict.fromkeys(word for name in settings.retain.default for word in read_list(name)))
     held = short_enough(pipe, list(settings.retain.held), settings.max_sequence_length)
     if held:
         rows, named = first.last(held), first.last([str(concept.target) for concept in concepts])
         rows, named = rows - rows.mean(0), named - rows.mean(0)
         cosines = torch.nn.functional.normalize(rows, dim=1) @ torch.nn.functional.normalize(named, dim=1).T
-        words += [word for word, alike in zip(held, cosines.amax(1).tolist(), strict=True) if alike < SAME]
-    return list(dict.fromkeys(words))
+        held = [word for word, alike in zip(held, cosines.amax(1).tolist(), strict=True) if alike < SAME]
+    return (given, given), (held, shipped)
 
 
 def paired_prompts(concept: Concept, names: Sequence[Name]) -> list[tuple[str, str]]:

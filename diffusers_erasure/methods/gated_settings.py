@@ -15,6 +15,9 @@ CONTEXTS = ByFacts(
     f"40, and fewer, but 8 at least, where {PROMPTS} prompts of targets would be exceeded",
     lambda facts: max(8, min(40, PROMPTS // facts.concepts)),
 )
+KEPT_CONTEXTS = ByFacts(
+    "8, and 1 where there are more than 48 concepts", lambda facts: 8 if facts.concepts <= 48 else 1
+)
 RANK = ByFacts(
     "12 for Stable Diffusion 1.x and 2.x, 32 for SDXL, and 64 where text enters a transformer",
     lambda facts: {"stable-diffusion": 12, "stable-diffusion-xl": 32}.get(facts.family, 64),
@@ -23,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     task: {
         "templates": f"{task}_many",
         "contexts": CONTEXTS,
-        "kept_contexts": 8,
+        "kept_contexts": KEPT_CONTEXTS,
         "rank": RANK,
         "ridge": 1e-4,
         "probe_ridge": 1e-2,
