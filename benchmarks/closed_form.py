@@ -1,6 +1,6 @@
 """SPEED, RECE and UCE: time, memory and file size, in Stable Diffusion 1.5's (or SDXL's) shapes with random weights.
 
-    python -m benchmarks.closed_form [--only speed erase rece combine memory files] [--model sdxl] [--cpu-time]
+    python -m benchmarks.closed_form [--only speed erase gated rece combine memory files] [--model sdxl] [--cpu-time]
 
 `speed`    SPEED (V only, 16 layers) from 1,734 rows to retain that are known to the LoRA's float32 factors, against the
            published way (per-layer SVDs, mini-batches of 8, batched outer products, float32; `benchmarks/dense_closed_form.py`)
@@ -8,6 +8,7 @@
            are (`--whole-baseline`: on all); it needs up to 3.3 GB, and twice that for the float64 oracle of one layer.
 `erase`    `erase(pipe, 100 targets, retain=100 names, method="speed", preset="celebrity", published=True)`, whole: with
            an empty cache, and with what the first call leaves there.
+`gated`    `erase(pipe, 100 targets)` by the gated edit with the shipped list retained, likewise; bytes in float16.
 `rece`     `erase` by RECE (`preset="nudity"`, 3 epochs) and UCE, with 100 names retained, whole, from a warm cache.
 `combine`  `combine` of a saved erasure of 100 targets with one more, from a warm cache, reading the folder included.
 `memory`   peak memory of `erase` above the loaded pipeline, in a process of its own after a first pass of the encoder.
@@ -58,13 +59,14 @@ from diffusers_erasure.methods.rows import KeptRows, TargetRows
 from diffusers_erasure.settings import resolve
 
 
-TABLES = {"sd15": ("speed", "erase", "rece", "combine", "memory", "files"), "sdxl": ("speed", "rece")}
+TABLES = {"sd15": ("speed", "erase", "gated", "rece", "combine", "memory", "files"), "sdxl": ("speed", "rece")}
 SQUARED_NORM, DECADES = 750.0, 4.5
 SETTINGS: dict[str, dict[str, Any]] = {
     "speed": {"method": "speed", "preset": "celebrity", "published": True},
     "rece": {"method": "rece", "preset": "nudity", "layer": "text_map"},
     "rece, published": {"method": "rece", "preset": "nudity", "published": True},
     "uce": {"method": "uce", "layer": "lora"},
+    "gated": {"method": "gated", "retain": None, "retain_default": "auto"},
 }
 AIMS_S = {"empty cache": 5.0, "warm cache": 2.0, "rece": 1.0, "combine speed": 1.0}
 AIMS_MB = {1: 0.06, 100: 5.0}
@@ -317,7 +319,7 @@ def fitter(pipe: Any, size: Size, smoke: bool) -> Callable[..., Erasure]:
     targets, retain = names[: size.many + 1], names[size.many + 1 :]
 
     def fit(kind: str, start: int, stop: int) -> Erasure:
-        return erase(pipe, targets[start:stop], retain=retain, retain_default="none", **SETTINGS[kind])
+        return erase(pipe, targets[start:stop], **{"retain": retain, "retain_default": "none", **SETTINGS[kind]})
 
     return fit
 
@@ -463,16 +465,21 @@ def sd15(options: Any, size: Size, repeats: int, only: Sequence[str]) -> dict[st
         numbers["speed"] = speed_against_the_published_way(options, size, repeats)
     if "memory" in only:
         numbers["memory"] = measure_memory(options, size)  # before this process holds a pipeline, too
-    if not {"erase", "rece", "combine", "files"} & set(only):
+    if set(only) <= {"speed", "memory"}:
         return numbers
-    pipe = make_pipeline(options.smoke)
-    fit = fitter(pipe, size, options.smoke)
+    fit = fitter(pipe := make_pipeline(options.smoke), size, options.smoke)
     if "erase" in only:
         whole = functools.partial(fit, "speed", 0, size.many)
         calls = [
             Call(name, whole, name == "empty cache", AIMS_S[name], pipe) for name in ("empty cache", "warm cache")
         ]
         numbers["erase"] = time_calls(f"erase: SPEED, {size.many} targets, {size.many} retained", calls, repeats)
+    if "gated" in only:
+        whole = functools.partial(fit, "gated", 0, size.many)
+        calls = [Call("empty cache", whole, True, 30.0, pipe), Call("warm cache", whole, False, 10.0, pipe)]
+        numbers["gated"] = time_calls(f"erase: gated, {size.many} targets", calls, repeats)
+        files = whole().to_files(dtype=torch.float16)
+        print({name: f"{len(data) / size.many / 1e3:.1f} kB a concept" for name, data in files.items()})
     if "rece" in only:
         calls = [
             Call(f"{kind}, {n}", functools.partial(fit, kind, 0, n), aim=AIMS_S.get(kind.partition(",")[0]))

@@ -190,7 +190,7 @@ def waits_of_steps(pipe: Any, device: str, target: str, kept: str, steps: int, *
 def waits_of_a_fit(pipe: Any, device: str, target: str, kept: str) -> dict[str, float]:
     """Waits of a fit of UCE."""
     with counted(pipe, device) as counts:
-        erase(pipe, target, retain=[kept], compare=False)
+        erase(pipe, target, retain=[kept], method="uce", compare=False)
     return dict(counts)
 
 

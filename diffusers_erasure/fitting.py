@@ -17,7 +17,7 @@ from .lists.defaults import AUTO, NONE, lists_for, task_of, with_lists
 from .lists.names import check_anchor, check_targets
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .methods import MethodEntry, check_names, get_method, make_config
+from .methods import MethodEntry, check_names, default_method, get_method, make_config
 from .registry import MethodDeclaration, method_names
 from .schema import Concept
 from .stored import with_stored_denoiser
@@ -40,7 +40,7 @@ def erase(
     picker: Picker | None = None,
     retain: "Texts | os.PathLike[str] | None" = None,
     retain_default: Texts = "auto",
-    method: str = "uce",
+    method: str | None = None,
     training: "TrainingRun | None" = None,
     compare: bool = True,
     **settings: Any,
@@ -71,7 +71,8 @@ def erase(
             `"auto"` for those of the kind of concept (object, style or person) where fewer than 32 prompts are given, to
             closed forms and without `published=True`; `"none"`; a kind (`"object"`, `"style"`, `"person"`); or names of
             shipped lists. Entries that name a target or an anchor are left out.
-        method (`str`, *optional*, defaults to `"uce"`): one of `diffusers-erasure methods`.
+        method (`str`, *optional*): one of `diffusers-erasure methods`. By default `"gated"`, which erases and keeps best by our
+            measurements; or `"uce"` where a setting is given that only this has.
         training ([`TrainingRun`], *optional*): for methods that train, and for `"acterase"`: checkpoints, resuming, progress
             and (where it trains) sample images.
         compare (`bool`, *optional*, defaults to `True`): after the fit, measure how far the words of a shipped list moved. For
@@ -97,7 +98,7 @@ def erase(
     >>> pipe.load_erasure(erasure)
     ```
     """
-    entry = get_method(method)
+    entry = get_method(method or default_method(settings))
     nothing = isinstance(retain, Sequence) and not isinstance(retain, str) and not retain  # on purpose
     retain, retain_default = (None, "none") if nothing else (retain, retain_default)
     check_names(entry, settings if retain is None else [*settings, "retain"])  # before a list is read
@@ -121,7 +122,7 @@ def erase(
     resumable = entry.declared.resumable
     if training is not None and not resumable:
         raise ErasureInputError(
-            f"`training` is for methods that can be interrupted and resumed; {method!r} cannot be."
+            f"`training` is for methods that can be interrupted and resumed; {entry.name!r} cannot be."
         )
     loaded = pipe
     if entry.declared.needs == "text encoders":
@@ -140,11 +141,11 @@ def erase(
         erasure = entry.fit(pipe, concepts, config, *([training] if resumable else []))
         if not isinstance(erasure, Erasure):
             raise ErasureInputError(
-                f"The method {method!r} gave {type(erasure).__name__} where it should give an Erasure."
+                f"The method {entry.name!r} gave {type(erasure).__name__} where it should give an Erasure."
             )
         erasure = erasure if picked is None else with_picked(erasure, picked)
         erasure = erasure if collateral is None else collateral.added_to(erasure)
-    logger.info("Made an erasure of %d concepts by %s.", len(concepts), method)
+    logger.info("Made an erasure of %d concepts by %s.", len(concepts), entry.name)
     return erasure
 
 

@@ -99,8 +99,10 @@ def paths(incomplete: str) -> list[str]:
 
 
 def _settings(context: typer.Context) -> dict[str, Any]:
-    method = catalogue().get(context.params.get("method") or "uce", {"settings": {}})
-    return {name: entry for name, entry in method["settings"].items() if name != "retain"}  # an option of its own
+    chosen = context.params.get("method")
+    methods = [catalogue().get(name, {"settings": {}}) for name in ((chosen,) if chosen else ("uce", "gated"))]
+    found = {name: entry for method in methods for name, entry in method["settings"].items()}
+    return {name: entry for name, entry in found.items() if name != "retain"}  # an option of its own
 
 
 def settings(context: typer.Context, incomplete: str) -> Iterator[tuple[str, str]]:

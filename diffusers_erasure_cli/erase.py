@@ -68,7 +68,10 @@ def erase(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="One of `diffusers-erasure methods`; uce by default.", autocompletion=completion.methods),
+        typer.Option(
+            help="One of `diffusers-erasure methods`; by default gated, or uce where it alone has what is `--set`.",
+            autocompletion=completion.methods,
+        ),
     ] = None,
     setting: Annotated[
         list[str] | None,
@@ -121,7 +124,7 @@ def erase(
     from diffusers_erasure.fitting import erase as make
     from diffusers_erasure.fitting import recipe_of
     from diffusers_erasure.hub.joining import check_nothing_tells
-    from diffusers_erasure.methods import check_names, get_method, make_config
+    from diffusers_erasure.methods import check_names, default_method, get_method, make_config
 
     if base_model is not None:
         check_repo_id(base_model)
@@ -133,7 +136,7 @@ def erase(
             "targets": targets,
             "anchors": "auto" if anchor == ["auto"] else anchor,
             "retain": kept or None,
-            "method": method or "uce",
+            "method": method or default_method(settings),
         },
         "retain_default": "auto",
     }

@@ -19,11 +19,12 @@ MOST_SHOWN = 20  # rows of a table about targets
 
 def print_made(erasure: "Erasure", output: Path, files: Sequence[Path], *, redact: bool, as_json: bool) -> None:
     """Tell what was made: its files, and how far targets and retained prompts moved."""
+    erasure = erasure.redacted() if redact else erasure
     if as_json:
         report = {
             "output": str(output),
             "files": {path.name: path.stat().st_size for path in files},
-            "diagnostics": {} if redact else erasure.config.diagnostics,
+            "diagnostics": erasure.config.diagnostics,
             "stock": None if erasure.config.stock is None else dataclasses.asdict(erasure.config.stock),
         }
         print(json.dumps(report, indent=2))
@@ -32,8 +33,7 @@ def print_made(erasure: "Erasure", output: Path, files: Sequence[Path], *, redac
 
     for path in files:
         out.print(Text(f"{path}  {size_text(path.stat().st_size)}"))
-    if not redact:
-        print_diagnostics(erasure.config.diagnostics)
+    print_diagnostics(erasure.config.diagnostics)
 
 
 def print_diagnostics(diagnostics: dict[str, Any], input_name: str = "text rows") -> None:

@@ -1,5 +1,6 @@
 """Set before anything imports a hub library, as those read their environment once, when they are imported."""
 
+import logging
 import os
 import shutil
 import sys
@@ -51,6 +52,19 @@ torch.set_num_threads(1)  # in case that torch was imported before
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> "Iterator[None]":
+    """Commands that are run in this process set the library's loggers: which tests follow must not matter."""
+    names = [name for name in (*logging.root.manager.loggerDict, "") if name.startswith("diffusers_erasure") or not name]
+    before = {name: logging.getLogger(name).level for name in names}
+    library = logging.getLogger("diffusers_erasure")
+    handlers = list(library.handlers)
+    yield
+    library.handlers[:] = handlers
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("diffusers_erasure")]:
+        logging.getLogger(name).setLevel(before.get(name, logging.NOTSET))
 
 
 @pytest.fixture

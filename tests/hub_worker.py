@@ -20,7 +20,7 @@ from diffusers_erasure import Erasure, demo, erase
 def prepare() -> dict[str, Any]:
     torch.set_num_threads(1)
     pipe = demo.load_pipeline()
-    lora = erase(pipe, ["cat"], anchors="animal")
+    lora = erase(pipe, ["cat"], anchors="animal", method="uce")
     other = erase(pipe, ["dog", "pizza"], anchors=["animal", "food"], rank=2)
     text_map = erase(pipe, ["cat"], anchors="animal", layer="text_map")
     return {"Erasure": Erasure, "pipe": pipe, "lora": lora, "other": other, "text_map": text_map, "torch": torch}

@@ -463,7 +463,7 @@ def test_no_cats_after_a_hotswap(demo_pipe: Any, policy: Any) -> None:
     out, into = demo_pipe.unet.get_submodule(site).weight.shape
     nothing = {f"unet.{site}.lora_A.weight": torch.randn(4, into), f"unet.{site}.lora_B.weight": torch.zeros(out, 4)}
     demo_pipe.load_lora_weights(dict(nothing), adapter_name="cat")
-    erasure = erase(demo_pipe, "cat", anchors="animal", retain=["dog"], retain_default="none")
+    erasure = erase(demo_pipe, "cat", anchors="animal", retain=["dog"], retain_default="none", method="uce")
     demo_pipe.load_erasure(erasure, "no_cat", backend="peft", peft_guard=policy)
     prompts = [demo.prompt("cat", style) for style in demo.STYLES]
 

@@ -162,7 +162,7 @@ def test_words_in_pieces_come_last(pipe: Any) -> None:
 
 @pytest.fixture(scope="module")
 def made(pipe: Any) -> Erasure:
-    return erase(pipe, ["cat", "rocket"], anchors="auto", retain=["dog", "rabbit"], compare=False)
+    return erase(pipe, ["cat", "rocket"], anchors="auto", retain=["dog", "rabbit"], compare=False, method="uce")
 
 
 def test_an_erasure_records_what_was_picked(made: Erasure, pipe: Any) -> None:
@@ -170,7 +170,7 @@ def test_an_erasure_records_what_was_picked(made: Erasure, pipe: Any) -> None:
     assert [hypernym(str(each)) for each in anchors] == ["animal", "vehicle"]
     told = made.config.method.settings["anchors_picked"]
     assert told["candidates"] > 900 and told["images"] == 0 and len(told["cosines"]) == 2
-    by_hand = erase(pipe, ["cat", "rocket"], anchors=anchors, retain=["dog", "rabbit"], compare=False)
+    by_hand = erase(pipe, ["cat", "rocket"], anchors=anchors, retain=["dog", "rabbit"], compare=False, method="uce")
     for name, tensors in by_hand.tensors.items():
         assert all(torch.equal(value, made.tensors[name][key]) for key, value in tensors.items())
     assert "anchors_picked" not in by_hand.config.method.settings
@@ -207,14 +207,14 @@ def test_a_redacted_one_names_nothing(made: Erasure, tmp_path: Path) -> None:
 
 
 def test_it_can_be_combined(made: Erasure, pipe: Any) -> None:
-    more = erase(pipe, "rose", anchors="tulip", retain=["dog", "rabbit"], compare=False)
+    more = erase(pipe, "rose", anchors="tulip", retain=["dog", "rabbit"], compare=False, method="uce")
     joint = combine([made, more], pipe=pipe)
     assert joint.concepts == (*made.concepts, *more.concepts)
     assert "anchors_picked" not in joint.config.method.settings
 
 
 def test_the_word_itself_is_given_as_a_list(pipe: Any) -> None:
-    erasure = erase(pipe, "cat", anchors=["auto"], compare=False)
+    erasure = erase(pipe, "cat", anchors=["auto"], compare=False, method="uce")
     assert erasure.concepts == (Concept("cat", "auto"),) and "anchors_picked" not in erasure.config.method.settings
 
 
@@ -222,7 +222,7 @@ def test_default_lists_leave_picked_anchors_out(pipe: Any, monkeypatch: pytest.M
     seen: list[Any] = []
     fit = uce.fit
     monkeypatch.setattr(uce, "fit", lambda pipe, concepts, config: seen.append(config) or fit(pipe, concepts, config))
-    erasure = erase(pipe, "cat", anchors="auto", compare=False)
+    erasure = erase(pipe, "cat", anchors="auto", compare=False, method="uce")
     held = seen[0].retain.held
     assert "dog" in held and erasure.concepts[0].anchor not in held and "cat" not in held
 
@@ -230,7 +230,7 @@ def test_default_lists_leave_picked_anchors_out(pipe: Any, monkeypatch: pytest.M
 @pytest.mark.parametrize("given", [{"picker": lambda images, target: 0.0}, {"anchor_images": 2}])
 def test_pickers_are_for_automatic_anchors(pipe: Any, given: dict[str, Any]) -> None:
     with pytest.raises(ErasureInputError, match='for `anchors="auto"`'):
-        erase(pipe, "cat", anchors="dog", **given)
+        erase(pipe, "cat", anchors="dog", **given, method="uce")
 
 
 def test_a_wrong_setting_is_told_before_anything_is_picked(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,11 +290,11 @@ def test_the_pipeline_is_only_read_and_draws_unerased(pipe: Any, quick: None) ->
     mine = demo.load_pipeline()
     scheduler, state = mine.scheduler, str(vars(mine.scheduler))
     picker, plain = by_turns(0.0)
-    erase(mine, "cat", anchors="auto", picker=picker, anchor_images=1, compare=False)
+    erase(mine, "cat", anchors="auto", picker=picker, anchor_images=1, compare=False, method="uce")
     assert mine.scheduler is scheduler and str(vars(scheduler)) == state
-    mine.load_erasure(erase(mine, "cat", anchors="airplane", compare=False))
+    mine.load_erasure(erase(mine, "cat", anchors="airplane", compare=False, method="uce"))
     picker, erased = by_turns(0.0)
-    erase(mine, "cat", anchors="auto", picker=picker, anchor_images=1, compare=False)
+    erase(mine, "cat", anchors="auto", picker=picker, anchor_images=1, compare=False, method="uce")
     assert plain[0][0][0].tobytes() == erased[0][0][0].tobytes()
 
 
@@ -364,7 +364,9 @@ def test_a_clip_picker_takes_the_best_caption(clip: tuple[CLIPModel, CLIPProcess
 
 
 def test_a_clip_picker_picks_an_anchor(pipe: Any, quick: None, clip: tuple[CLIPModel, CLIPProcessor]) -> None:
-    erasure = erase(pipe, "cat", anchors="auto", picker=ClipPicker(*clip), anchor_images=1, compare=False)
+    erasure = erase(
+        pipe, "cat", anchors="auto", picker=ClipPicker(*clip), anchor_images=1, compare=False, method="uce"
+    )
     assert erasure.config.method.settings["anchors_picked"]["images"] == 1
     assert hypernym(str(erasure.concepts[0].anchor)) is not None
 
@@ -409,14 +411,25 @@ def test_the_map_behind_a_gate_is_fitted_to_pushed_rows() -> None:
 
 
 @pytest.mark.parametrize("method", CLOSED)
-def test_methods_push_and_by_default_do_not(pipe: Any, method: str) -> None:
+def test_methods_push_where_they_are_told_to(pipe: Any, method: str) -> None:
+    more = {"stock": "none"} if method == "gated" else {}  # UCE's LoRA, which is not pushed
+
     def made(**given: Any) -> Erasure:
         return erase(
-            pipe, "cat", anchors="dog", retain=["fox"], retain_default="none", method=method, compare=False, **given
+            pipe,
+            "cat",
+            anchors="dog",
+            retain=["fox"],
+            retain_default="none",
+            method=method,
+            compare=False,
+            **more,
+            **given,
         )
 
-    plain, none, far = made(), made(push=0.0), made(push=1.0)
-    assert plain.config == none.config and plain.config.method.settings["push"] == 0
+    own = 0.4 if method == "gated" else 0.0  # by default
+    plain, none, far = made(), made(push=own), made(push=1.0)
+    assert plain.config == none.config and plain.config.method.settings["push"] == own
     for name, tensors in plain.tensors.items():
         assert all(torch.equal(value, none.tensors[name][key]) for key, value in tensors.items())
         assert any(
@@ -450,12 +463,21 @@ def test_a_map_goes_farther(pipe: Any) -> None:
 
 def test_what_was_pushed_is_not_pushed_again_by_a_joint_solve(pipe: Any) -> None:
     def made(target: str, anchor: str, push: float = 0.5) -> Erasure:
-        return erase(pipe, target, anchors=anchor, retain=["bee"], retain_default="none", push=push, compare=False)
+        return erase(
+            pipe, target, anchors=anchor, retain=["bee"], retain_default="none", push=push, compare=False, method="uce"
+        )
 
     one, two = made("cat", "dog"), made("rose", "tulip")
     both = combine([one, two], pipe=pipe)
     at_once = erase(
-        pipe, ["cat", "rose"], anchors=["dog", "tulip"], retain=["bee"], retain_default="none", push=0.5, compare=False
+        pipe,
+        ["cat", "rose"],
+        anchors=["dog", "tulip"],
+        retain=["bee"],
+        retain_default="none",
+        push=0.5,
+        compare=False,
+        method="uce",
     )
     assert both.config.method.settings["push"] == 0.5
     ways = [each.config.diagnostics["completeness"] for each in (both, at_once)]

@@ -230,6 +230,7 @@ def test_closed_form(tmp_path: Path) -> None:
         assert row["error"]["baseline"] < 1e-2 and len(row["apart"]) == 3
     names = {
         "erase": {"empty cache", "warm cache"},
+        "gated": {"empty cache", "warm cache"},
         "rece": {f"{kind}, {n}" for kind in ("rece", "rece, published", "uce") for n in (1, 3)},
         "combine": {f"{kind}, {mode}" for kind in ("speed", "rece", "uce") for mode in ("joint", "sum")},
     }

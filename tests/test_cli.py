@@ -47,7 +47,8 @@ def test_demo_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.Monk
 def test_erase_info_generate(tmp_path: Path) -> None:
     folder = tmp_path / "no-cat"
     made = invoke(
-        "erase", "cat", "--anchor", "animal", "--retain", "dog", "--set", "rank=2", "--json", "-o", str(folder)
+        *("erase", "cat", "--anchor", "animal", "--retain", "dog", "--method", "uce"),
+        *("--set", "rank=2", "--json", "-o", str(folder)),
     )
     result = json.loads(made.stdout)
     assert set(result["files"]) == {

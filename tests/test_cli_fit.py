@@ -63,14 +63,14 @@ def test_cache_show_and_clear(folder: Path) -> None:
     assert [entry["kind"] for entry in found] == ["gram", "rows", "rows"]
     assert all(Path(entry["path"]).stat().st_size == entry["size"] for entry in found)
     shown = invoke("cache").stdout
-    assert "3 entries, 2.2 MB" in shown.replace("\n", "")
-    for text in (cache.KINDS["rows"], cache.KINDS["gram"], "1.4"):
+    assert "3 entries, 1.1 MB" in shown.replace("\n", "")
+    for text in (cache.KINDS["rows"], cache.KINDS["gram"], "0.7"):
         assert text in shown
     assert cache.KINDS["pooled"] not in shown
 
     assert answer("cache", "clear", "--kind", "rows") == {"deleted": 2, "bytes": 2 * found[1]["size"]}
     assert [entry["kind"] for entry in answer("cache")["entries"]] == ["gram"]
-    assert invoke("cache", "clear").stdout.strip() == "1 entries, 0.7 MB"
+    assert invoke("cache", "clear").stdout.strip() == "1 entries, 0.4 MB"
     assert list(folder.iterdir()) == []
 
 
@@ -104,6 +104,8 @@ def test_erase_with_lists(folder: Path) -> None:
         "",
         "--set",
         "rank=4",
+        "--method",
+        "uce",
     )
     made = answer(*command, "-o", "out")
     assert set(made["diagnostics"]["completeness"]) == {"cat", "pizza"}
@@ -150,7 +152,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "lamb": ("house", "--set", "lamb=0.1"),
     }
     for name, arguments in made.items():
-        invoke("erase", *arguments, "-o", str(place / name))
+        invoke("erase", *arguments, "--method", "uce", "-o", str(place / name))
     return {name: str(place / name) for name in made}
 
 
@@ -278,7 +280,7 @@ def test_what_cannot_be_repeated_or_is_no_option(monkeypatch: pytest.MonkeyPatch
     for arguments, message in (
         (("--config", "redacted"), "redacted"),
         (("--config", "half"), "0.5 of its strength"),
-        (("cat", "--resume"), "uce does not train"),
+        (("cat", "--resume"), "gated does not train"),
         (("cat", "--set", "retain=dog"), "an option of its own"),
         (("cat", "--method", "esd", "--set", "rank=9999"), "`rank`"),
     ):

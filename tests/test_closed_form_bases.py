@@ -93,7 +93,7 @@ def test_sdxl_the_pooled_edit_is_the_closed_form() -> None:
 def test_sdxl_stock_diffusers_draws_the_same(tmp_path: Path) -> None:
     """The LoRA file, with its site on the pooled vector, loaded by a process that never imports this library."""
     pipe = tiny_sdxl_pipe()
-    erase(pipe, **TARGET).save_pretrained(tmp_path / "erasure")
+    erase(pipe, **TARGET, method="uce").save_pretrained(tmp_path / "erasure")
     pipe.save_pretrained(tmp_path / "base")
     before = draw(pipe)
     pipe.load_erasure(tmp_path / "erasure")

@@ -39,7 +39,7 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def broad(pipe: Any) -> Erasure:
-    return erase(pipe, **BROAD)
+    return erase(pipe, **BROAD, method="uce")
 
 
 def seen(pipe: Any, prompts: list[str]) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ def test_the_example_of_the_readme_keeps_the_others(pipe: Any) -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert 'erase(pipe, "cat", anchors="fox", retain=["dog", "rabbit"])' in page
     others = [name for name in demo.OBJECTS if name != "cat"]
-    pipe.load_erasure(erase(pipe, **README), "no-cat")
+    pipe.load_erasure(erase(pipe, **README, method="uce"), "no-cat")
     found = seen(pipe, [demo.prompt(name, demo.STYLES[i % 5]) for i, name in enumerate(others)])
     cats = seen(pipe, [demo.prompt("cat", style) for style in demo.STYLES])
     pipe.unload_erasure("no-cat")
@@ -70,19 +70,19 @@ def test_the_example_of_the_readme_keeps_the_others(pipe: Any) -> None:
 
 def test_little_means_a_default_list_and_nothing_means_nothing(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "diffusers_erasure")
-    left_out = erase(pipe, "cat", anchors="animal").config.method.settings
+    left_out = erase(pipe, "cat", anchors="animal", method="uce").config.method.settings
     assert left_out["retain_default"] == ["list:things"] and left_out["retain_prompts"] == 0
     assert "Retained by default: list:things (193 entries)" in caplog.text
-    nothing = erase(pipe, "cat", anchors="animal", retain=())
+    nothing = erase(pipe, "cat", anchors="animal", retain=(), method="uce")
     assert nothing.config.method.settings["retain_prompts"] == 0
     assert "retain_default" not in nothing.config.method.settings
-    many = erase(pipe, "cat", anchors="animal", retain=[name for name in demo.OBJECTS if name != "cat"])
+    many = erase(pipe, "cat", anchors="animal", retain=[name for name in demo.OBJECTS if name != "cat"], method="uce")
     assert "retain_default" not in many.config.method.settings
     published = erase(pipe, "cat", anchors="animal", published=True)
     assert "retain_default" not in published.config.method.settings
-    chosen = erase(pipe, "cat", anchors="animal", retain_default=["list:styles", "list:styles"])
+    chosen = erase(pipe, "cat", anchors="animal", retain_default=["list:styles", "list:styles"], method="uce")
     assert chosen.config.method.settings["retain_default"] == ["list:styles"]
-    plain = erase(pipe, "cat", anchors="animal", retain_default="none")
+    plain = erase(pipe, "cat", anchors="animal", retain_default="none", method="uce")
     assert plain.content_hash == nothing.content_hash
 
 
@@ -122,7 +122,7 @@ def test_no_single_word_is_given_up(pipe: Any) -> None:
 
 def test_a_word_for_the_target_is_not_held_against_it(pipe: Any) -> None:
     """The list has "cat" for whoever erases "kitten": kept, nothing would be erased."""
-    erasure = erase(pipe, "kitten", anchors="animal")
+    erasure = erase(pipe, "kitten", anchors="animal", method="uce")
     assert erasure.config.diagnostics["completeness"]["kitten"] > 0.75
     change = row_moves(pipe, erasure, ["cat", "dog", "rocket"])
     assert change is not None and change[0] > 2 * change[1:].max()
@@ -175,7 +175,7 @@ def test_targets_and_anchors_are_left_out() -> None:
 
 def test_words_that_an_encoder_cannot_read_are_passed_over(pipe: Any) -> None:
     """One of `list:artists` has more word pieces than the embedded model's 24 positions."""
-    erasure = erase(pipe, "ink", anchors="", preset="style")
+    erasure = erase(pipe, "ink", anchors="", preset="style", method="uce")
     assert erasure.config.method.settings["retain_default"] == ["list:styles", "list:artists", "list:things"]
     assert erasure.config.diagnostics["collateral"]["words"] < sum(
         len(read_list(name)) for name in ("styles", "artists", "things")
@@ -186,7 +186,7 @@ def test_words_that_an_encoder_cannot_read_are_passed_over(pipe: Any) -> None:
 
 
 def test_what_the_warning_names_vanishes(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
-    erasure = erase(pipe, "octopus", anchors="sea animal", retain=())
+    erasure = erase(pipe, "octopus", anchors="sea animal", retain=(), method="uce")
     (message,) = warnings(caplog)
     named = re.findall(r"'([\w -]+)' (\d\.\d\d)", message)
     collateral = erasure.config.diagnostics["collateral"]
@@ -205,7 +205,9 @@ def test_what_the_warning_names_vanishes(pipe: Any, caplog: pytest.LogCaptureFix
 
 
 def test_nothing_is_warned_of_where_nothing_moved_far(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
-    collateral = erase(pipe, **{**BROAD, "targets": "bee", "anchors": "insect"}).config.diagnostics["collateral"]
+    collateral = erase(pipe, **{**BROAD, "targets": "bee", "anchors": "insect"}, method="uce").config.diagnostics[
+        "collateral"
+    ]
     assert not warnings(caplog) and collateral["above"] == 0
     assert len(collateral["worst"]) == 10 and max(collateral["worst"].values()) < collateral["threshold"]
     assert not {"bee", "insect"} & set(collateral["worst"])
@@ -245,7 +247,10 @@ def test_rows_are_measured_as_the_projections_read_them(pipe: Any, method: str) 
 def test_sdxl_holds_rows_and_pooled_vectors() -> None:
     xl = tiny_sdxl_pipe()
     settings: dict[str, Any] = {"anchors": "", "retain": ["dog", "house"], "layer": "lora"}
-    held, bare = erase(xl, "apple", **settings), erase(xl, "apple", **settings, retain_default="none")
+    held, bare = (
+        erase(xl, "apple", **settings, method="uce"),
+        erase(xl, "apple", **settings, retain_default="none", method="uce"),
+    )
     assert held.config.method.settings["retain_default"] == ["list:things"]
     collateral = [each.config.diagnostics["collateral"] for each in (held, bare)]
     assert collateral[0]["words"] == collateral[1]["words"] > 150
@@ -259,7 +264,7 @@ def test_sdxl_holds_rows_and_pooled_vectors() -> None:
 
 def test_training_is_measured_by_predictions_and_leaves_the_pipeline_alone() -> None:
     tiny = tiny_sd_pipe()
-    other = erase(tiny, "dog", retain=())
+    other = erase(tiny, "dog", retain=(), method="uce")
     plain = erase(tiny, "cat", **QUICK)
     collateral = plain.config.diagnostics["collateral"]
     assert collateral["measure"].startswith("predictions") and 20 < collateral["words"] <= 40
@@ -298,7 +303,7 @@ def test_a_recipe_repeats_it(pipe: Any, how: dict[str, Any]) -> None:
 
 def test_recipes_of_before_have_no_default_list(pipe: Any) -> None:
     """An artefact of an earlier version says nothing of default lists, and had none."""
-    old = erase(pipe, **BROAD, retain_default="none")
+    old = erase(pipe, **BROAD, retain_default="none", method="uce")
     assert "retain_default" not in old.config.method.settings
     assert recipe_of(old)["retain_default"] == "none" and recipe_of(old)["retain"] == ["dog", "rabbit"]
 
@@ -316,11 +321,11 @@ def test_the_card_tells_and_a_redacted_one_does_not(broad: Erasure) -> None:
 def test_combining_keeps_the_lists_and_measures_again(
     pipe: Any, broad: Erasure, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shark = erase(pipe, "shark", anchors="animal", retain=["whale"])
+    shark = erase(pipe, "shark", anchors="animal", retain=["whale"], method="uce")
     joint = combine([broad, shark], pipe=pipe)
     assert joint.config.method.settings["retain_default"] == ["list:things"]
     assert joint.config.diagnostics["collateral"]["words"] == len(read_list("things")) - 2
-    whole = erase(pipe, ["cat", "shark"], anchors="animal", retain=["dog", "rabbit", "whale"])
+    whole = erase(pipe, ["cat", "shark"], anchors="animal", retain=["dog", "rabbit", "whale"], method="uce")
     for site, change in edits(whole).items():
         assert (edits(joint)[site] - change).norm() <= 1e-4 * change.norm()
     caplog.clear()
@@ -340,7 +345,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "off": ("--retain", "dog", "--retain-default", "none"),
     }
     for name, further in made.items():
-        invoke("erase", "cat", "--anchor", "animal", "-o", name, *further)
+        invoke("erase", "cat", "--anchor", "animal", "--method", "uce", "-o", name, *further)
     settings = {name: Erasure.from_pretrained(name).config.method.settings for name in made}
     assert settings["default"]["retain_default"] == ["list:things"]
     assert "retain_default" not in settings["none"] and settings["none"]["retain_prompts"] == 0
@@ -358,7 +363,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "of 193 words of list:things moved far" in shown
 
 
-@pytest.mark.parametrize("settings", [{}, QUICK])
+@pytest.mark.parametrize("settings", [{"method": "uce"}, QUICK])
 def test_it_can_be_left_out(pipe: Any, settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """The edit is the same, and nothing is measured or told."""
     caplog.set_level(logging.WARNING, "diffusers_erasure")

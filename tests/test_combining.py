@@ -114,9 +114,9 @@ def test_a_redacted_part_whose_list_named_its_target_needs_another(pipe: Any, tm
     """What was left out of the list is redacted, and must not come back as retained."""
     file = tmp_path / "kept.txt"
     settings: dict[str, Any] = {"anchors": "", "retain": "list:objects"}
-    named = erase(pipe, "airplane", **settings)
+    named = erase(pipe, "airplane", **settings, method="uce")
     assert named.config.method.settings["retain_excluded"]
-    other = erase(pipe, "cat", **settings)
+    other = erase(pipe, "cat", **settings, method="uce")
     with pytest.raises(ErasureInputError, match="no longer says"):
         combine([named.redacted(), other], pipe=pipe)
     file.write_text("dog\nrose\n", encoding="utf-8")
@@ -125,11 +125,11 @@ def test_a_redacted_part_whose_list_named_its_target_needs_another(pipe: Any, tm
 
 
 def test_what_one_part_retains_and_another_removes_goes(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
-    one = erase(pipe, "cat", anchors="animal", retain=["dog", "bee"])
-    other = erase(pipe, "dog", anchors="animal", retain=["cat", "rose"])
+    one = erase(pipe, "cat", anchors="animal", retain=["dog", "bee"], method="uce")
+    other = erase(pipe, "dog", anchors="animal", retain=["cat", "rose"], method="uce")
     joint = combine([one, other], pipe=pipe)
     assert "'dog', 'cat'" in caplog.text or "'cat', 'dog'" in caplog.text
-    whole = erase(pipe, ["cat", "dog"], anchors="animal", retain=["bee", "rose"])
+    whole = erase(pipe, ["cat", "dog"], anchors="animal", retain=["bee", "rose"], method="uce")
     assert_same_edit(whole, joint, 1e-5)
 
 
@@ -191,7 +191,7 @@ def test_a_redacted_part_does_not_say_its_templates(pipe: Any) -> None:
 
 
 def test_parts_that_do_not_go_together_are_named(pipe: Any) -> None:
-    uce = erase(pipe, "cat", anchors="animal", retain=KEPT)
+    uce = erase(pipe, "cat", anchors="animal", retain=KEPT, method="uce")
     rece = erase(pipe, "shark", anchors="animal", retain=KEPT, method="rece")
     other = erase(pipe, "shark", anchors="animal", retain=KEPT, lamb=0.5)
     with pytest.raises(ErasureInputError, match="two or more"):
@@ -206,26 +206,26 @@ def test_parts_that_do_not_go_together_are_named(pipe: Any) -> None:
     with pytest.raises(ErasureInputError, match="`lamb` is 0.001"):
         combine([uce, other], pipe=pipe)
     with pytest.raises(ErasureInputError, match="give the pipeline"):
-        combine([uce, erase(pipe, "shark", anchors="animal", retain=KEPT)])
+        combine([uce, erase(pipe, "shark", anchors="animal", retain=KEPT, method="uce")])
     with pytest.raises(ErasureInputError, match="Two of the erasures remove 'cat'"):
         combine([uce, uce], pipe=pipe)
     with pytest.raises(ErasureInputError, match=r"published at 0\.5"):
-        combine([uce.rescaled(0.5), erase(pipe, "shark", anchors="animal", retain=KEPT)], pipe=pipe)
+        combine([uce.rescaled(0.5), erase(pipe, "shark", anchors="animal", retain=KEPT, method="uce")], pipe=pipe)
     summed = combine([uce, other], mode="sum")
     with pytest.raises(ErasureInputError, match="keeps no rows"):
-        combine([summed, erase(pipe, "rose", anchors="flower")], pipe=pipe)
+        combine([summed, erase(pipe, "rose", anchors="flower", method="uce")], pipe=pipe)
     with pytest.raises(ErasureInputError, match="redacted or its list too long, and does not say"):
-        combine([uce.redacted(), erase(pipe, "shark", anchors="animal", retain=KEPT)], pipe=pipe)
+        combine([uce.redacted(), erase(pipe, "shark", anchors="animal", retain=KEPT, method="uce")], pipe=pipe)
 
 
 def test_another_base_is_refused(pipe: Any) -> None:
-    one, other = (erase(pipe, name, anchors="animal") for name in ("cat", "shark"))
+    one, other = (erase(pipe, name, anchors="animal", method="uce") for name in ("cat", "shark"))
     foreign = demo.load_pipeline()
     with torch.no_grad():
         foreign.text_encoder.get_input_embeddings().weight.mul_(1.5)
     with pytest.raises(ErasureCompatibilityError, match="text_encoder"):
         combine([one, other], pipe=foreign)
-    moved = erase(foreign, "rose", anchors="flower")
+    moved = erase(foreign, "rose", anchors="flower", method="uce")
     with pytest.raises(ErasureCompatibilityError, match="different text_encoder"):
         combine([one, moved], mode="sum")
 

@@ -75,7 +75,9 @@ def test_methods_lists_and_settings() -> None:
     assert complete("erase", "cat", "--method", "speed", "--set", "re") == [
         f"{name}=" for name in known if name != "retain"
     ]
-    assert "epochs=" not in complete("erase", "cat", "--set", "e")  # of uce, the default, there is none
+    assert "epochs=" not in complete(
+        "erase", "cat", "--set", "e"
+    )  # gated and uce, of which one is the default, have none
     assert complete("generate", "cat", "--offload", "") == ["none", "model", "sequential"]
     assert complete("convert", "dumo", "--base", "demo-s") == ["demo-sdxl", "demo-sd3"]
 

@@ -120,11 +120,11 @@ def test_the_padded_length_is_a_setting(flux: Any) -> None:
     short, long = (row_sources(flux, length=length)[0] for length in (8, LENGTH))
     assert len(short.all(["cat"])[0][0]) == 8 and len(long.all(["cat"])[0][0]) == LENGTH
     assert roundings(short.last(["cat"]), long.last(["cat"])) > 1000
-    by_length = [erase(flux, "cat", **PLAIN, max_sequence_length=length) for length in (8, LENGTH, 0)]
+    by_length = [erase(flux, "cat", **PLAIN, max_sequence_length=length, method="uce") for length in (8, LENGTH, 0)]
     maps = [mapped(erasure) for erasure in by_length]
     assert roundings(maps[0], maps[1]) > 1000 and torch.equal(maps[1], maps[2])
     with pytest.raises(ErasureInputError, match="raise `max_sequence_length`"):
-        erase(flux, "a photo of a cat on a mat", **PLAIN, max_sequence_length=4)
+        erase(flux, "a photo of a cat on a mat", **PLAIN, max_sequence_length=4, method="uce")
 
 
 def test_places_of_two_prompts_are_paired_from_both_ends() -> None:
@@ -180,13 +180,13 @@ def test_a_map_is_the_closed_form_on_sd3(sd3: Any, apart: bool) -> None:
 def test_rows_go_to_the_anchor_in_few_directions(flux: Any) -> None:
     """The map is that of anchors which lie only so far off as the leading directions of the way go; each concept has its own."""
     settings = {**PLAIN, "rows": "window", "directions": 2, "layer": "text_map"}
-    erasure = erase(flux, "cat", **settings)
+    erasure = erase(flux, "cat", **settings, method="uce")
     target, anchor = (fed(flux, prompt)[0] for prompt in ("cat", "animal"))
     leading = torch.linalg.svd(anchor - target).Vh[:2]
     near = target + (anchor - target) @ leading.T @ leading
     assert roundings(mapped(erasure), formula(target, near, fed(flux, "")[0])) <= ROUNDINGS
     assert len(erasure.layer_tensors(erasure.config.layers[0])["A"]) == 2
-    two = erase(flux, ["cat", "dog"], **settings)
+    two = erase(flux, ["cat", "dog"], **settings, method="uce")
     assert len(two.layer_tensors(two.config.layers[0])["A"]) == 4
 
 
@@ -231,7 +231,7 @@ def test_both_alphabets_of_sd3_are_mapped(sd3: Any) -> None:
         pipe = with_t5(tiny_sd3_pipe())
         for name, value in missing.items():
             setattr(pipe, name, value)
-        erasure = erase(pipe, "cat", **settings)
+        erasure = erase(pipe, "cat", **settings, method="uce")
         return moved(erasure, target, anchor)[places].tolist()
 
     both, no_t5 = shares(), shares(text_encoder_3=None)
@@ -244,15 +244,15 @@ def test_both_alphabets_of_sd3_are_mapped(sd3: Any) -> None:
 def test_without_the_encoders_that_make_rows_there_is_nothing_to_fit(caplog: pytest.LogCaptureFixture) -> None:
     pipe = with_t5(tiny_sd3_pipe())
     pipe.text_encoder_3 = None
-    erase(pipe, "cat", **COMMON)
+    erase(pipe, "cat", **COMMON, method="uce")
     assert "text_encoder_3 is not loaded" in caplog.text
     pipe.text_encoder = None
     with pytest.raises(ErasureCompatibilityError, match="text_encoder"):  # the halves stand side by side
-        erase(pipe, "cat", **COMMON)
+        erase(pipe, "cat", **COMMON, method="uce")
     pipe = with_t5(tiny_flux_pipe())
     pipe.text_encoder_2 = None
     with pytest.raises(ErasureCompatibilityError, match="text_encoder_2"):
-        erase(pipe, "cat", **COMMON)
+        erase(pipe, "cat", **COMMON, method="uce")
 
 
 def test_the_pooled_door_has_a_map_of_its_own(flux: Any) -> None:
@@ -300,6 +300,6 @@ def test_methods_report_and_move_what_they_should(name: str, method: str, reques
 
 def test_a_concept_takes_40_kilobytes_of_flux() -> None:
     """In half precision, of rows of width 4,096 and pooled vectors of 768, at the default's rank."""
-    erasure = erase(with_t5(tiny_flux_pipe()), "cat", **COMMON)
+    erasure = erase(with_t5(tiny_flux_pipe()), "cat", **COMMON, method="uce")
     ranks = [len(erasure.layer_tensors(layer)["A"]) for layer in erasure.config.layers]
     assert 2 * 2 * (ranks[0] * 4096 + ranks[1] * 768) <= 40_960

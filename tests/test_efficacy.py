@@ -184,7 +184,11 @@ def test_numbers_of_an_object() -> None:
         "other": 3 / 4,
     }
     assert {name: number.value for name, number in found.items()} == pytest.approx(expected)
-    assert list(found) == list(tables.COLUMNS)
+    # With what the anchor's prompts showed on the same noise the difference to these stands beside it.
+    floor = [sees("cat"), sees("dog"), sees("dog"), *AFTER[3:]]
+    over = numbers.measure([DOG], [AFTER], [BEFORE], {"dog": "animal"}, Bootstrap(resamples=50), [floor])
+    assert list(over) == list(tables.COLUMNS) and set(over) - set(found) == {"over"}
+    assert over["over"].value == pytest.approx(-1 / 4) and over["over"].low <= -1 / 4 <= over["over"].high
     assert found["acc_e"].images == found["acc_r"].images == 4
 
 

@@ -176,7 +176,7 @@ def test_a_fit_acts_on_its_word_on_the_families_with_two_doors(kind: str, tmp_pa
     pipe, texts = PIPES[kind](), ("cat", "house", "dog")
     base = {text: drawn(pipe, prompt=text) for text in texts}
     settings = {**SHARP, "anchors": "house", "retain": ["house", "dog"], "rows": "all", "max_sequence_length": 12}
-    erase(pipe, "cat", **settings).save_pretrained(tmp_path)
+    erase(pipe, "cat", **settings, method="uce").save_pretrained(tmp_path)
     pipe.load_erasure(tmp_path, "no-cat")
     now = {text: drawn(pipe, prompt=text) for text in texts}
     effect = far(base["cat"], base["house"])
@@ -195,7 +195,7 @@ def test_a_fit_needs_no_denoiser(name: str, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     none = dict.fromkeys(part for part, value in pipe.components.items() if value is None)
     light = type(pipe).from_pretrained(tmp_path, **none, transformer=None)
-    maps = [mapped(erase(each, "cat", **SHARP)) for each in (pipe, light)]
+    maps = [mapped(erase(each, "cat", **SHARP, method="uce")) for each in (pipe, light)]
     assert roundings(maps[1], maps[0]) <= ROUNDINGS
 
 
@@ -203,7 +203,9 @@ def test_a_fit_needs_no_denoiser(name: str, tmp_path: Path) -> None:
 def test_what_else_moved_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["dog", "mat", "on", "tree"]
     monkeypatch.setattr(collateral, "read_list", lambda _: words)
-    found = erase(TOLD[name].make(), "cat", **{**SHARP, "compare": True}).config.diagnostics["collateral"]
+    found = erase(TOLD[name].make(), "cat", **{**SHARP, "compare": True}, method="uce").config.diagnostics[
+        "collateral"
+    ]
     assert found["words"] == len(words)
 
 
@@ -220,7 +222,7 @@ def test_a_prompt_that_is_cut_is_refused(name: str) -> None:
     assert len(fits.ids([prompt])[0]) == own + 5 and fits.too_long([prompt, prompt + " on"]) == {prompt + " on"}
     settings = {**SHARP, "retain": ["dog"]}
     with pytest.raises(ErasureInputError, match="longer than the text encoder reads"):
-        erase(pipe, prompt, **settings, max_sequence_length=own + 4)
+        erase(pipe, prompt, **settings, max_sequence_length=own + 4, method="uce")
 
 
 def test_prompts_with_pictures_are_refused() -> None:
@@ -228,7 +230,7 @@ def test_prompts_with_pictures_are_refused() -> None:
     pipe = made("Qwen-Image")
     edits = diffusers.QwenImageEditPipeline(**{**pipe.components, "processor": None})
     with pytest.raises(ErasureCompatibilityError, match="together with pictures.*Qwen-Image that draws from text"):
-        erase(edits, "cat", **SHARP)
+        erase(edits, "cat", **SHARP, method="uce")
 
 
 def test_two_transformers_that_take_turns_are_refused() -> None:
@@ -236,7 +238,7 @@ def test_two_transformers_that_take_turns_are_refused() -> None:
     pipe = TOLD["Wan"].make()
     pipe.register_modules(transformer_2=pipe.transformer)
     with pytest.raises(ErasureCompatibilityError, match="transformer_2"):
-        erase(pipe, "cat", **SHARP)
+        erase(pipe, "cat", **SHARP, method="uce")
 
 
 def test_a_missing_encoder_is_told(name: str) -> None:
@@ -244,7 +246,7 @@ def test_a_missing_encoder_is_told(name: str) -> None:
         pipe = TOLD[name].make()
         pipe.register_modules(**{part: None})
         with pytest.raises(ErasureCompatibilityError, match=f"needs the pipeline's {part}"):
-            erase(pipe, "cat", **SHARP)
+            erase(pipe, "cat", **SHARP, method="uce")
 
 
 def test_rows_that_are_cached_are_those_of_the_template(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -273,5 +275,5 @@ def test_encoders_are_asked_once_in_a_fit(monkeypatch: pytest.MonkeyPatch) -> No
         return found
 
     monkeypatch.setattr(diffusers.Lumina2Pipeline, "encode_prompt", noted)
-    erase(pipe, "cat", **SHARP)
+    erase(pipe, "cat", **SHARP, method="uce")
     assert sorted(asked) == sorted(set(asked))

@@ -102,7 +102,7 @@ def test_a_large_lora_is_told(caplog: pytest.LogCaptureFixture) -> None:
     erase(pipe, "cat", anchors="animal", retain=["dog"], rows="window")
     assert "more numbers" in caplog.text
     caplog.clear()
-    erase(pipe, "cat", anchors="animal", retain=["dog"])
+    erase(pipe, "cat", anchors="animal", retain=["dog"], method="uce")
     assert "more numbers" not in caplog.text
 
 
@@ -124,7 +124,7 @@ def test_a_sum_of_maps_has_the_sum_of_their_loras(limit: dict[str, Any], xl: boo
 
 def test_a_sum_that_stock_diffusers_cannot_load_is_told(caplog: pytest.LogCaptureFixture) -> None:
     pipe = demo.load_pipeline()
-    one, two = (erase(pipe, name, anchors="animal", retain=["dog"]) for name in ("cat", "shark"))
+    one, two = (erase(pipe, name, anchors="animal", retain=["dog"], method="uce") for name in ("cat", "shark"))
     lora = erase(pipe, "corn", anchors="food", retain=["dog"], layer="lora")
     assert combine([one, without_stock_lora(two)], mode="sum").config.stock is None
     assert "not all parts carry a LoRA" in caplog.text
@@ -137,7 +137,7 @@ def test_forms_do_not_hinder_a_joint_solve() -> None:
     """Erasures of earlier versions were LoRAs by default."""
     pipe = demo.load_pipeline()
     one = erase(pipe, "cat", anchors="animal", retain=["dog"], layer="lora")
-    two = erase(pipe, "shark", anchors="animal", retain=["dog"])
+    two = erase(pipe, "shark", anchors="animal", retain=["dog"], method="uce")
     assert combine([one, two], pipe=pipe).config.method.settings["layer"] == "both"
     loras = [one, erase(pipe, "shark", anchors="animal", retain=["dog"], layer="lora")]
     assert combine(loras, pipe=pipe).config.method.settings["layer"] == "lora"

@@ -26,10 +26,11 @@ from diffusers_erasure.encoding.contexts import read
 from diffusers_erasure.layers.gated_map import COUNTED, in_two
 from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.live.second_prompt import maps_together
-from diffusers_erasure.methods.gated import fit_map
+from diffusers_erasure.methods.gated import Config, Settings, fit_map
 from diffusers_erasure.methods.gated_probes import Sums, directions, thresholds
 from diffusers_erasure.methods.gated_reading import Split, kept_prompts, long_prompts
 from diffusers_erasure.schema import TENSOR_FILE
+from diffusers_erasure.settings import USUAL, resolve
 from tests.commands import invoke
 from tests.flow_pipes import tiny_flux_pipe, tiny_sd3_pipe
 from tests.helpers import equal, far, normal, tiny_sdxl_pipe
@@ -39,7 +40,7 @@ from tests.tiny_families import FAMILIES, FLUX, QWEN, SD3, Z, arguments, predict
 KEPT = ["dog", "whale", "bird", "horse", "car", "tree", "house", "rose"]
 COMMON: dict[str, Any] = {
     **{"anchors": "animal", "retain": KEPT, "retain_default": "none", "method": "gated", "stock": "none"},
-    **{"contexts": 12, "kept_contexts": 4, "compare": False},
+    **{"contexts": 12, "kept_contexts": 4, "push": 0.0, "compare": False},
 }
 BARE: dict[str, Any] = {**COMMON, "templates": "none", "max_sequence_length": 12, "strict": True}
 CAT, DOG = "a cat on a table", "a dog on a table"
@@ -175,6 +176,21 @@ def test_rows_go_to_the_anchors(pipe: Any, erasure: Erasure) -> None:
     with pipe.erasure_strengths({"no-cat": [0.0, 1.0, 0.5]}):
         found = mapped(pipe, text)
     assert torch.equal(found[:2], text[:2]) and close(found[2:], oracle(text, tensors, 0.5)[2:])
+
+
+def test_presets_go_beyond_the_anchor(pipe: Any) -> None:
+    """A ridge leaves a map short of it, and the anchor's own pictures show the target at times."""
+    presets = {"object": (1e-4, 0.4), "style": (0.3, 1.0), "person": (1e-4, 0.0)}
+    for preset, expected in presets.items():
+        settings = resolve(Config(preset=preset), Settings, USUAL)
+        assert (settings.ridge, settings.push) == expected
+    made = erase(pipe, "cat", **{key: value for key, value in COMMON.items() if key != "push"})
+    text = encoded(pipe, "my cat at home")
+    place = len(pipe.tokenizer("my cat").input_ids) - 2
+    way = encoded(pipe, "my animal at home")[0, place] - text[0, place]
+    pipe.load_erasure(made, "no-cat")
+    went = ((mapped(pipe, text) - text)[0, place] @ way) / way.square().sum()
+    assert made.config.method.settings["push"] == 0.4 and 1.2 < went < 1.6
 
 
 def test_negative_prompts_are_mapped_too(pipe: Any, erasure: Erasure) -> None:
@@ -441,11 +457,25 @@ def test_probes_are_fishers_discriminant() -> None:
 def test_where_thresholds_stand() -> None:
     kept = torch.tensor([[1.0, 6.0], [2.0, -torch.inf], [0.0, 9.0]])
     named = [torch.tensor([5.0, 4.0]), torch.tensor([7.0, 8.0])]
-    assert thresholds(named, kept, 0.5).tolist() == pytest.approx([3.0, 8.0], abs=1e-3)
-    # Where the two overlap the lower end is that of the name, and 0 lets all of it through.
+    # Apart: half the way. Overlapping: where least is lost, which is above the kept prompt between the two.
+    assert thresholds(named, kept, 0.5).tolist() == pytest.approx([3.0, 6.5], abs=1e-3)
+    # With 0 the lower end of what overlaps is that of the name, and all of it opens.
     apart, overlapping = thresholds(named, kept, 0.0).tolist()
     assert apart == 2.0 and 6.999 < overlapping < 7.0
     assert thresholds(named, kept[:0], 0.0).tolist() == [0.0, 0.0]
+
+
+def test_contexts_that_hardly_name_it_do_not_lower_the_threshold() -> None:
+    """A quarter of them may be left out; and a false alarm counts five times a miss."""
+    kept = torch.linspace(0, 1, 50)[:, None]
+    own = torch.tensor([0.9, 9.0, 8.0, 9.5, 9.1, 8.5, 9.9, 9.3])
+    assert 1 < thresholds([own], kept, 0.5).item() == pytest.approx(1 + 0.5 * (8.0 - 1.0))
+    assert thresholds([own], kept, 0.0).item() < 0.9  # every prompt that may name it
+    # Half of them low: above what is kept, where five of ten are missed, is worse than among it.
+    low = torch.tensor([0.95] * 5 + [9.0] * 5)
+    assert 0.95 > thresholds([low], kept, 0.5).item() > 0.9
+    lower = torch.tensor([0.5] * 5 + [9.0] * 5)
+    assert thresholds([lower], kept, 0.5).item() > 1
 
 
 def test_contexts_take_turns() -> None:

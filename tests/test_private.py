@@ -419,9 +419,9 @@ def test_ctrl_c_while_rows_are_compared(
         signal.raise_signal(signal.SIGINT)
         return moves(*args)
 
-    expected = erase(tiny_sd_pipe(), "cat", retain=["dog"])
+    expected = erase(tiny_sd_pipe(), "cat", retain=["dog"], method="uce")
     monkeypatch.setattr(collateral, "row_moves", interrupted)
-    erasure = erase(pipe, "cat", retain=["dog"])
+    erasure = erase(pipe, "cat", retain=["dog"], method="uce")
     assert erasure.to_files() == expected.to_files() and "made and kept. The comparison was done" in caplog.text
 
 
@@ -438,7 +438,7 @@ def test_the_bar_of_the_comparison(
 
 def test_the_comparison_has_no_erasure_but_the_new_one(pipe: Any) -> None:
     plain = erase(pipe, "cat", **FITS["acterase"])
-    other: Erasure = erase(pipe, "dog", retain=["fox"], compare=False)
+    other: Erasure = erase(pipe, "dog", retain=["fox"], compare=False, method="uce")
     pipe.load_erasure(other, "no-dog", strength=0.5)
     before = state(pipe)
     again = erase(pipe, "cat", **FITS["acterase"])

@@ -89,7 +89,7 @@ def test_a_map_is_the_closed_form_of_each_half(pipe: Any) -> None:
         expected[half, half] = (g - e)[:, half].T @ x @ torch.linalg.inv(m)
     a, d = mapped(erasure)
     assert roundings(d.T @ a, expected) <= ROUNDINGS
-    lora = erase(pipe, "cat", anchors="animal", retain=["dog", "tree"], **settings)
+    lora = erase(pipe, "cat", anchors="animal", retain=["dog", "tree"], **settings, method="uce")
     site, linear = next(iter(text_readers(pipe).items()))
     factors = lora.tensors[LORA_FILE]
     found = factors[f"unet.{site}{UP}"].double() @ factors[f"unet.{site}{DOWN}"].double()
@@ -247,13 +247,13 @@ def test_where_the_first_encoder_is_not_there_the_factors_tell(pipe: Any) -> Non
 
 
 def test_nothing_is_refused_where_each_half_is_mapped_by_itself(pipe: Any) -> None:
-    pipe.load_erasure(erase(pipe, "cat", **COMMON), "it")
+    pipe.load_erasure(erase(pipe, "cat", **COMMON, method="uce"), "it")
     for arguments in (*REFUSED, *PASSED):
         draw(pipe, **arguments)
 
 
 def test_gates_and_what_was_trained_with_both_encoders_need_one_prompt(pipe: Any) -> None:
-    gated = with_gate(erase(pipe, "cat", **COMMON), pipe, ["cat"])
+    gated = with_gate(erase(pipe, "cat", **COMMON, method="uce"), pipe, ["cat"])
     assert maps_together(pipe, gated)
     site = next(iter(text_readers(pipe)))
     both = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

@@ -74,7 +74,7 @@ class Admin:
             free = self.free.is_set()
             with pipe.erasures_disabled():
                 self.pictures.append(request.draw(pipe))
-            fitted = erase(pipe, "rose", anchors="flower", retain=["tulip", "cat"], compare=False)
+            fitted = erase(pipe, "rose", anchors="flower", retain=["tulip", "cat"], compare=False, method="uce")
             pipe.load_erasure(another(), "another", strength=float(free))
             pipe.load_erasure(fitted, "fitted", strength=0.0)
             pipe.set_erasures({"another": 0.5 * free, "fitted": float(free)})

@@ -29,7 +29,7 @@ def pipe() -> Any:
 def erasure(pipe: Any) -> Any:
     import diffusers_erasure
 
-    return diffusers_erasure.erase(pipe, "cat", anchors="animal", retain=["dog", "rabbit"])
+    return diffusers_erasure.erase(pipe, "cat", anchors="animal", retain=["dog", "rabbit"], method="uce")
 
 
 def draw(pipe: Any, prompt: str = "a cat in ink style") -> np.ndarray:

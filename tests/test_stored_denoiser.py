@@ -74,7 +74,7 @@ def test_an_erasure_has_the_same_bytes_with_it_and_without(saved: tuple[Any, Any
     if method == "uce":
         whole.load_erasure(other)
         whole.unload_erasure()
-        house = erase(bare, "house", **COMMON)
+        house = erase(bare, "house", **COMMON, method="uce")
         both = [combine([each, house], mode="joint", pipe=pipe) for each, pipe in ((one, whole), (other, bare))]
         assert both[0].content_hash == both[1].content_hash
 
@@ -86,27 +86,27 @@ def test_what_runs_it_still_needs_it(saved: tuple[Any, Any, Path]) -> None:
 
 def test_files_that_are_missing_or_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ErasureCompatibilityError, match="does not say where it was loaded from"):
-        erase(without(tiny_flux_pipe(), ""), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), ""), "cat", **COMMON, method="uce")
     with pytest.raises(ErasureCompatibilityError, match=r"transformer/config\.json"):
-        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON, method="uce")
     pipe = tiny_flux_pipe()
     pipe.transformer.save_pretrained(tmp_path / "transformer")
     file = tmp_path / "transformer" / places.WEIGHTS
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(ErasureFileError, match="ends before"):
-        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON, method="uce")
     file.write_bytes(b"no tensors here")
     with pytest.raises(ErasureCompatibilityError, match="no safetensors file"):
-        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON, method="uce")
     shutil.rmtree(tmp_path / "transformer")
     tiny_sd3_pipe().transformer.save_pretrained(tmp_path / "transformer")
     (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     with pytest.raises(ErasureCompatibilityError, match="do not fit its configuration"):
-        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON, method="uce")
     (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "Linear"}')
     with pytest.raises(ErasureCompatibilityError, match="no known family"):
-        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), tmp_path), "cat", **COMMON, method="uce")
 
 
 def with_offsets(data: bytes) -> bytes:
@@ -144,7 +144,7 @@ def test_damaged_files_are_told(damage: str, tmp_path: Path) -> None:
     file = folder / name
     file.write_bytes(changed(file.read_bytes() if file.exists() else b""))
     with pytest.raises(ErasureCompatibilityError, match=re.escape(message)):
-        erase(without(tiny_flux_pipe(), tmp_path / "model"), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), tmp_path / "model"), "cat", **COMMON, method="uce")
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_from_the_hub_only_what_is_asked_for_is_read(endpoint: Hub, tmp_path: Pa
     assert one.config.base_model.components == other.config.base_model.components
     assert read < whole / 8, (read, whole)
     # The LoRA for stock diffusers needs two weights more.
-    erase(bare, "cat", **COMMON, compare=False)
+    erase(bare, "cat", **COMMON, compare=False, method="uce")
     doors = sum(linear.weight.nbytes for linear in text_readers(pipe).values())
     doors += pipe.transformer.time_text_embed.text_embedder.linear_1.weight.nbytes
     assert endpoint.sent() == doors
@@ -186,16 +186,16 @@ def test_from_the_hub_only_what_is_asked_for_is_read(endpoint: Hub, tmp_path: Pa
 def test_a_hub_that_fails_is_told(endpoint: Hub) -> None:
     endpoint.set("alice/base", files={"README.md": b"nothing"})
     with pytest.raises(ErasureCompatibilityError, match=r"no transformer/config\.json"):
-        erase(without(tiny_flux_pipe(), "alice/base"), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), "alice/base"), "cat", **COMMON, method="uce")
     with pytest.raises(ErasureCompatibilityError, match="alice/nothing"):
-        erase(without(tiny_flux_pipe(), "alice/nothing"), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), "alice/nothing"), "cat", **COMMON, method="uce")
 
 
 def test_a_hub_that_is_not_asked_is_told(endpoint: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that a file is missing: nobody knows that."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ErasureCompatibilityError, match="the Hub was not asked"):
-        erase(without(tiny_flux_pipe(), "alice/base"), "cat", **COMMON)
+        erase(without(tiny_flux_pipe(), "alice/base"), "cat", **COMMON, method="uce")
 
 
 def test_a_hub_that_fails_between_two_parts_is_told(endpoint: Hub, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_hub_that_fails_between_two_parts_is_told(endpoint: Hub, tmp_path: Pat
     erase(bare, "cat", **COMMON, layer="text_map", compare=False)
     endpoint.set("alice/base", files={"README.md": b"nothing"})
     with pytest.raises(ErasureError, match="alice/base"):
-        erase(bare, "cat", **COMMON, compare=False)  # the doors' weights
+        erase(bare, "cat", **COMMON, compare=False, method="uce")  # the doors' weights
 
 
 @pytest.mark.parametrize("how", ["memory", "disk"])

@@ -59,7 +59,7 @@ def made(pipe: Any) -> dict[str, Erasure]:
         "both": erase(pipe, "cat", **COMMON, layer="both"),
         "small": erase(pipe, " Cat", **COMMON, layer="lora", rank=3),
         "rece": erase(pipe, "cat", **COMMON, method="rece"),
-        "other": erase(pipe, "cat", anchors="animal", retain=["dog", "rabbit", "fox"]),
+        "other": erase(pipe, "cat", anchors="animal", retain=["dog", "rabbit", "fox"], method="uce"),
     }
 
 
@@ -366,7 +366,7 @@ def test_what_moves_a_target_elsewhere_is_no_alarm(caplog: pytest.LogCaptureFixt
 def test_other_targets_and_redacted_ones_are_not_told(pipe: Any, made: dict[str, Erasure], caplog: Any) -> None:
     caplog.set_level(logging.INFO, "diffusers_erasure")
     pipe.load_erasure(made["lora"], "first")
-    pipe.load_erasure(erase(pipe, "dog", anchors="animal"), "dog")
+    pipe.load_erasure(erase(pipe, "dog", anchors="animal", method="uce"), "dog")
     pipe.load_erasure(made["rece"].redacted(), "secret")
     assert "removed" not in caplog.text
 

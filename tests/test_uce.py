@@ -208,29 +208,35 @@ def test_scales_are_relative_by_default(pipe: Any) -> None:
 
 def test_a_hundred_retained_prompts_do_not_outweigh_the_target(pipe: Any) -> None:
     words = [word for word in demo.OBJECTS if word != "cat"]
-    few = erase(pipe, "cat", anchors="animal", retain=words[:10]).config.diagnostics["completeness"]["cat"]
-    many = erase(pipe, "cat", anchors="animal", retain=[f"{w} {s}" for w in words for s in demo.STYLES])
+    few = erase(pipe, "cat", anchors="animal", retain=words[:10], method="uce").config.diagnostics["completeness"][
+        "cat"
+    ]
+    many = erase(pipe, "cat", anchors="animal", retain=[f"{w} {s}" for w in words for s in demo.STYLES], method="uce")
     assert many.config.diagnostics["completeness"]["cat"] > 0.5 * few
 
 
 def test_fitting_leaves_the_pipeline_alone(pipe: Any) -> None:
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    first = erase(pipe, "cat", anchors="animal")
+    first = erase(pipe, "cat", anchors="animal", method="uce")
     pipe.load_erasure(first, "on")
-    second = erase(pipe, "cat", anchors="animal")  # fitted on the base, not on what is loaded
+    second = erase(pipe, "cat", anchors="animal", method="uce")  # fitted on the base, not on what is loaded
     pipe.unload_erasure()
     assert first.content_hash == second.content_hash
     assert all(torch.equal(before[name], value) for name, value in pipe.unet.state_dict().items())
 
 
 def test_a_string_is_accepted_for_every_list(pipe: Any, tmp_path: Path) -> None:
-    listed = erase(pipe, ["cat"], anchors=["animal"], retain=["dog"])
-    assert erase(pipe, "cat", anchors="animal", retain="dog").content_hash == listed.content_hash
+    listed = erase(pipe, ["cat"], anchors=["animal"], retain=["dog"], method="uce")
+    assert erase(pipe, "cat", anchors="animal", retain="dog", method="uce").content_hash == listed.content_hash
     (tmp_path / "kept.txt").write_text("# a comment\ndog\n\ndog\n", encoding="utf-8")
-    assert erase(pipe, "cat", anchors="animal", retain=tmp_path / "kept.txt").content_hash == listed.content_hash
+    assert (
+        erase(pipe, "cat", anchors="animal", retain=tmp_path / "kept.txt", method="uce").content_hash
+        == listed.content_hash
+    )
     (tmp_path / "kept.csv").write_text("id,animal\n1,dog\n", encoding="utf-8")
     assert (
-        erase(pipe, "cat", anchors="animal", retain=f"{tmp_path}/kept.csv#animal").content_hash == listed.content_hash
+        erase(pipe, "cat", anchors="animal", retain=f"{tmp_path}/kept.csv#animal", method="uce").content_hash
+        == listed.content_hash
     )
 
 
@@ -268,7 +274,7 @@ def test_bad_input_names_the_culprit(pipe: Any, arguments: dict[str, Any], messa
 
 def test_targets_that_differ_by_an_article_are_told(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "diffusers_erasure")
-    erase(pipe, ["owl", "apple", "An  Apple", "the", "then"], anchors="a thing", templates="none")
+    erase(pipe, ["owl", "apple", "An  Apple", "the", "then"], anchors="a thing", templates="none", method="uce")
     (record,) = [each for each in caplog.records if "article" in each.getMessage()]
     assert "'apple' and 'An  Apple' differ by an article alone" in record.getMessage()
 
@@ -279,10 +285,10 @@ def test_damaged_and_missing_models() -> None:
     with torch.no_grad():
         linear.weight[0, 0] = float("nan")
     with pytest.raises(ErasureInputError, match=site.replace(".", r"\.")):
-        erase(pipe, "cat")
+        erase(pipe, "cat", method="uce")
     pipe.text_encoder = None
     with pytest.raises(ErasureCompatibilityError, match="text_encoder"):
-        erase(pipe, "cat")
+        erase(pipe, "cat", method="uce")
 
 
 def test_a_lora_on_the_text_encoder_is_refused() -> None:
@@ -291,14 +297,14 @@ def test_a_lora_on_the_text_encoder_is_refused() -> None:
     pipe = demo.load_pipeline()
     pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "style")
     with pytest.raises(ErasureInputError, match="style"):
-        erase(pipe, "cat")
+        erase(pipe, "cat", method="uce")
 
 
 def test_fused_projections_are_refused() -> None:
     pipe = demo.load_pipeline()
     pipe.fuse_qkv_projections()
     with pytest.raises(ErasureCompatibilityError, match="unfuse_qkv_projections"):
-        erase(pipe, "cat")
+        erase(pipe, "cat", method="uce")
 
 
 def test_defaults_are_documented() -> None:

@@ -167,6 +167,11 @@ class Bootstrap:
         with np.errstate(divide="ignore", invalid="ignore"):
             return self._number(samples.values.mean() / samples.baseline.mean(), values / baseline, samples)
 
+    def difference(self, samples: Samples) -> Number:
+        """The mean less the baseline's, on the same images in each resample."""
+        values, baseline = self.means(samples)
+        return self._number(samples.values.mean() - samples.baseline.mean(), values - baseline, samples)
+
     def harmonic(self, erased: Samples, kept: Samples) -> Number:
         """H_o: the harmonic mean of 1 - acc_e and acc_r."""
         value = float(harmonic(1 - erased.values.mean(), kept.values.mean()))
@@ -213,6 +218,7 @@ def measure(
     baseline: Sequence[Sequence[Seen]],
     anchors: Mapping[str, str],
     bootstrap: Bootstrap,
+    floor: Sequence[Sequence[Seen]] | None = None,
 ) -> dict[str, Number]:
     """
     All numbers of one method in one scenario.
@@ -222,6 +228,8 @@ def measure(
         seen, baseline: What the judge saw in each shot of each job, with the method and without.
         anchors (`Mapping[str, str]`): What each target was mapped to.
         bootstrap ([`Bootstrap`]): For the intervals.
+        floor: What the judge saw in each shot where the anchor stood in its prompt instead of the target; with it what is erased is also
+            compared with that, image by image.
     """
 
     def cell(name: str, score: Any = is_seen) -> Samples | None:
@@ -236,6 +244,9 @@ def measure(
     erased, kept, near, synonyms = cell("erased"), cell("kept"), cell("near"), cell("synonyms")
     assert erased is not None and kept is not None and near is not None
     numbers = {"acc_e": bootstrap.mean(erased)}
+    over = None if floor is None else gather(jobs, seen, floor, "erased", is_seen)
+    if over:
+        numbers["over"] = bootstrap.difference(over)
     if synonyms:
         numbers["acc_e_synonyms"] = bootstrap.mean(synonyms)
     numbers |= {"acc_r": bootstrap.mean(kept), "acc_r_ratio": bootstrap.ratio(kept)}

@@ -16,11 +16,13 @@ from benchmarks.efficacy.plan import ONE_OBJECT, ONE_STYLE, Job
 from benchmarks.efficacy.units import Result, Unit
 
 
+FLOOR = "anchor prompt"
 ENOUGH = 200  # images behind a number
 
 # Metric -> heading; the order of the columns.
 COLUMNS = {
     "acc_e": "acc_e ↓",
+    "over": "over the anchor ↓",
     "acc_e_synonyms": "synonyms ↓",
     "acc_r": "acc_r ↑",
     "acc_r_ratio": "of un-erased ↑",
@@ -42,6 +44,7 @@ def summarise(
     for scenario in dict.fromkeys(job.scenario for job in jobs):
         members = [job for job in jobs if job.scenario == scenario]
         baseline = [found[BASELINE, job].seen for job in members]
+        floor = [found[FLOOR, job].seen for job in members] if (FLOOR, members[0]) in found else None
         rows, details, fit = {}, {}, {}
         for method in methods:
             if (method, members[0]) not in found:
@@ -54,7 +57,7 @@ def summarise(
                 for job, each in zip(members, done)
                 for target, anchor in (each.anchors or zip(job.targets, entry.anchors(job.targets)))
             }
-            rows[method] = measure(members, seen, baseline, anchors, Bootstrap())
+            rows[method] = measure(members, seen, baseline, anchors, Bootstrap(), floor if entry.erases else None)
             if entry.erases:
                 fit[method] = statistics.median(each.fit_seconds for each in done)
             details[method] = {

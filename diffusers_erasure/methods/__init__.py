@@ -11,7 +11,10 @@ from ..registry import MethodDeclaration, declaration, method_names
 from ..settings import USUAL, resolve, rules_of
 
 
-__all__ = ["MethodEntry", "check_names", "get_method", "make_config", "method_names"]
+__all__ = ["DEFAULTS", "MethodEntry", "check_names", "default_method", "get_method", "make_config", "method_names"]
+
+# What `erase` takes where no method is named, the best first: docs/methods/index.md has the rule and the figures.
+DEFAULTS = ("gated", "uce")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,15 @@ def get_method(name: str) -> MethodEntry:
     # Only a config that says what stands for settings that are left out has settings to resolve into.
     settings = getattr(module, "Settings", None) if hasattr(config, "stated") else None
     return MethodEntry(declared, config, fit, settings, getattr(module, "refit", None))
+
+
+def default_method(names: Iterable[str]) -> str:
+    """The method that `erase` takes where none is named: the first of [`DEFAULTS`] that has settings of these names, or the first."""
+    wanted = set(names)
+    for method in DEFAULTS:
+        if wanted <= {item.name for item in dataclasses.fields(get_method(method).config)}:
+            return method
+    return DEFAULTS[0]
 
 
 def check_names(entry: MethodEntry, names: Iterable[str]) -> None:

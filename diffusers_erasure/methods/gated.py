@@ -150,7 +150,6 @@ def with_linear_edit(erasure: Erasure, pipe: Any, concepts: Sequence[Concept], s
         retain=settings.retain,
         layer="lora",
         pooled=settings.pooled,
-        push=settings.push,
         max_sequence_length=settings.max_sequence_length,
     )
     linear = uce.fit(pipe, concepts, config)

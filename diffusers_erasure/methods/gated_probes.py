@@ -30,6 +30,8 @@ from .gated_reading import (
 from .gated_settings import Settings
 
 
+APART = 1.0  # standard deviations of the kept prompts' values between the highest of them and a threshold
+WORSE = 5.0  # than a missed prompt is an opened one that is kept
 SURE = 4.0  # standard deviations of the kept prompts' values between them and a name that was not asked for
 
 
@@ -83,19 +85,41 @@ def highest(rows: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
 def thresholds(named: Sequence[torch.Tensor], kept: torch.Tensor, share: float) -> torch.Tensor:
     """Where probes open: the given share of the way from the highest kept value to the lowest of the name.
 
+    Contexts in which an encoder hardly reads the name are left out, at most a quarter, as long as the threshold would stand less than
+    `APART` standard deviations above what is kept. Where that is not enough the threshold is where what it loses is least, and an
+    opened kept prompt counts as `WORSE` times as much as a missed one that names the concept: many more prompts are kept.
+
     Args:
         named: of each probe what it reached for its own name [n].
         kept (`torch.Tensor`): what each reached for prompts that do not name it [N, P]; -inf where one does.
-        share (`float`): between 0, just above all that is kept, and 1, just below all that names it. Where the two overlap, 0 is just
-            below the lower end: every prompt that may name it opens the gate.
+        share (`float`): between 0, just above all that is kept, and 1, just below all that names it. 0 is for those who would rather
+            lose what is kept: where the two overlap it is just below the lower end, so that every prompt that may name it opens the gate.
     """
-    high = torch.stack([values.amin() for values in named]).double()
-    low = kept.amax(0).double() if len(kept) else high - high.abs().clamp_min(1.0)
-    overlap = high <= low
-    low, high = torch.minimum(low, high), torch.maximum(low, high)
-    # What reaches a threshold exactly does not open, and of a name that overlaps the lowest is to.
-    low = torch.where(overlap, low - 1e-4 * (high - low) - 1e-6 * low.abs(), low)
-    return low + share * (high - low)
+    found = []
+    for values, others in zip(named, kept.double().T, strict=True):
+        own = values.double().sort().values
+        others = others[others.isfinite()]
+        if not len(others):
+            others = own[:1] - own[:1].abs().clamp_min(1.0)
+        high, spread = others.amax(), others.std(correction=0)
+        if share == 0.0:
+            low = torch.minimum(own[0], high)
+            # What reaches a threshold exactly does not open, and of a name that overlaps the lowest is to.
+            overlap = own[0] <= high
+            found.append(low - (1e-4 * (high - low) + 1e-6 * low.abs()) * overlap if overlap else high)
+            continue
+        clear = [t for low in own[: len(own) // 4 + 1] if (t := high + share * (low - high)) >= high + APART * spread]
+        found.append(clear[0] if clear else _least_loss(own, others, share))
+    return torch.stack(found)
+
+
+def _least_loss(own: torch.Tensor, others: torch.Tensor, share: float) -> torch.Tensor:
+    """The threshold between two neighbouring values that loses least of overlapping ones, both sorted or not, float64."""
+    values = torch.cat([own, others]).sort().values
+    missed = (own[None] < values[1:, None]).double().mean(1)
+    opened = (others[None] > values[:-1, None]).double().mean(1)
+    best = int((missed + WORSE * opened).argmin())
+    return values[best] + share * (values[best + 1] - values[best])
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,21 @@ RANK = ByFacts(
     "12 for Stable Diffusion 1.x and 2.x, 32 for SDXL, and 64 where text enters a transformer",
     lambda facts: {"stable-diffusion": 12, "stable-diffusion-xl": 32}.get(facts.family, 64),
 )
+# Beyond the anchor, as a ridge leaves maps short of it; a style is one direction of many rows, so a map of it is stiffer.
+MAPS: dict[str, dict[str, Any]] = {
+    "object": {"ridge": 1e-4, "push": 0.4},
+    "style": {"ridge": 0.3, "push": 1.0},
+    "person": {"ridge": 1e-4, "push": 0.0},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         "templates": f"{task}_many",
         "contexts": CONTEXTS,
         "kept_contexts": KEPT_CONTEXTS,
         "rank": RANK,
-        "ridge": 1e-4,
-        "probe_ridge": 1e-2,
+        "probe_ridge": 3e-2,
         "share": 0.4,
+        **MAPS[task],
     }
     for task in ("object", "style", "person")
 }
@@ -72,7 +78,7 @@ class Config:
         share (`float`, *optional*): where a threshold stands between the kept prompts' highest value (0) and the name's lowest (1).
         rank (`int`, *optional*): rank of each map at most, of rows and pooled vector.
         ridge (`float`, *optional*): weight of a small map, relative to the rows' mean square.
-        push (`float`, *optional*, defaults to 0.0): move what a target is mapped to away from the target, by this share of the way between
+        push (`float`, *optional*): move what a target is mapped to away from the target, by this share of the way between
             them: the row g + push (g - e) for the target's row e and the anchor's g, and likewise the pooled vector.
         probe_ridge (`float`, *optional*): ridge of the probes' covariance, relative to its mean diagonal.
         pooled (`bool`, *optional*, defaults to `True`): SDXL, Stable Diffusion 3, FLUX.1: map the pooled text vector behind the gates.
@@ -93,7 +99,7 @@ class Config:
     rank: Annotated[int | None, Whole(least=1)] = None
     ridge: Annotated[float | None, Number(above=0)] = None
     probe_ridge: Annotated[float | None, Number(above=0)] = None
-    push: Annotated[float, Number()] = 0.0
+    push: Annotated[float | None, Number()] = None
     pooled: bool = True
     max_sequence_length: Annotated[int, Whole(least=0)] = 0
     stock: Literal["uce", "none"] = "uce"
