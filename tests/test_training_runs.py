@@ -404,13 +404,11 @@ def test_pipelines_that_cannot_be_trained(pipe: Any) -> None:
 
 def test_accelerate_is_left_as_it_was(pipe: Any) -> None:
     from accelerate import Accelerator
-    from accelerate.state import PartialState
+    from accelerate.state import AcceleratorState, PartialState
 
     from diffusers_erasure.compat import accelerate_state_restored
 
-    with accelerate_state_restored():  # whatever ran in this process before
-        pass
-    assert not PartialState._shared_state
+    AcceleratorState._reset_state(reset_partial_state=True)  # whatever ran in this process before
     make(pipe)
     assert not PartialState._shared_state
     with accelerate_state_restored():
