@@ -57,7 +57,9 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def loggers_as_they_were() -> "Iterator[None]":
     """Commands that are run in this process set the library's loggers: which tests follow must not matter."""
-    names = [name for name in (*logging.root.manager.loggerDict, "") if name.startswith("diffusers_erasure") or not name]
+    names = [
+        name for name in (*logging.root.manager.loggerDict, "") if name.startswith("diffusers_erasure") or not name
+    ]
     before = {name: logging.getLogger(name).level for name in names}
     library = logging.getLogger("diffusers_erasure")
     handlers = list(library.handlers)
