@@ -4,7 +4,7 @@
 
 A method's candidates are all combinations of a few settings (below), or so many of them as are drawn with a fixed seed, and the
 method as it is among them. In each round they erase some objects one at a time, eight at once and 32 at once, and draw images; the best
-third goes on to a round of more images. Where a probe decides whether a map acts, the first round asks the gates alone, of all prompts.
+quarter goes on to a round of more images. Where a probe decides whether a map acts, the first round asks the gates alone, of all prompts.
 
 A candidate's score is the mean, over models and scenarios, of the harmonic mean of (1 - acc_e over the anchor prompt's own on the same
 noise) and (acc_r of the un-erased model's, at most 1). What is finished is kept in `--store`, so a run that was broken off goes on where it
@@ -94,9 +94,9 @@ class Candidate:
     @property
     def entry(self) -> Entry:
         """As a row of the tables of efficacy."""
-        if self.method in (BASELINE, FLOOR):
-            return ENTRIES[self.method]
         known = ENTRIES[self.method]
+        if not known.erases:
+            return known
         more = {"stock": "none"} if self.method == "gated" else {}  # what stock diffusers gets is not looked at here
         settings = {**known.settings, "compare": False, **more, **dict(self.settings)}
         return dataclasses.replace(known, settings=settings)

@@ -103,10 +103,9 @@ def thresholds(named: Sequence[torch.Tensor], kept: torch.Tensor, share: float) 
             others = own[:1] - own[:1].abs().clamp_min(1.0)
         high, spread = others.amax(), others.std(correction=0)
         if share == 0.0:
-            low = torch.minimum(own[0], high)
             # What reaches a threshold exactly does not open, and of a name that overlaps the lowest is to.
-            overlap = own[0] <= high
-            found.append(low - (1e-4 * (high - low) + 1e-6 * low.abs()) * overlap if overlap else high)
+            below = own[0] - 1e-4 * (high - own[0]) - 1e-6 * own[0].abs()
+            found.append(below if own[0] <= high else high)
             continue
         clear = [t for low in own[: len(own) // 4 + 1] if (t := high + share * (low - high)) >= high + APART * spread]
         found.append(clear[0] if clear else _least_loss(own, others, share))
@@ -167,7 +166,7 @@ class Kept:
         kinds: tuple[list[str], list[str], list[str]] = [], [], []
         lists: list[tuple[list[str], list[str]]] = []
         for kept, made_of in words:
-            short, whole = [], [] if lists else [""]
+            short, whole, all_kept = [], [] if lists else [""], set(kept)
             for kind, own, more in zip(
                 kinds, kept_prompts(made_of, split, settings.kept_contexts), long_prompts(made_of), strict=True
             ):
@@ -176,7 +175,7 @@ class Kept:
                 seen = {each.prompt for each in (*evenly(own, WHOLE), *more)}
                 whole += sorted(seen)
                 short += [each.prompt for each in own if each.prompt not in seen]
-                kind += [each.prompt for each in (*own, *more) if set(kept).issuperset(each.words)]
+                kind += [each.prompt for each in (*own, *more) if all_kept.issuperset(each.words)]
             lists.append((short, whole))
         fitting, setting, testing = kinds
         return cls(list(dict.fromkeys([*fitting, ""])), setting, testing, tuple(lists))
