@@ -27,8 +27,8 @@ from diffusers_erasure.layers.gated_map import COUNTED, in_two
 from diffusers_erasure.layers.layer import Layer
 from diffusers_erasure.live.second_prompt import maps_together
 from diffusers_erasure.methods.gated import Config, Settings, fit_map
-from diffusers_erasure.methods.gated_probes import Sums, directions, thresholds
-from diffusers_erasure.methods.gated_reading import Split, kept_prompts, long_prompts
+from diffusers_erasure.methods.gated_probes import Kept, Sums, directions, thresholds
+from diffusers_erasure.methods.gated_reading import Reading, Split, kept_prompts, long_prompts
 from diffusers_erasure.schema import TENSOR_FILE
 from diffusers_erasure.settings import USUAL, resolve
 from tests.commands import invoke
@@ -756,6 +756,23 @@ def test_no_row_of_padding_opens_a_gate() -> None:
         text = pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)[0]
         named = pipe.encode_prompt([each.format("butterfly") for each in contexts], device="cpu")[0]
     assert opens(named, tensors_of(made)).all() and int(opens(text, tensors_of(made)).sum()) <= 1
+
+
+def test_of_some_kept_prompts_all_rows_are_looked_at() -> None:
+    """As a running gate looks at all: of some of each kind, of long ones and of the empty one; of the others the words and what follows."""
+    pipe = demo.load_pipeline("sdxl")
+    sources = row_sources(pipe)
+    reading = Reading(sources, None)
+    settings = resolve(Config(retain=tuple(KEPT)), Settings, USUAL)
+    kept = Kept.of(reading, [(KEPT, KEPT)], settings)
+    ((short, whole),) = kept.lists
+    assert "" in whole and len(whole) > 3 * 8 and not set(short) & set(whole)
+    assert {*kept.fitting, *kept.setting, *kept.testing} == {*short, *whole}
+    rows = reading.of_kept(short[:2], whole[:3])
+    everything = sources[0].all(whole[:3])[0]
+    assert all(close(rows[prompt], found) for prompt, found in zip(whole[:3], everything, strict=True))
+    words = [len(ids) for ids in sources[0].ids(short[:2])]
+    assert [len(rows[prompt]) for prompt in short[:2]] == [count + 4 for count in words] and max(words) + 4 < 24
 
 
 def test_long_prompts_are_kept(pipe: Any) -> None:
