@@ -23,8 +23,8 @@ from benchmarks.command import add_store_arguments, arguments, finish, made_by, 
 from benchmarks.efficacy.methods import BASELINE, EMBEDDED, ENTRIES
 from benchmarks.efficacy.plan import COUNTS, HALVES, find_neighbours, make_jobs
 from benchmarks.efficacy.tables import markdown, print_report, summarise
-from benchmarks.efficacy.units import run_all, wanted_units, write_grid
-from diffusers_erasure.demo.drawing import STEPS, fast_pipeline
+from benchmarks.efficacy.units import run_all, steps_of, wanted_units, write_grid
+from diffusers_erasure.demo.drawing import fast_pipeline
 from diffusers_erasure.demo.worlds import WORLDS
 from diffusers_erasure.registry import declaration
 
@@ -72,8 +72,7 @@ def main(given: Sequence[str] | None = None) -> None:
     """The command line."""
     options = parse(given)
     start(options)
-    own = STEPS if options.world == EMBEDDED else WORLDS[options.world].num_inference_steps
-    store, steps = store_of(options), 2 if options.smoke else own
+    store, steps = store_of(options), 2 if options.smoke else steps_of(options.world)
     # Neighbours by the embedded model's rows, so that all worlds are asked for the same.
     jobs = make_jobs(options.half, find_neighbours(fast_pipeline()), options.images_scale, options.smoke)
     jobs = [job for job in jobs if job.scenario in (options.scenarios or COUNTS)]

@@ -40,9 +40,10 @@ from benchmarks.efficacy.methods import BASELINE, EMBEDDED, ENTRIES, Entry
 from benchmarks.efficacy.numbers import Seen, harmonic, is_seen
 from benchmarks.efficacy.plan import ONE_OBJECT, ONE_STYLE, Job, find_neighbours, make_jobs
 from benchmarks.efficacy.tables import FLOOR
+from benchmarks.efficacy.units import steps_of
 from benchmarks.store import Store, do_all
 from diffusers_erasure.demo import load_judge, load_pipeline
-from diffusers_erasure.demo.drawing import BATCH, STEPS, fast_pipeline
+from diffusers_erasure.demo.drawing import BATCH, fast_pipeline
 from diffusers_erasure.demo.worlds import WORLDS
 from diffusers_erasure.encoding import pooled_source, row_sources
 from diffusers_erasure.layers.gated_map import Probes
@@ -165,9 +166,8 @@ def run_trial(trial: Trial, store: Store) -> dict[str, Any]:
         return {"right": gates_right(erasure, pipe, job)}
     if erasure is not None:
         pipe.load_erasure(erasure)
-    steps = STEPS if trial.world == EMBEDDED else WORLDS[trial.world].num_inference_steps
     prompts = [entry.prompt(shot, job.targets) for shot in job.shots]
-    images = draw(pipe, prompts, [shot.seed for shot in job.shots], steps, BATCH)
+    images = draw(pipe, prompts, [shot.seed for shot in job.shots], steps_of(trial.world), BATCH)
     looked = load_judge().predict(images, BATCH)
     seen = [Seen(name, style, 0.0, 0.0) for name, style in zip(looked.objects, looked.styles, strict=True)]
     return {"right": [bool(is_seen(job, shot, each)) for shot, each in zip(job.shots, seen, strict=True)]}

@@ -18,7 +18,8 @@ from benchmarks.efficacy.numbers import Seen
 from benchmarks.efficacy.plan import Job
 from benchmarks.store import Store, do_all
 from diffusers_erasure.demo import load_judge, load_pipeline
-from diffusers_erasure.demo.drawing import BATCH, GUIDANCE_SCALE, fast_pipeline
+from diffusers_erasure.demo.drawing import BATCH, GUIDANCE_SCALE, STEPS, fast_pipeline
+from diffusers_erasure.demo.worlds import WORLDS
 from diffusers_erasure.pictures import contact_sheet
 
 
@@ -61,6 +62,11 @@ class Result:
         """From what the store keeps."""
         seconds, picked = (stored["fit_seconds"], stored["draw_seconds"]), stored.get("anchors", {})
         return cls(tuple(Seen(*each) for each in stored["seen"]), *seconds, tuple(picked.items()))
+
+
+def steps_of(world: str) -> int:
+    """Sampler steps with which a tiny model is drawn."""
+    return STEPS if world == EMBEDDED else WORLDS[world].num_inference_steps
 
 
 def wanted_units(method: str, jobs: Iterable[Job], half: str, steps: int, **where: str) -> list[Unit]:
