@@ -19,10 +19,11 @@ from .lists.defaults import task_of, with_lists
 from .lists.names import folded
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .methods import MethodEntry, get_method, make_config
+from .methods import MethodEntry, as_meant, get_method, make_config
 from .methods.rows import TargetRows, TextConfig, TextSettings, from_tensors, join
 from .registry import method_names
 from .schema import LORA_FILE, Concept, Method
+from .settings.texts import template_list
 from .stock_lora import summed_stock_lora
 from .stored import with_stored_denoiser
 
@@ -31,7 +32,17 @@ logger = get_logger(__name__)
 
 Source = Erasure | str | os.PathLike[str]
 # Settings in which the parts of a joint solve may differ: what they say of concepts, and how the result is published.
-FREE = ("retain", "retain_default", "retain_excluded", "retain_prompts", "rank", "max_error", "layer", ANCHORS_PICKED)
+FREE = (
+    "retain",
+    "retain_default",
+    "retain_excluded",
+    "retain_prompts",
+    "rank",
+    "max_error",
+    "layer",
+    "templates",
+    ANCHORS_PICKED,
+)
 
 
 def combine(
@@ -162,8 +173,9 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
     """The method and the settings that all parts share."""
     first = parts[0].config.method
     common: dict[str, Any] = {}
-    # Only what is retained is encoded again: without templates of its own, those of the targets may differ.
-    free = FREE if first.settings.get("retain_templates") else (*FREE, "templates")
+    # Only what is retained is encoded again: in the templates of all parts, or in none.
+    in_templates = first.settings.get("retain_templates")
+    templates: dict[str, None] = {}
     for index, part in enumerate(parts, start=1):
         method = part.config.method
         if method.name not in method_names() or get_method(method.name).refit is None or part.config.solve is None:
@@ -180,23 +192,28 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
                 f"A joint solve needs one method: the first erasure is by {first.name}, number {index} by {method.name}; "
                 "use mode='sum'."
             )
-        if "templates" not in free and "templates" not in method.settings:
+        if in_templates and "templates" not in method.settings:
             raise ErasureInputError(
                 f"Erasure number {index} is redacted and does not say in which templates the retained prompts stood; use mode='sum'."
             )
-        own = _effective(get_method(method.name), method.settings, free)
+        own = _effective(get_method(method.name), method.settings, FREE)
         common = common or own
         for key in sorted(key for key in own if own[key] != common[key]):
             raise ErasureInputError(
                 f"A joint solve needs the same settings: `{key}` is {common[key]!r} in the first erasure and {own[key]!r} in "
                 f"number {index}; use mode='sum'."
             )
+        if in_templates:
+            templates.update(dict.fromkeys(template_list(method.settings["templates"])))
+    named = {str(part.config.method.settings.get("templates")) for part in parts}
+    if in_templates:
+        common["templates"] = first.settings["templates"] if len(named) == 1 else tuple(templates)
     return first.name, common
 
 
 def _effective(entry: MethodEntry, recorded: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
     """Recorded settings with what was left out, as erasures of earlier versions do, filled in; without some."""
-    given = {key: value for key, value in recorded.items() if key not in free}
+    given = {key: value for key, value in as_meant(entry, recorded).items() if key not in free}
     resolved = entry.resolved(make_config(entry, given))
     if not isinstance(resolved, TextSettings):
         raise ErasureInputError(

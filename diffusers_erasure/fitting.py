@@ -17,7 +17,7 @@ from .lists.defaults import AUTO, NONE, lists_for, task_of, with_lists
 from .lists.names import check_anchor, check_targets
 from .live.blocks import erasures_disabled
 from .logging import get_logger
-from .methods import MethodEntry, check_names, default_method, get_method, make_config
+from .methods import MethodEntry, as_meant, check_names, default_method, get_method, make_config
 from .registry import MethodDeclaration, method_names
 from .schema import Concept
 from .stored import with_stored_denoiser
@@ -224,7 +224,7 @@ def recipe_of(erasure: Erasure) -> dict[str, Any]:
         )
     if method.name not in method_names():
         raise ErasureInputError(f"The erasure was made by {method.name!r}, which is none of {sorted(method_names())}.")
-    settings = dict(method.settings)
+    settings = as_meant(get_method(method.name), method.settings)
     count = settings.pop("retain_prompts", 0)
     settings.pop("retain_excluded", None)
     settings.pop(RECORDED, None)  # the anchors that were picked are the concepts'

@@ -64,6 +64,9 @@ def picked_rows(config: "ErasureConfig") -> Rows:
     return [("anchors", f"picked automatically from {picked['candidates']} candidates{near}")]
 
 
+LINEAR = {"dp": "DP", "uce": "UCE"}  # what stock diffusers gets of a gated edit may be made by these
+
+
 @dataclass(frozen=True)
 class Gates:
     """What an erasure's file tells of gates that are part of it (`gated_map`); of what it does not tell, `None`.
@@ -74,6 +77,7 @@ class Gates:
         missed: the largest share of a target's tested prompts that opened no gate of its.
         opened, tested: how many kept prompts opened a gate, of how many that were tested.
         linear: the least completeness of the linear edit that stock diffusers gets.
+        linear_by: the method's name.
     """
 
     names: int | None = None
@@ -82,6 +86,7 @@ class Gates:
     opened: int | None = None
     tested: int | None = None
     linear: float | None = None
+    linear_by: str | None = None
 
     @classmethod
     def of(cls, config: "ErasureConfig") -> "Gates | None":
@@ -91,7 +96,9 @@ class Gates:
         told = _part(config.diagnostics, "gates")
         contexts = _numbers(_part(told, "contexts"))
         missed = _numbers(_part(told, "missed"))
-        linear = _numbers(_part({} if config.stock is None else config.stock.results, "uce", "completeness"))
+        results = {} if config.stock is None else config.stock.results
+        by = next((method for method in LINEAR if method in results), None)
+        linear = [] if by is None else _numbers(_part(results, by, "completeness"))
         counts = {
             name: int(number)
             for name, key in (("names", "names"), ("opened", "kept_opened"), ("tested", "kept_tested"))
@@ -101,6 +108,7 @@ class Gates:
             contexts=_contexts(contexts),
             missed=max(missed, default=None),
             linear=min(linear, default=None),
+            linear_by=LINEAR.get(by or ""),
             **counts,
         )
 
@@ -158,7 +166,7 @@ def rows_of(config: "ErasureConfig", sizes: dict[str, int], source: str | None =
     if config.stock is not None and any(layer.file != config.stock.file for layer in config.layers):
         same = "the same edit" if config.stock.is_exact else "an edit that comes near it"
         if gates is not None and gates.linear is not None:
-            same = f"UCE's linear edit, {gates.linear:.3g} complete at least"
+            same = f"{gates.linear_by}'s linear edit, {gates.linear:.3g} complete at least"
         rows.append(("stock diffusers", f"{same}, by the LoRA in {config.stock.file}"))
     if config.published_strength != 1:
         rows.append(("strength 1 is", f"{config.published_strength:g} of the original"))

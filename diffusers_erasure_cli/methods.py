@@ -159,7 +159,7 @@ def info(
     gates = Gates.of(config)
     rows.update({} if gates is None else dict(gates.rows))
     if gates is not None and gates.linear is not None:
-        rows["the LoRA file"] = f"UCE's linear edit, {gates.linear:.3g} complete at least"
+        rows["the LoRA file"] = f"{gates.linear_by}'s linear edit, {gates.linear:.3g} complete at least"
     rows.update({f"result, {name}": str(value) for name, value in flattened(config.results)})
     for name, record in config.files.items():
         rows[name] = f"{size_text(record.size)}, sha256 {record.sha256[:12]}…"

@@ -427,7 +427,7 @@ def test_methods_push_where_they_are_told_to(pipe: Any, method: str) -> None:
             **given,
         )
 
-    own = 0.4 if method == "gated" else 0.0  # by default
+    own = {"uce": 0.5, "dp": 0.6, "speed": 0.4, "gated": 0.4}.get(method, 0.0)  # by default
     plain, none, far = made(), made(push=own), made(push=1.0)
     assert plain.config == none.config and plain.config.method.settings["push"] == own
     for name, tensors in plain.tensors.items():

@@ -19,6 +19,7 @@ from diffusers_erasure import (
 from diffusers_erasure.fitting import recipe_of
 from diffusers_erasure.low_rank import DOWN
 from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
+from diffusers_erasure.settings.texts import template_list
 from tests.helpers import ROUNDINGS, edits, roundings
 
 
@@ -188,6 +189,28 @@ def test_a_redacted_part_does_not_say_its_templates(pipe: Any) -> None:
     for parts in ([first, second], [second, first]):
         with pytest.raises(ErasureInputError, match="does not say in which templates"):
             combine(parts, pipe=pipe, retain=KEPT)
+
+
+def test_parts_in_several_templates_keep_what_is_retained_in_all_of_them(pipe: Any) -> None:
+    """The retained prompts stand in the templates of both, whichever of these are named."""
+    thing = erase(pipe, "cat", anchors="animal", retain=KEPT, method="uce")
+    other = erase(pipe, "whale", anchors="animal", retain=KEPT[:3], templates=("{}", "one {}"), method="uce")
+    joint = combine([thing, other], pipe=pipe)
+    of = [set(template_list(part.config.method.settings["templates"])) for part in (thing, other, joint)]
+    assert of[0] != of[1] and of[2] == of[0] | of[1]
+    # where all parts agree it is still said by its name
+    same = combine([thing, erase(pipe, "shark", anchors="animal", retain=KEPT, method="uce")], pipe=pipe)
+    assert same.config.method.settings["templates"] == "object_context"
+
+
+def test_what_was_made_before_targets_could_be_pushed_was_not_pushed(pipe: Any) -> None:
+    """Whatever the preset says now."""
+    first, second = (erase(pipe, name, retain=["dog"], push=0.0, method="uce") for name in ("cat", "shark"))
+    settings = {name: value for name, value in first.config.method.settings.items() if name != "push"}
+    method = dataclasses.replace(first.config.method, settings=settings)
+    old = dataclasses.replace(first, config=dataclasses.replace(first.config, method=method))
+    assert recipe_of(old)["settings"]["push"] == 0.0
+    assert combine([old, second], pipe=pipe).config.method.settings["push"] == 0.0
 
 
 def test_parts_that_do_not_go_together_are_named(pipe: Any) -> None:

@@ -195,6 +195,19 @@ def test_without_a_ridge_the_other_directions_are_the_targets(pipe: Any) -> None
     assert sharp.config.method.settings["retain_scale"] == 0.0 and told["target_residual"] < 1e-6
 
 
+@pytest.mark.parametrize("more", [{}, {"threshold": 1e-4, "push": 0.0}, {"ridge": 0.0}])
+def test_defaults_where_text_enters_by_a_door(more: dict[str, Any]) -> None:
+    """Fewer directions stay than elsewhere, and targets go farther; what is given wins."""
+    flux = demo.load_pipeline("flux")
+    made = erase(flux, "cat", anchors="animal", method="dp", retain=["dog"], compare=False, **more)
+    told = made.config.method.settings
+    assert {name: told[name] for name in ("rows", "directions", "threshold", "push")} == {
+        **{"rows": "window", "directions": 2, "threshold": 1e-3, "push": 1.0},
+        **{name: value for name, value in more.items() if name != "ridge"},
+    }
+    assert made.config.diagnostics["completeness"]["cat"] > 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -29,7 +29,7 @@ from diffusers_erasure.live.second_prompt import maps_together
 from diffusers_erasure.methods.gated import Config, Settings, fit_map
 from diffusers_erasure.methods.gated_probes import Kept, Sums, directions, thresholds
 from diffusers_erasure.methods.gated_reading import Reading, Split, kept_prompts, long_prompts
-from diffusers_erasure.schema import TENSOR_FILE
+from diffusers_erasure.schema import LORA_FILE, TENSOR_FILE
 from diffusers_erasure.settings import USUAL, resolve
 from tests.commands import invoke
 from tests.flow_pipes import tiny_flux_pipe, tiny_sd3_pipe
@@ -692,12 +692,17 @@ def test_rows_of_two_prompts_are_refused(make: Any) -> None:
 # ------------------------------------------------------------------------------------------------ stock diffusers
 
 
-def test_stock_diffusers_gets_a_linear_edit(pipe: Any, erasure: Erasure) -> None:
-    made = erase(pipe, "cat", **{**COMMON, "stock": "uce"})
+@pytest.mark.parametrize("method", ["dp", "uce"])
+def test_stock_diffusers_gets_a_linear_edit(pipe: Any, erasure: Erasure, method: str) -> None:
+    made = erase(pipe, "cat", **{**COMMON, "stock": method})
     stock = made.config.stock
     assert stock is not None and stock.form == "approximate" and not stock.is_exact
-    share = stock.results["uce"]["completeness"]["cat"]
+    share = stock.results[method]["completeness"]["cat"]
     assert stock.error == pytest.approx(abs(1 - share), abs=1e-3)
+    alone = erase(pipe, "cat", anchors="animal", retain=KEPT, retain_default="none", method=method)
+    for name, value in alone.tensors[LORA_FILE].items():
+        assert torch.allclose(made.tensors[LORA_FILE][name], value, atol=1e-4), name  # rows of another batch
+    assert alone.config.method.settings["push"] > 0
     assert erasure.config.stock is None and set(erasure.tensors) == {TENSOR_FILE}
     assert all(torch.equal(value, tensors_of(erasure)[name]) for name, value in tensors_of(made).items())
     text = encoded(pipe, CAT, DOG)
@@ -711,14 +716,14 @@ def test_stock_diffusers_gets_a_linear_edit(pipe: Any, erasure: Erasure) -> None
 
 
 def test_what_it_shows_of_itself(pipe: Any, tmp_path: Path) -> None:
-    made = erase(pipe, "cat", **{**COMMON, "stock": "uce"})
+    made = erase(pipe, "cat", **{**COMMON, "stock": "dp"})
     gates = made.config.diagnostics["gates"]
     names, tested = gates["names"], gates["kept_tested"]
-    share = f"{made.config.stock.results['uce']['completeness']['cat']:.3g}"
+    share = f"{made.config.stock.results['dp']['completeness']['cat']:.3g}"
     told = (
         f"act in this library alone; {names} names, calibrated on 12 contexts",
         f"missed {100 * gates['missed']['cat']:.3g} % of a target's prompts at most, opened for 0 of {tested} others",
-        f"UCE's linear edit, {share} complete at least",
+        f"DP's linear edit, {share} complete at least",
     )
     for part in told:
         assert part in repr(made), part

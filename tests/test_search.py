@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.efficacy import default, search
+from benchmarks.efficacy import curve, default, search
 from benchmarks.efficacy.plan import Job, Shot
 from benchmarks.efficacy.search import FLOOR, SPACES, Candidate, Trial, candidates, rows_of, scored
 from benchmarks.store import Store
@@ -75,6 +75,13 @@ def test_the_best_go_on_to_more_images(tmp_path: Path, monkeypatch: pytest.Monke
     assert search.search("uce", ["sd1"], Store(tmp_path), 1) == rounds and len(done) == count
 
 
+def test_settings_that_erase_nothing_are_the_worst(tmp_path: Path) -> None:
+    """What is retained may span all directions of a model's text rows."""
+    who = Candidate("dp", (("retain_templates", False), ("ridge", 0.0), ("threshold", 0.0)))
+    trial = Trial(who, "sd1", Job("one object", ("cat",), (), shots("erased", "kept")), 0.1)
+    assert search.run_trial(trial, Store(tmp_path)) == {"right": [True, False]}
+
+
 def test_smoke(tmp_path: Path) -> None:
     """The gates of real erasures are asked."""
     numbers = run("efficacy.search", tmp_path, "gated", "--worlds", "sd1", "--store", str(tmp_path / "store"))
@@ -83,6 +90,47 @@ def test_smoke(tmp_path: Path) -> None:
     for each in only["candidates"]:
         missed, floor, kept = each["cells"]["sd1 one object"]
         assert missed <= 0.2 and floor == 0 and kept >= 0.9 and each["score"] > 0.85
+
+
+# ------------------------------------------------------------------------------------------------------- the curve
+
+
+@pytest.mark.parametrize(
+    ("erased", "expected"), [(0.1, None), (0.2, 0.8), (0.25, 0.85), (0.3, 0.9), (0.4, 0.95), (0.5, 1.0), (0.7, 1.0)]
+)
+def test_what_is_kept_at_the_same_erasing(erased: float, expected: float | None) -> None:
+    """On straight lines over the points that keep more than all which erase more; beyond the strongest nothing is known."""
+    known = [(0.3, 0.9), (0.5, 1.0), (0.2, 0.8), (0.4, 0.7), (0.3, 0.5), (0.6, 0.99)]
+    assert curve.kept_at(erased, known) == (expected if expected is None else pytest.approx(expected))
+
+
+def test_points_of_the_curve() -> None:
+    """Each once, each form as it is first, and settings that there are."""
+    found = curve.points()
+    assert len(set(found)) == len(found)
+    assert [each.along for each in found if not each.along.startswith("`")] == ["as it was", "as it is", "as it is"]
+    known = {item.name for method in ("uce", "dp") for item in dataclasses.fields(get_method(method).config)}
+    assert {name for each in found for name, _ in each.candidate.settings} <= known
+    assert {each.strength for each in found if "strength" in each.along} == set(curve.STRENGTHS)
+
+
+def test_a_strength_is_drawn_and_compared_with_the_same_baselines() -> None:
+    """The un-erased model and the anchor prompt have none of their own."""
+    job = Job("8 objects at once", ("cat",), (), shots("erased", "kept"))
+    who = Candidate("dp")
+    half = Trial(who, "sd1", job, 0.1, 0.5)
+    others = {Trial(Candidate(name), "sd1", job, 0.1): {"right": [False, True]} for name in (FLOOR, "none")}
+    assert scored({half: {"right": [True, True]}, **others}, who, [half]).cells == {
+        ("sd1", "8 objects at once"): (1.0, 0.0, 1.0)
+    }
+    assert half.identity() != dataclasses.replace(half, strength=1.0).identity()
+    assert "strength" not in dataclasses.replace(half, strength=1.0).identity()
+
+
+def test_smoke_of_the_curve(tmp_path: Path) -> None:
+    numbers = run("efficacy.curve", tmp_path, "--images-scale", "0.02", "--store", str(tmp_path / "store"))
+    ((_, points),) = [each for each in numbers.items() if each[0].endswith("at once")]
+    assert [each["form"] for each in points] == ["UCE before"] * 2 and all(0 <= p["acc_r_ratio"] <= 1 for p in points)
 
 
 # ------------------------------------------------------------------------------------------------------- the default

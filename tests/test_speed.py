@@ -220,8 +220,11 @@ def test_the_null_space_is_reported_and_none_is_refused(pipe: Any) -> None:
     erasure = erase(pipe, "cat", retain=["dog", "bee"], augment=0, threshold=0.0, **plain)
     # two retained rows take two dimensions, and eigenvalues of exactly 0 or above count as retained at threshold 0
     assert erasure.config.diagnostics["null_space"] == {"least": 126, "largest": 126, "width": 128}
+    # Of relative ones half of all dimensions stay free whatever is retained, of the published ones none.
+    many = erase(pipe, "cat", retain="list:objects", threshold=0.0, **plain)
+    assert many.config.diagnostics["null_space"] == {"least": 64, "largest": 64, "width": 128}
     with pytest.raises(ErasureInputError, match="spans all 128 dimensions"):
-        erase(pipe, "cat", retain="list:objects", threshold=0.0, **plain)
+        erase(pipe, "cat", retain="list:objects", threshold=0.0, units="absolute", **plain)
 
 
 def test_the_rank_is_never_above_the_width(pipe: Any) -> None:

@@ -122,7 +122,7 @@ def test_the_published_variants_on_the_embedded_model(pipe: Any, rows: str, laye
     """The whole of `erase`, absolute settings as published, against rows picked here and the dense formula."""
     erasure = erase(
         pipe, ["cat", "ice cream"], anchors=["animal", ""], retain=["dog", "pizza"], rows=rows,
-        templates="none", lamb=0.5, absolute=True, retain_scale=0.3, layer=layer, retain_default="none",
+        templates="none", lamb=0.5, absolute=True, retain_scale=0.3, push=0.0, layer=layer, retain_default="none",
         retain_rows="all" if rows == "window" else "last",
     )  # fmt: skip
     (cat, ice, animal, empty, dog, pizza), last = live_rows(pipe, ["cat", "ice cream", "animal", "", "dog", "pizza"])

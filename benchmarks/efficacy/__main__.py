@@ -45,6 +45,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--images-scale", type=float, default=1.0, metavar="X", help="share of the images, for a look")
     parser.add_argument("--device", default="cpu", help="where images are drawn: cpu or cuda; all is made on the CPU")
+    parser.add_argument("--section", choices=("linear",), help="another part of the page for a world's tables")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a contact sheet")
     options = parser.parse_args(given)
     if options.write_docs and (options.smoke or options.images_scale < 1 or options.half != "report"):
@@ -65,7 +66,9 @@ def section(options: argparse.Namespace) -> str:
         return "efficacy"
     erases = [ENTRIES[name] for name in options.methods if ENTRIES[name].erases]
     trained = any(declaration(entry.method).resumable for entry in erases)
-    return f"efficacy {options.world}{' trained' * trained}"
+    return " ".join(
+        ["efficacy", options.world, *["trained"] * trained, *([options.section] if options.section else [])]
+    )
 
 
 def main(given: Sequence[str] | None = None) -> None:

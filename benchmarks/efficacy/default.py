@@ -2,8 +2,9 @@
 
     python -m benchmarks.efficacy.default REPORT.json ... [--write-docs]
 
-The reports are what `python -m benchmarks.efficacy --json` wrote, one for each tiny model, of the report half. Candidates are the methods that
-work on every family and read text encoders alone, with the settings that they have by default.
+The reports are what `python -m benchmarks.efficacy --json` wrote of the report half, one or more for each tiny model; a method is taken from
+the first of a model that has it. Candidates are the methods that work on every family and read text encoders alone, with the settings that
+they have by default.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ def candidates() -> list[str]:
 
 
 def shares_of(method: str, reports: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """The four shares of a method, means over models and scenarios of objects; None where a report is without it."""
+    """The four shares of a method, means over models and scenarios of objects; None where a model has no report with it."""
     cells: dict[str, list[float]] = {"erases": [], "keeps": [], "robust": []}
+    of_world: dict[str, Mapping[str, Any]] = {}
     for report in reports:
-        for scenario, part in report["scenarios"].items():
-            rows = part["methods"]
-            if scenario == ONE_STYLE:
-                continue
-            if method not in rows or FLOOR not in rows:
-                return None
+        parts = {name: part["methods"] for name, part in report["scenarios"].items() if name != ONE_STYLE}
+        if all({method, FLOOR} <= set(rows) for rows in parts.values()):
+            of_world.setdefault(report["world"], parts)
+    if len(of_world) < len({report["world"] for report in reports}):
+        return None
+    for parts in of_world.values():
+        for rows in parts.values():
             row, floor = rows[method], rows[FLOOR]
 
             def over(name: str, row: Any = row, floor: Any = floor) -> float:
@@ -82,7 +85,7 @@ def main(given: Sequence[str] | None = None) -> None:
     print_table("What the default is picked by", HEAD, rows)
     finish(options, "efficacy.default", {"ranking": [[name, score, shares] for name, score, shares in ranked]})
     if options.write_docs:
-        worlds = ", ".join(each["world"] for each in reports)
+        worlds = ", ".join(dict.fromkeys(each["world"] for each in reports))
         about = f"Means over one object, eight and 32 at once of the tiny models {worlds}, in %; by `python -m benchmarks.efficacy.default`."
         write_page(PAGE, "default", "\n".join([*markdown_table(HEAD, rows), "", about]))
 

@@ -147,9 +147,7 @@ class Entry:
 
 
 BASELINE = "none"  # what the shares "of the un-erased model's" are taken of
-# The prompts that mostly end in the concept, as presets had it before shipped lists were retained by default.
-BARE = {"templates": "object"}
-AS_PUBLISHED = {"rows": "window", "templates": "none", "absolute": True, "lamb": 0.5, "retain_rows": "all"}
+AS_PUBLISHED = {"published": True, "rows": "window", "retain_rows": "all"}  # UCE's code of 2023
 HEAVIER = "the authors' settings are absolute, for rows 30 times as heavy as this model's"
 
 # A new method is one more line: `Entry("name")`, and what it does not have in common with the others.
@@ -162,15 +160,15 @@ _ENTRIES = (
         note="the targets as the negative prompt, cut at 24 positions",
     ),
     Entry("anchor prompt", erases=False, says="anchor", note="the anchor in the prompt instead: a perfect edit"),
-    Entry("uce", objects=BARE, styles={"templates": "style"}),
+    Entry("uce", version=2),
     Entry("uce-published", AS_PUBLISHED, {}, {}, note=HEAVIER),
-    Entry("dp"),
+    Entry("dp", version=2),
     Entry("oce"),
-    Entry("rece", objects={"preset": "object", **BARE}, styles={"preset": "artist"}),
+    Entry("rece", styles={"preset": "artist"}, version=2),
     Entry("rece-published", {"published": True}, styles={"preset": "artist"}, note=HEAVIER),
-    Entry("speed", objects={"preset": "instance"}),
+    Entry("speed", objects={"preset": "instance"}, version=2),
     Entry("speed-published", {"published": True}, objects={"preset": "instance"}, note=HEAVIER),
-    Entry("speed + adversarial rows", {"adversarial": 1}, objects={"preset": "instance"}),
+    Entry("speed + adversarial rows", {"adversarial": 1}, objects={"preset": "instance"}, version=2),
     Entry("gated", version=2),
     Entry("gated (auto anchors)", auto_anchors=True, version=2),
     Entry("esd", version=2),

@@ -42,6 +42,7 @@ from benchmarks.efficacy.plan import ONE_OBJECT, ONE_STYLE, Job, find_neighbours
 from benchmarks.efficacy.tables import FLOOR
 from benchmarks.efficacy.units import steps_of
 from benchmarks.store import Store, do_all
+from diffusers_erasure import ErasureInputError
 from diffusers_erasure.demo import load_judge, load_pipeline
 from diffusers_erasure.demo.drawing import BATCH, fast_pipeline
 from diffusers_erasure.demo.worlds import WORLDS
@@ -51,6 +52,7 @@ from diffusers_erasure.layers.gated_map import Probes
 
 PAGE = "docs/search.md"
 SEED = 0
+TARGETS, KEPT = ("erased", "synonyms"), ("kept", "near")  # cells
 MOST = 12  # candidates of a method
 SINGLES = 3  # objects that are erased one at a time
 SHARE = 4  # of the candidates one in so many goes on
@@ -60,23 +62,30 @@ SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
     "gated": {"share": (0.4, 0.55, 0.7), "probe_ridge": (1e-2, 3e-2, 1e-1)},
     "uce": {
         "rows": ("last", "window"),
-        "retain_scale": (0.3, 1.0, 3.0),
-        "lamb": (1e-4, 1e-3, 1e-2),
-        "after_weight": (1.0, 0.3),
-        "push": (0.0, 0.3),
+        "retain_scale": (1.0, 3.0, 10.0),
+        "retain_templates": (False, True),
+        "lamb": (1e-3, 1e-2),
+        "push": (0.0, 0.3, 0.5),
     },
-    "rece": {"reg": (1e-4, 1e-3, 1e-2), "epochs": (1, 3, 6), "lamb": (1e-3, 1e-2), "retain_scale": (1.0, 3.0)},
+    "rece": {
+        "reg": (1e-4, 1e-3, 1e-2),
+        "epochs": (1, 3),
+        "lamb": (1e-3, 1e-2),
+        "retain_scale": (1.0, 10.0),
+        "push": (0.0, 0.5),
+    },
     "speed": {
-        "threshold": (1e-4, 1e-3, 1e-2),
-        "ridge": (1e-4, 1e-3, 1e-2),
-        "rows": ("last", "window"),
-        "push": (0.0, 0.3),
-    },
-    "dp": {
         "threshold": (1e-5, 1e-4, 1e-3),
         "ridge": (1e-4, 1e-3),
+        "rows": ("last", "window"),
+        "push": (0.0, 0.3, 0.5),
+    },
+    "dp": {
+        "threshold": (1e-4, 1e-3),
+        "ridge": (1e-4, 1e-3),
         "retain_scale": (0.3, 1.0, 3.0),
-        "push": (0.0, 0.3),
+        "retain_templates": (False, True),
+        "push": (0.3, 0.6, 1.0),
     },
 }
 # What the best of the round without images are combined with.
@@ -114,12 +123,14 @@ class Trial:
     world: str
     job: Job
     scale: float
+    strength: float = 1.0  # of loading
 
     def identity(self) -> dict[str, Any]:
         entry = self.candidate.entry
         return {
             **{"entry": entry.identity(self.job.targets), "world": self.world, "scale": self.scale},
             **{"job": dataclasses.asdict(self.job)},
+            **({"strength": self.strength} if self.strength != 1 else {}),
         }
 
 
@@ -142,10 +153,10 @@ def rounds_of(method: str) -> tuple[float, ...]:
     return (GATES, *ROUNDS) if method == "gated" else ROUNDS
 
 
-def jobs_of(scale: float, neighbours: Any) -> list[Job]:
+def jobs_of(scale: float, neighbours: Any, half: str = "dev") -> list[Job]:
     """The erasures of a round: some objects alone, eight and 32 at once, with the images of targets and of what is kept."""
     found, alone = [], 0
-    for job in make_jobs("dev", neighbours, scale or 1.0):
+    for job in make_jobs(half, neighbours, scale or 1.0):
         alone += job.scenario == ONE_OBJECT
         if job.scenario == ONE_STYLE or (job.scenario == ONE_OBJECT and alone > SINGLES):
             continue
@@ -160,12 +171,15 @@ def jobs_of(scale: float, neighbours: Any) -> list[Job]:
 def run_trial(trial: Trial, store: Store) -> dict[str, Any]:
     """Make the erasure, and draw, or ask its gates."""
     entry, job = trial.candidate.entry, trial.job
-    erasure = entry.make(job.targets, trial.world)
+    try:
+        erasure = entry.make(job.targets, trial.world)
+    except ErasureInputError:  # such settings leave nothing to erase there: the worst there is
+        return {"right": [shot.cell in TARGETS for shot in job.shots]}
     pipe = fast_pipeline(load_pipeline(trial.world))
     if not trial.scale:
         return {"right": gates_right(erasure, pipe, job)}
     if erasure is not None:
-        pipe.load_erasure(erasure)
+        pipe.load_erasure(erasure, strength=trial.strength)
     prompts = [entry.prompt(shot, job.targets) for shot in job.shots]
     images = draw(pipe, prompts, [shot.seed for shot in job.shots], steps_of(trial.world), BATCH)
     looked = load_judge().predict(images, BATCH)
@@ -217,19 +231,20 @@ def scored(results: Mapping[Trial, Any], candidate: Candidate, trials: Sequence[
 
         def share(who: Candidate, cell: tuple[str, ...], own: Sequence[Trial] = own) -> float:
             hits = [
-                results[dataclasses.replace(trial, candidate=who)]["right"][place]
+                results[trial if who == candidate else dataclasses.replace(trial, candidate=who, strength=1.0)][
+                    "right"
+                ][place]
                 for trial in own
                 for place, shot in enumerate(trial.job.shots)
                 if shot.cell in cell
             ]
             return statistics.mean(hits)
 
-        targets, kept = ("erased", "synonyms"), ("kept", "near")
         if own[0].scale:
-            floor, base = share(Candidate(FLOOR), targets), share(Candidate(BASELINE), kept)
+            floor, base = share(Candidate(FLOOR), TARGETS), share(Candidate(BASELINE), KEPT)
         else:
             floor, base = 0.0, 1.0
-        cells[key] = share(candidate, targets), floor, share(candidate, kept) / base
+        cells[key] = share(candidate, TARGETS), floor, share(candidate, KEPT) / base
     values = [float(harmonic(1 - max(0.0, e - floor), min(1.0, r))) for e, floor, r in cells.values()]
     return Score(statistics.mean(values), cells)
 

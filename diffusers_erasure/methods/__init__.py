@@ -91,6 +91,11 @@ def check_names(entry: MethodEntry, names: Iterable[str]) -> None:
         raise ErasureInputError(f"The method {entry.name!r} has no setting {unknown[0]!r}; settings are {known}.")
 
 
+def as_meant(entry: MethodEntry, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """An artefact's recorded settings with what those mean that it was made without, before there were such settings."""
+    return {**getattr(entry.config, "unrecorded", {}), **recorded}
+
+
 def make_config(entry: MethodEntry, settings: Mapping[str, Any]) -> Any:
     """Build a method's config from settings by name, and see that they go together.
 

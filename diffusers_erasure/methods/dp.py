@@ -49,16 +49,17 @@ PUBLISHED: dict[str, Any] = {
     "per_encoder": False,
     "layer": "both",
 }
-# Ours, in prompts around the concept. `threshold` and `ridge` were picked on the development half of benchmarks/efficacy.
+# Ours, in prompts around the concept, what is retained too; picked on the development half of benchmarks/efficacy (docs/search.md).
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **PUBLISHED,
-        **{"templates": templates, "retain_rows": "all", "threshold": 1e-4, "ridge": 1e-3},
-        **{"retain_scale": 1.0, "per_encoder": True},
+        **{"templates": templates, "retain_rows": "all", "retain_templates": True, "threshold": 1e-4, "ridge": 1e-3},
+        **{"retain_scale": 1.0, "push": 0.6, "per_encoder": True},
     }
     for task, templates in (("object", "object_context"), ("style", "style"), ("person", "person"))
 }
-AT_DOORS: dict[str, Any] = {"rows": "window", "directions": 2}  # where text enters by a door; see UCE's
+# Where text enters by a door, see UCE's; T5's rows of different words are more alike, and what is retained holds more back.
+AT_DOORS: dict[str, Any] = {"rows": "window", "directions": 2, "threshold": 1e-3, "push": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)

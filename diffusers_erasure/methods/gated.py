@@ -26,7 +26,7 @@ from ..logging import get_logger
 from ..schema import LORA_FILE, Concept
 from ..settings import Facts, resolve
 from ..stock_lora import give_stock_lora
-from . import uce
+from . import dp, uce
 from .gated_probes import Gates, Kept, fit_gates, fit_pooled_gates
 from .gated_reading import Name, Reading, Split, anchored, kept_words, names_of, paired_prompts, paired_rows
 from .gated_settings import Config, Settings
@@ -144,16 +144,17 @@ def _diagnostics(gates: Gates, went: Mapping[str, float], settings: Settings) ->
 
 
 def with_linear_edit(erasure: Erasure, pipe: Any, concepts: Sequence[Concept], settings: Settings) -> Erasure:
-    """The erasure with UCE's LoRA of the same concepts for stock diffusers, and how far that goes."""
-    config = uce.Config(
+    """The erasure with a linear edit's LoRA of the same concepts for stock diffusers, and how far that goes."""
+    method: Any = {"dp": dp, "uce": uce}[settings.stock]
+    config = method.Config(
         preset=settings.preset,
         retain=settings.retain,
         layer="lora",
         pooled=settings.pooled,
         max_sequence_length=settings.max_sequence_length,
     )
-    linear = uce.fit(pipe, concepts, config)
+    linear = method.fit(pipe, concepts, config)
     shares = linear.config.diagnostics["completeness"]
     error = max(abs(1 - share) for share in shares.values())
     results = {"completeness": shares, "retained_change": linear.config.diagnostics.get("retained_change", {})}
-    return give_stock_lora(erasure, pipe, linear.tensors[LORA_FILE], error=error, results={"uce": results})
+    return give_stock_lora(erasure, pipe, linear.tensors[LORA_FILE], error=error, results={settings.stock: results})

@@ -84,8 +84,8 @@ class Config:
         pooled (`bool`, *optional*, defaults to `True`): SDXL, Stable Diffusion 3, FLUX.1: map the pooled text vector behind the gates.
         max_sequence_length (`int`, *optional*, defaults to 0): Stable Diffusion 3, FLUX.1 and others: how many rows T5 makes of a
             prompt, as in calls of the pipeline; 0 for the pipeline's own number.
-        stock (`"uce"` or `"none"`, *optional*, defaults to `"uce"`): what stock diffusers gets: UCE's LoRA of the same concepts, which
-            is linear and so erases less, or nothing.
+        stock (`"dp"`, `"uce"` or `"none"`, *optional*, defaults to `"dp"`): what stock diffusers gets: the LoRA of Double Projections or
+            of UCE of the same concepts, which is linear and acts on all prompts, or nothing.
     """
 
     preset: Literal["object", "style", "person"] = "object"
@@ -102,7 +102,7 @@ class Config:
     push: Annotated[float | None, Number()] = None
     pooled: bool = True
     max_sequence_length: Annotated[int, Whole(least=0)] = 0
-    stock: Literal["uce", "none"] = "uce"
+    stock: Literal["dp", "uce", "none"] = "dp"
 
     def stated(self) -> Mapping[str, Any]:
         return {**PRESETS[self.preset], "synonyms": {}}
@@ -129,7 +129,7 @@ class Settings:
     push: float
     pooled: bool
     max_sequence_length: int
-    stock: Literal["uce", "none"]
+    stock: Literal["dp", "uce", "none"]
 
     @property
     def template_list(self) -> tuple[str, ...]:

@@ -98,7 +98,9 @@ def refine(
 
 
 def kept_directions(prior: Prior, threshold: float, relative: bool, extra: torch.Tensor | None = None) -> torch.Tensor:
-    """Orthonormal directions [C, r] of Sigma with an eigenvalue of at least `threshold` (times its trace where `relative`).
+    """Orthonormal directions [C, r] of Sigma with an eigenvalue of at least `threshold`.
+
+    Where `relative` these are times its trace, and at most half of all directions, those with the largest.
 
     `extra` [C, C] is added to Sigma: the second moment of further rows.
     """
@@ -122,8 +124,10 @@ def kept_directions(prior: Prior, threshold: float, relative: bool, extra: torch
             sigma += cross + cross.T + prior.square * torch.outer(prior.v, prior.v)
         sigma = sigma / max(1, prior.count)
         values, vectors = torch.linalg.eigh(sigma if extra is None else sigma + extra)
-    least = threshold * float(values.sum()) if relative else threshold
-    return vectors[:, values >= least]
+    if not relative:
+        return vectors[:, values >= threshold]
+    found = vectors[:, values >= threshold * float(values.sum())]
+    return found[:, -(width // 2) :]
 
 
 def edit(

@@ -22,10 +22,11 @@ from ..base_model import (
     text_readers,
     weight_times,
 )
-from ..errors import ErasureCompatibilityError
+from ..errors import ErasureCompatibilityError, ErasureInputError
 from ..families import POOLED_INPUTS
 from ..layers import layer_kind
 from ..layers.layer import Layer
+from ..lists.names import bare
 from ..logging import get_logger
 from ..low_rank import DOWN, UP, Factors, compress, pad_rank, truncated, written
 from ..schema import Concept, LayerSpec, SolveRows
@@ -330,6 +331,17 @@ def make_erasure(
         diagnostics=diagnostics,
     )
     return give_stock_lora(erasure, pipe) if edit.stock else erasure
+
+
+def with_anchors(concepts: Sequence[Concept], anchor: str) -> list[Concept]:
+    """Give the preset's anchor to concepts that have none."""
+    found = [Concept(c.target, anchor if c.anchor is None else c.anchor) for c in concepts]
+    for concept in found:
+        if bare(concept.target or "") == bare(concept.anchor or ""):
+            raise ErasureInputError(
+                f"The target {concept.target!r} is the anchor of this preset, so nothing would be erased; give `anchors`."
+            )
+    return found
 
 
 def kept_names(config: TextSettings) -> list[str]:

@@ -34,6 +34,7 @@ from .publishing import (
     publish,
     report,
     side_by_side,
+    with_anchors,
 )
 from .rows import (
     KeptRows,
@@ -46,7 +47,6 @@ from .rows import (
     suited,
     target_rows,
 )
-from .speed import with_anchors
 from .uce import MapSettings, relative_units, solve_holding
 
 
@@ -70,8 +70,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     }
     for task in ("nudity", "unsafe", "artist", "object", "hard_object")
 }
-# Ours: UCE's defaults of this library, then the authors' epochs, in units of the rows' and the weights' own scale.
-# `reg` was picked on the development half of benchmarks/efficacy.
+# Ours: UCE's edit, then the authors' epochs, in units of the rows' and the weights' own scale; picked on the development half of
+# benchmarks/efficacy. Nothing is pushed as UCE's targets are: from the far side of an anchor another row reaches the target again.
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **values,
@@ -81,6 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "units": "relative",
         "reg": 1e-4 if task in ("artist", "hard_object") else 1e-3,
         "keep_erased": True,
+        "retain_templates": True,
         "lamb": 1e-3,
         "retain_scale": 1.0,
         "uce_lamb": 1e-3,
@@ -90,7 +91,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
     for task, values in PUBLISHED.items()
 }
-AT_DOORS: dict[str, Any] = {"rows": "window", "adversarial_rows": "window"}  # where text enters by a door; see UCE's
+# Where text enters by a door, see UCE's. There what is retained in templates would hold back nearly all of an edit that is not pushed.
+AT_DOORS: dict[str, Any] = {"rows": "window", "adversarial_rows": "window", "retain_templates": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ class Config(MapConfig):
             that still reach it.
         retain (tuple of `str`, *optional*): prompts that must not change; with `retain_rows="all"` the empty prompt too.
         retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt must not change.
-        retain_templates (`bool`, *optional*, defaults to `False`): encode the retained prompts in the templates too.
+        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too; by default on UNets.
         epochs (`int`, *optional*): how often rows are looked for and erased; 0 leaves UCE.
         reg (`float`, *optional*): weight of a small adversarial row; the smaller, the farther it may lie.
         keep_erased (`bool`, *optional*): ours: an epoch's edit leaves the targets' own rows where the edits before it have put

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 
@@ -83,11 +83,17 @@ class MapConfig(TextConfig):
     """The same for methods that take each row to its anchor's.
 
     Args:
-        push (`float`, *optional*, defaults to 0.0): move what a target is mapped to away from the target, by this share of the way between
+        push (`float`, *optional*): move what a target is mapped to away from the target, by this share of the way between
             them: the row g + push (g - e) for the target's row e and the anchor's g, and likewise the pooled vector.
     """
 
-    push: Annotated[float, Number()] = 0.0
+    push: Annotated[float | None, Number()] = None
+
+    # What an artefact means that does not record a setting, as there was none when it was made.
+    unrecorded: ClassVar[Mapping[str, Any]] = {"push": 0.0}
+
+    def stated(self) -> Mapping[str, Any]:
+        return {**super().stated(), "push": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)

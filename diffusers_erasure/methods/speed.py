@@ -24,7 +24,6 @@ from ..artifact import Erasure
 from ..base_model import family_of, plain_weight, pooled_readers, text_readers, weight_times
 from ..errors import ErasureInputError
 from ..families import POOLED_INPUTS
-from ..lists.names import bare
 from ..logging import get_logger
 from ..schema import Concept
 from ..settings import Number, Whole, resolve
@@ -43,6 +42,7 @@ from .publishing import (
     publish,
     report,
     side_by_side,
+    with_anchors,
 )
 from .rows import (
     KeptRows,
@@ -52,6 +52,7 @@ from .rows import (
     by_part,
     kept_rows,
     parts_of,
+    suited,
     target_rows,
 )
 
@@ -90,14 +91,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "retain_rows": "all",
         "retain_templates": True,
         "units": "relative",
-        "threshold": 1e-3,
+        "threshold": 1e-5,
         "ridge": 1e-3,
+        "push": 0.4,
         "lamb": values["lamb"] * values["ridge"] / SQUARES,
         "max_error": 1e-3,
         "per_encoder": True,
     }
     for task, values in PUBLISHED.items()
 }
+
+AT_DOORS: dict[str, Any] = {"directions": 2, "ridge": 1e-2}  # where text enters by a door; see UCE's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,8 @@ class Config(MapConfig):
         filter (`bool`, *optional*): influence-based prior filtering: leave out retained rows that the edit hardly touches.
         augment (`int`, *optional*): how often each kept row is augmented; 0 for no augmentation.
         chunk (`int`, *optional*, defaults to 128): rows that are augmented and compared together.
-        threshold (`float`, *optional*): directions of the retain set with a larger mean square must not change.
+        threshold (`float`, *optional*): directions of the retain set with a larger mean square must not change; of relative units those
+            with the largest, at most half of all there are.
         ridge (`float`, *optional*): weight of a small change (the authors' `retain_scale`).
         lamb (`float`, *optional*): softens the invariance of the empty prompt's rows; 0 is exact.
         centres (`int`, *optional*, defaults to 3): k-means centres of the empty prompt's rows that stay, beside the start
@@ -140,7 +145,7 @@ class Config(MapConfig):
         max_sequence_length (`int`, *optional*, defaults to 0): rows that T5 makes of a prompt, as in calls of the pipeline; 0 for
             the pipeline's own number, see [`TextConfig`].
         directions (`int`, *optional*): let all rows of a concept go to its anchor's in so many directions, those in which they go
-            farthest; 0, the default, for each row's own.
+            farthest; 0 for each row's own. 2 by default for Stable Diffusion 3, FLUX.1 and others, else 0.
         layer (`"both"`, `"text_map"` or `"lora"`, *optional*): how the erasure is published where it is one map for all layers,
             with `params="KV"`, `filter=False` and `augment=0`, or where text enters by a door: as a map of the text rows, by which
             it acts here, with the LoRA that is the same edit for stock diffusers; or as one of the two alone. Elsewhere it is the
@@ -337,25 +342,16 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config) -> Erasure:
     """Make the erasure. Called by [`erase`], which has checked the concepts."""
     text_readers(pipe)  # a denoiser that cannot be edited is told before anything is encoded
     concepts = with_anchors(concepts, config.anchor)
+    config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
     return refit(pipe, concepts, config, {"": target_rows(pipe, concepts, settings, push=settings.push)})
-
-
-def with_anchors(concepts: Sequence[Concept], anchor: str) -> list[Concept]:
-    """Give the preset's anchor to concepts that have none."""
-    found = [Concept(c.target, anchor if c.anchor is None else c.anchor) for c in concepts]
-    for concept in found:
-        if bare(concept.target or "") == bare(concept.anchor or ""):
-            raise ErasureInputError(
-                f"The target {concept.target!r} is the anchor of this preset, so nothing would be erased; give `anchors`."
-            )
-    return found
 
 
 def refit(
     pipe: Any, concepts: Sequence[Concept], config: Config, targets: Mapping[str, Mapping[str, TargetRows]]
 ) -> Erasure:
     """Make the erasure from targets' rows that are known: those of [`fit`], or what several artefacts kept."""
+    config = suited(config, pipe, AT_DOORS)
     settings = resolve(config, Settings)
     kept = kept_rows(pipe, settings, with_gram=settings.retain_rows == "all")
     found = {
