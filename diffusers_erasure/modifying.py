@@ -77,8 +77,13 @@ def with_gate(
     factor: float = 1.0,
     layout: str = "row",
     tokens: bool = False,
+    by: Erasure | None = None,
 ) -> Erasure:
     """Give an erasure's layers on the denoiser a gate: they act less on prompts that seem to be about something else.
+
+    With `by` the probes of a gated edit (`erase(..., method="gated")`) decide: a layer acts fully on prompts in which one of them finds a
+    name, and not at all on others, which are drawn bit for bit as by the base model. An erasure that has a layer for each concept, as
+    ActErase makes them, gets for each layer that concept's probes. Those on a pooled vector (FLUX.1) are not asked.
 
     A gate weakens an erasure, which its card says: a prompt that draws the concept without naming it may pass. A LoRA for stock
     diffusers beside other layers is left out, which is logged.
@@ -92,6 +97,7 @@ def with_gate(
             both guidance branches by the conditional one (as in DuMo), which needs batches that are laid out so.
         tokens (`bool`, *optional*, defaults to `False`): let the factor be at least the share of a concept's tokens that
             the prompt holds. For text that the pipeline's first text encoder was not seen to encode it is 1 then.
+        by ([`Erasure`], *optional*): a gated edit of the same concepts and the same base model, with `factor` and `layout` alone.
 
     Raises:
         ErasureInputError: the concepts are not named and no `prompts` are given, a value is out of range, or a layer's kind
@@ -99,9 +105,9 @@ def with_gate(
         ErasureCompatibilityError: the pipeline's text cannot be encoded.
     """
     names = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    if not names:
+    if not names and by is None:
         names = [concept.target for concept in erasure.concepts if concept.target is not None]
-    if not names:
+    if not names and by is None:
         raise ErasureInputError("The erasure does not name its concepts; give `prompts` for the gate.")
     if not isinstance(factor, int | float) or not 0 < factor < float("inf") or layout not in ("row", "uncond_first"):
         raise ErasureInputError(
@@ -113,6 +119,17 @@ def with_gate(
         if layer.component != denoiser_name(pipe):
             raise ErasureInputError("The erasure acts on another denoiser than this pipeline has.")
         _refuse(index, layer, "gate", layer_kind(layer.kind).why_no_gate(layer))
+    if by is not None:
+        if names or tokens:
+            raise ErasureInputError("`prompts` and `tokens` belong to a gate without `by`.")
+        layers = by.config.layers
+        compare_base(
+            by.config.base_model,
+            pipe,
+            needed={layer.component for layer in layers},
+            derived_from={name for layer in layers for name in layer.derived_from},
+        )
+        return _behind_probes(erasure, chosen, probes_of(erasure, by), float(factor), layout)
     with erasures_disabled(pipe):
         rows, _ = all_rows(pipe, names)
     ids = None
@@ -125,6 +142,42 @@ def with_gate(
         spec = GateSpec(f"{MODIFIER_PREFIX}{index}.gate", float(factor), layout, ids)
         changes[index] = {"gate": spec}
         tensors[spec.name] = rows.to(torch.float16).contiguous()
+    return _changed(erasure, changes, tensors)
+
+
+def probes_of(erasure: Erasure, gated: Erasure) -> list[torch.Tensor]:
+    """The probes of a gated edit for each concept of an erasure, [probes, width + 2] each: a probe and its threshold in two halves.
+
+    Raises:
+        ErasureInputError: it is no gated edit, or one of other concepts.
+    """
+    layer = next((each for each in gated.config.layers if each.kind == "gated_map"), None)
+    if layer is None:
+        raise ErasureInputError(f'`by` takes an erasure by "gated", not one by {gated.config.method.name!r}.')
+    tensors = gated.layer_tensors(layer)
+    counts = [int(count) for count in tensors["probe_counts"]]
+    own = torch.cat([tensors["probes"].float(), tensors["thresholds"].float()], 1).split(counts)
+    places = {concept.target: place for place, concept in enumerate(gated.concepts) if concept.target is not None}
+    found = [places.get(concept.target or "") for concept in erasure.concepts]
+    if None in found:
+        missing = erasure.concepts[found.index(None)].target
+        raise ErasureInputError(
+            "`by` must be a gated edit of all concepts of the erasure, and both must name them; "
+            + ("one is redacted." if missing is None else f"it has none for {missing!r}.")
+        )
+    return [own[place] for place in found if place is not None]
+
+
+def _behind_probes(
+    erasure: Erasure, chosen: Sequence[int], probes: Sequence[torch.Tensor], factor: float, layout: str
+) -> Erasure:
+    each_its_own = len(chosen) == len(probes) and all(erasure.config.layers[i].kind == "activation" for i in chosen)
+    changes: dict[int, dict[str, Any]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for number, index in enumerate(chosen):
+        spec = GateSpec(f"{MODIFIER_PREFIX}{index}.gate", factor, layout, probes=True)
+        changes[index] = {"gate": spec}
+        tensors[spec.name] = (probes[number] if each_its_own else torch.cat(list(probes))).contiguous()
     return _changed(erasure, changes, tensors)
 
 

@@ -338,12 +338,18 @@ def test_the_key_knows_what_a_result_depends_on(tmp_path: Path, monkeypatch: pyt
     ]
     keys = {store.key(each) for each in (unit, *others)}
     entry = methods.ENTRIES["uce"]
-    for change in ({"settings": {"lamb": 0.1}}, {"object_anchor": "cat"}, {"version": 2}, {"says": "anchor"}):
+    for change in (
+        {"settings": {"lamb": 0.1}},
+        {"object_anchor": "cat"},
+        {"version": 99},
+        {"gated": True},
+        {"says": "anchor"},
+    ):
         monkeypatch.setitem(methods.ENTRIES, "uce", dataclasses.replace(entry, **change))
         keys.add(store.key(unit))
     monkeypatch.setitem(methods.ENTRIES, "uce", dataclasses.replace(entry, styles={}, note="other"))
     keys.add(store.key(unit))  # nothing that an object depends on: no new key
-    assert len(keys) == 10
+    assert len(keys) == 11
 
 
 def test_a_group_is_done_in_one_go_and_the_largest_comes_first(tmp_path: Path, runs: list[str]) -> None:

@@ -35,7 +35,7 @@ from tests.test_activation import make_plan
 from tests.test_closed_form_bases import quantise
 
 
-COMMON: dict[str, Any] = {"anchors": "animal", "retain": ["dog", "rabbit"]}
+COMMON: dict[str, Any] = {"push": 0.0, "anchors": "animal", "retain": ["dog", "rabbit"]}
 Change = Callable[[Erasure], Erasure]
 
 

@@ -39,6 +39,7 @@ class Entry:
         style_anchor (`str`, *optional*, defaults to `""`): The anchor of styles.
         auto_anchors (`bool`, *optional*, defaults to `False`): Anchors are picked by the library, from the model's words, instead of the
             above; what was picked is measured.
+        gated (`bool`, *optional*, defaults to `False`): Its layers act behind the probes of a gated edit of the same concepts.
         note (`str`, *optional*): What the docs say of it besides the settings.
         version (`int`, *optional*, defaults to 1): Raise it when code that the fields above do not show changes, so that
             stored results are not taken any more.
@@ -54,6 +55,7 @@ class Entry:
     object_anchor: str | None = None
     style_anchor: str = ""
     auto_anchors: bool = False
+    gated: bool = False
     note: str = ""
     version: int = 1
 
@@ -74,6 +76,7 @@ class Entry:
         other = {key: value for key, value in styles.items() if value != common.get(key)}
         parts += [f"for styles `{key}={value!r}`".replace("'", '"') for key, value in other.items()]
         parts += ["anchors picked automatically"] * self.auto_anchors
+        parts += ["behind the probes of `gated`"] * self.gated
         parts += [f"at most {self.max_targets} at once"] * bool(self.max_targets)
         return ", ".join(parts) + (f"; {self.note}" if self.note else "")
 
@@ -115,7 +118,7 @@ class Entry:
         """The erasure, made on a fresh copy of a tiny model; None for a baseline."""
         if not self.erases:
             return None
-        from diffusers_erasure import erase
+        from diffusers_erasure import erase, with_gate
         from diffusers_erasure.training import TrainingRun
 
         settings, method = self.settings_for(targets), declaration(self.method)
@@ -127,7 +130,14 @@ class Entry:
         # Backward passes through channels-last weights are slow in small batches, and torch 2.13 crashes in some on a CPU.
         pipe = load_pipeline(world)
         pipe = pipe if method.resumable else fast_pipeline(pipe)
-        return erase(pipe, list(targets), anchors=anchors, method=self.method, **settings)
+        made = erase(pipe, list(targets), anchors=anchors, method=self.method, **settings)
+        if not self.gated:
+            return made
+        retain = self.retained(targets)
+        probes = erase(
+            pipe, list(targets), anchors=anchors, method="gated", retain=retain, stock="none", compare=False
+        )
+        return with_gate(made, pipe, by=probes)
 
     def given_anchors(self, targets: Sequence[str]) -> str | list[str]:
         """What `erase(anchors=...)` gets."""
@@ -143,6 +153,7 @@ class Entry:
         return {
             **{"name": self.name, "says": self.says, "version": self.version, "anchors": anchors},
             **{"settings": self.settings_for(targets), "retain": self.retained(targets)},
+            **({"gated": True} if self.gated else {}),
         }
 
 
@@ -178,6 +189,8 @@ _ENTRIES = (
     Entry("dumo-full", {"form": "full", "learning_rate": 5e-4}, max_targets=1),
     Entry("sdd", version=2),
     Entry("acterase", {"guidance_scale": 3.0}, max_targets=8, note="the guidance with which the model is drawn"),
+    Entry("acterase (behind probes)", {"guidance_scale": 3.0}, max_targets=8, gated=True),
+    Entry("esd (behind probes)", version=2, gated=True),
 )
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 

@@ -96,14 +96,7 @@ class Gate(nn.Module):
             share, unknown = self._shares(text)
             value = value.maximum(share)
         value = torch.where(unknown, 1.0, self.spec.factor * value)
-        if self.spec.layout == "uncond_first":  # as published: both guidance branches as the conditional one
-            if len(text) % 2:
-                raise ErasureInputError(
-                    f"A gate of the layout 'uncond_first' takes unconditional rows, then as many conditional ones, not a batch of "
-                    f"{len(text)}. Draw with guidance, or load the erasure without its gate (`without_gate`)."
-                )
-            value = value[len(text) // 2 :].repeat(2)
-        return value
+        return by_layout(self.spec, value)
 
     def _shares(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The share of a concept's tokens in each text [B], and which texts are not known [B].
@@ -128,6 +121,18 @@ class Gate(nn.Module):
                 if not compat.is_capturing():  # what is made then belongs to the graph
                     self.read[device] = noted, record
             return record
+
+
+def by_layout(spec: GateSpec, value: torch.Tensor) -> torch.Tensor:
+    """The factors [B] of the rows of a batch from their own: as published, both guidance branches may have the conditional one's."""
+    if spec.layout == "row":
+        return value
+    if len(value) % 2:
+        raise ErasureInputError(
+            f"A gate of the layout 'uncond_first' takes unconditional rows, then as many conditional ones, not a batch of "
+            f"{len(value)}. Draw with guidance, or load the erasure without its gate (`without_gate`)."
+        )
+    return value[len(value) // 2 :].repeat(2)
 
 
 class NoteText:

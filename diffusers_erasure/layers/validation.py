@@ -130,7 +130,12 @@ def check_modifiers(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> No
             )
     if layer.gate is not None:
         rows, tokens = tensors[layer.gate.name], layer.gate.tokens
-        if rows.ndim != 3 or (tokens is not None and len(tokens) != len(rows)):
+        if layer.gate.probes:
+            if rows.ndim != 2 or not len(rows) or rows.shape[1] < 3:
+                raise ErasureFileError(
+                    f"{TENSOR_FILE}: a gate's probes have the shape {tuple(rows.shape)}; expected [probes, width + 2]."
+                )
+        elif rows.ndim != 3 or (tokens is not None and len(tokens) != len(rows)):
             raise ErasureFileError(
                 f"{TENSOR_FILE}: a gate's rows have the shape {tuple(rows.shape)}; expected [concepts, length, width], with "
                 "tokens for each concept or for none."

@@ -9,8 +9,8 @@ from .. import compat
 from ..artifact import Erasure
 from ..layers import HookLayer, LiveLayer, layer_kind
 from ..layers.buffers import PartKey
-from ..layers.gate import Gate
 from ..layers.modifiers import Conditions, Modifier
+from ..layers.probe_gate import gate_of
 from ..schema import LayerSpec
 from . import requests, saving, turnstile
 from .state import CHILD, ErasureModules, Guard, GuardAfter, Loaded, state_of, states
@@ -102,7 +102,7 @@ def modifier_of(
     tensors, schedule, gate = erasure.modifier_tensors(layer), layer.schedule, layer.gate
     live = None
     if gate is not None:
-        live = Gate(gate, tensors[gate.name])
+        live = gate_of(gate, tensors[gate.name])
         conditions.add_gate(key, live)
         if encoder is not None:
             live.listen(encoder)

@@ -5,6 +5,7 @@ factors: an inner product of two `B A` is a sum over Gram matrices, so no produc
 it. Text rows are encoded only where a target is removed twice.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -329,11 +330,7 @@ def same_modifiers(
             return False
     if one.gate is None or other.gate is None:
         return True
-    how = (one.gate.factor, one.gate.layout, one.gate.tokens) == (
-        other.gate.factor,
-        other.gate.layout,
-        other.gate.tokens,
-    )
+    how = dataclasses.replace(one.gate, name=other.gate.name) == other.gate
     return how and _close(tensors[one.gate.name], tensors2[other.gate.name])
 
 

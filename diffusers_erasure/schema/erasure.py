@@ -180,21 +180,24 @@ class GateSpec:
     """Strength by the prompt: a factor for each row of the batch. It weakens an erasure, for prompts that seem unrelated.
 
     The factor is `factor` times the largest cosine between the prompt's text rows, flattened, and those of the concepts;
-    1 where the text is not known.
+    1 where the text is not known. With `probes` it is `factor` where a probe finds a name in one of the rows, and else 0.
 
     Attributes:
-        name: its tensor [concepts, length, width] in `erasure.safetensors`: the encoded concepts.
+        name: its tensor [concepts, length, width] in `erasure.safetensors`: the encoded concepts; or [probes, width + 2], probes with
+            their thresholds in two halves behind them.
         factor: multiplies the cosine.
         layout: `"row"`: each row of the batch by its own text; `"uncond_first"`: the first half of the batch holds the
             unconditional rows, and they get the factor of the conditional ones.
         tokens: token ids of each concept, without special ones. With them the factor is at least the share of a
             concept's tokens that the prompt holds; where no text encoder was seen to encode the prompt, it is 1.
+        probes: whether it is one of probes, which has no tokens.
     """
 
     name: str
     factor: float = 1.0
     layout: str = "row"
     tokens: tuple[tuple[int, ...], ...] | None = None
+    probes: bool = False
 
     def __post_init__(self) -> None:
         _require_modifier_name(self.name)
@@ -204,6 +207,7 @@ class GateSpec:
             plain = 0 < len(ids) <= 1000 and all(0 <= each < 2**24 for each in ids)
             require(plain, "A gate's `tokens` must be lists of token ids.")
         require(self.tokens is None or len(self.tokens) > 0, "A gate's `tokens` must not be empty; leave it out.")
+        require(self.tokens is None or not self.probes, "A gate of `probes` has no `tokens`.")
 
 
 @dataclass(frozen=True)
