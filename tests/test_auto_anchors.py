@@ -412,7 +412,7 @@ def test_the_map_behind_a_gate_is_fitted_to_pushed_rows() -> None:
 
 @pytest.mark.parametrize("method", CLOSED)
 def test_methods_push_where_they_are_told_to(pipe: Any, method: str) -> None:
-    more = {"stock": "none"} if method == "gated" else {}  # UCE's LoRA, which is not pushed
+    more = {"stock": "none"} if method == "gated" else {}  # DP's LoRA, which has a push of its own
 
     def made(**given: Any) -> Erasure:
         return erase(

@@ -409,7 +409,8 @@ def test_a_list_is_encoded_once_for_an_encoder(folder: Path, monkeypatch: pytest
 
     def fit(target: str = "cat") -> tuple[dict[str, bytes], int]:
         encoded.clear()
-        erasure = erase(pipe, target, retain="list:objects", templates="object", retain_rows="last")
+        how: dict[str, Any] = {"templates": "object", "retain_templates": False, "retain_rows": "last"}
+        erasure = erase(pipe, target, retain="list:objects", **how)
         return erasure.to_files(), sum(encoded)
 
     size = len(read_list("objects")) + len(read_list("things"))  # what is retained, and what is compared afterwards

@@ -77,7 +77,8 @@ def test_sdxl_the_lora_and_the_map_do_the_same() -> None:
 def test_sdxl_the_pooled_edit_is_the_closed_form() -> None:
     """On `add_embedding.linear_1`: W D^T A on the text's columns, and nothing on the time's."""
     pipe = tiny_sdxl_pipe()
-    erasure = erase(pipe, **TARGET, templates="none", absolute=True, lamb=0.3, retain_scale=0.2, retain_rows="last")
+    settings: dict[str, Any] = {"absolute": True, "lamb": 0.3, "retain_scale": 0.2, "push": 0.0}
+    erasure = erase(pipe, **TARGET, templates="none", retain_rows="last", **settings)
     e, g = pooled_rows(pipe, ["apple", ""]).split(1)
     r = pooled_rows(pipe, ["dog", "house", "tree"])
     m = 0.3 * torch.eye(40, dtype=torch.float64) + e.T @ e + 0.2 * r.T @ r

@@ -148,11 +148,24 @@ def report(**rows: tuple[float, float, float]) -> dict[str, Any]:
 
 def test_the_default_is_weighed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What erases and keeps counts four times what is robust and what stock diffusers loads; below the floor is no merit."""
-    one = report(anchor_prompt=(0.2, 0.1, 0.0), uce=(0.4, 0.3, 0.9), gated=(0.1, 0.2, 1.1), rece=(0.3, 0.1, 0.5))
+    one = report(
+        anchor_prompt=(0.2, 0.1, 0.0),
+        uce=(0.4, 0.3, 0.9),
+        dp=(0.3, 0.4, 0.7),
+        gated=(0.1, 0.2, 1.1),
+        rece=(0.3, 0.1, 0.5),
+    )
     ranked = default.ranking([one])
-    assert [name for name, *_ in ranked] == ["gated", "uce", "rece"]
-    assert ranked[0][2] == pytest.approx({"erases": 1.0, "keeps": 1.0, "robust": 0.9, "stock": 0.5})
-    assert ranked[1][1] == pytest.approx(0.4 * 0.8 + 0.4 * 0.9 + 0.1 * 0.8 + 0.1)
+    assert [name for name, *_ in ranked] == ["gated", "uce", "dp", "rece"]
+    # what stock diffusers gets of a gated edit is DP's
+    assert ranked[0][2] == pytest.approx({"erases": 1.0, "keeps": 1.0, "robust": 0.9, "stock": 0.8})
+    assert ranked[1][1] == pytest.approx(0.4 * 0.8 + 0.4 * 0.9 + 0.1 * 0.8 + 0.1 * 0.85)
+    # a method is taken from the first report of a model that has it, and left out where a model has none
+    other = report(anchor_prompt=(0.0, 0.0, 0.0), uce=(1.0, 1.0, 0.0), oce=(0.0, 0.0, 1.0))
+    assert [(name, score) for name, score, _ in default.ranking([one, other]) if name != "oce"] == [
+        (name, score) for name, score, _ in ranked
+    ]
+    assert [name for name, *_ in default.ranking([one, {**other, "world": "flux"}])] == ["uce"]
     file = tmp_path / "report.json"
     file.write_text(json.dumps(one), encoding="utf-8")
     default.main([str(file), "--smoke"])

@@ -19,6 +19,7 @@ from benchmarks.command import arguments, finish, markdown_table, print_table, s
 from benchmarks.efficacy.plan import ONE_STYLE
 from benchmarks.efficacy.tables import FLOOR
 from diffusers_erasure.families import FAMILIES
+from diffusers_erasure.methods import get_method
 from diffusers_erasure.registry import declaration, method_names
 
 
@@ -34,7 +35,7 @@ def candidates() -> list[str]:
 
 
 def shares_of(method: str, reports: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """The four shares of a method, means over models and scenarios of objects; None where a model has no report with it."""
+    """The first three shares of a method, means over models and scenarios of objects; None where a model has no report with it."""
     cells: dict[str, list[float]] = {"erases": [], "keeps": [], "robust": []}
     of_world: dict[str, Mapping[str, Any]] = {}
     for report in reports:
@@ -53,15 +54,19 @@ def shares_of(method: str, reports: Sequence[Mapping[str, Any]]) -> dict[str, fl
             cells["erases"].append(over("acc_e"))
             cells["robust"].append(over("acc_e_synonyms"))
             cells["keeps"].append(min(1.0, row["acc_r_ratio"]["value"]))
-    return {
-        **{k: statistics.mean(v) for k, v in cells.items()},
-        "stock": 1.0 if "lora" in declaration(method).makes else 0.5,
-    }
+    return {k: statistics.mean(v) for k, v in cells.items()}
+
+
+def stock_method(method: str) -> str:
+    """The method whose edit stock diffusers loads: its own where that is a LoRA, else the one that stands in for it by default."""
+    return method if "lora" in declaration(method).makes else str(get_method(method).config().stock)
 
 
 def ranking(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, dict[str, float]]]:
     """Methods with their scores and shares, the best first."""
     found = {method: shares for method in candidates() if (shares := shares_of(method, reports)) is not None}
+    good = {method: (shares["erases"] + shares["keeps"]) / 2 for method, shares in found.items()}
+    found = {method: {**shares, "stock": good.get(stock_method(method), 0.0)} for method, shares in found.items()}
     scores = [(m, sum(WEIGHTS[name] * value for name, value in shares.items()), shares) for m, shares in found.items()]
     return sorted(scores, key=lambda each: -each[1])
 

@@ -30,7 +30,8 @@ from ..schema import Concept
 from ..settings import Number, Whole, resolve
 from .holding import scaled_up
 from .publishing import Form, kept_names, make_erasure, publish, report, side_by_side
-from .rows import SAME, KeptRows, MapConfig, TargetRows, by_part, kept_rows, parts_of, suited, target_rows
+from .rows import SAME, KeptRows, MapConfig, TargetRows, by_part, kept_rows, parts_of, target_rows
+from .suiting import suited
 from .uce import MapSettings, relative_units, solve_holding
 
 

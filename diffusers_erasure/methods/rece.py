@@ -44,9 +44,9 @@ from .rows import (
     by_part,
     kept_rows,
     parts_of,
-    suited,
     target_rows,
 )
+from .suiting import suited
 from .uce import MapSettings, relative_units, solve_holding
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
@@ -18,7 +18,6 @@ from .holding import held_prompts, others_than
 
 
 Which = Literal["last", "window", "all", "whole"]
-Config = TypeVar("Config", bound="TextConfig")
 SAME = 1e-7  # singular values below this share of the largest are float32's rounding
 
 
@@ -40,7 +39,7 @@ class TextConfig:
         templates (`str` or tuple of `str`, *optional*): `"object"`, `"style"`, `"person"`, `"object_context"`,
             `"style_context"`, `"none"`, or prompts, with `{}` for the concept, in which each target and its anchor are encoded.
         retain (tuple of `str`, *optional*): prompts that must not change.
-        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
+        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too, where the text encoders take them.
         pooled (`bool`, *optional*, defaults to `True`): SDXL, Stable Diffusion 3, FLUX.1: map the pooled text vector as well.
         per_encoder (`bool`, *optional*): SDXL, Stable Diffusion 3: map what each CLIP makes of a row by itself, so that the
             erasure acts whatever `prompt_2` is. Off, both are mapped together, as published, and a call with another `prompt_2`
@@ -314,18 +313,6 @@ def pushed(targets: torch.Tensor, anchors: torch.Tensor, push: float) -> torch.T
     return anchors + push * (anchors - targets) if push else anchors
 
 
-def suited(config: Config, pipe: Any, at_doors: Mapping[str, Any]) -> Config:
-    """A config with what a method has by default where text enters by a door, filled in for what was left out.
-
-    Args:
-        config ([`TextConfig`]): the method's config; with `published=True` it stays as it is.
-        at_doors: settings by name.
-    """
-    if family_of(pipe).door is None or getattr(config, "published", False):
-        return config
-    return dataclasses.replace(config, **{key: v for key, v in at_doors.items() if getattr(config, key) is None})
-
-
 def _picked(source: Source, pairs: Sequence[tuple[str, str]], own: Sequence[int]) -> TargetRows:
     """The last row of each pair of prompts; those in the places `own` are the probes."""
     prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
@@ -420,13 +407,19 @@ def filled(template: str, concept: str | None) -> str:
     return template.format(concept) if (concept or "").strip() else ""
 
 
+def _in_templates(pipe: Any, prompts: Sequence[str], settings: TextSettings) -> set[str]:
+    """Retained prompts in their templates, and as they are where these make them too long."""
+    found = {prompt: {filled(template, prompt) for template in settings.retained_in} for prompt in prompts}
+    fit = set(short_enough(pipe, sorted(set().union(*found.values())), settings.max_sequence_length))
+    return set().union(*((own & fit) or {prompt} for prompt, own in found.items()))
+
+
 def kept_rows(pipe: Any, settings: TextSettings, *, with_gram: bool = False) -> dict[str, KeptRows]:
     """Encode what is retained; with `with_gram`, sums over all rows of the retained prompts and the empty one."""
-    retained, templates = settings.retain, settings.retained_in
+    retained = settings.retain
     # Lists are encoded whole, so that what is cached of them serves any targets; the excluded ones then go.
-    whole = [*retained.prompts, *retained.excluded]
-    whole = sorted({filled(template, prompt) for prompt in whole for template in templates})
-    gone = {filled(template, prompt) for prompt in retained.excluded for template in templates}
+    whole = sorted(_in_templates(pipe, [*retained.prompts, *retained.excluded], settings))
+    gone = _in_templates(pipe, retained.excluded, settings)
     kept = torch.tensor([prompt not in gone for prompt in whole], dtype=torch.bool)
     prompts = int(kept.sum()) + int(with_gram)  # the empty prompt is one of those that the sums are over
     held = dict(zip(*held_prompts(retained), strict=True))

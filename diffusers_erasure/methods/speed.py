@@ -52,9 +52,9 @@ from .rows import (
     by_part,
     kept_rows,
     parts_of,
-    suited,
     target_rows,
 )
+from .suiting import suited
 
 
 logger = get_logger(__name__)

@@ -23,7 +23,8 @@ from ..schema import Concept
 from ..settings import Number, resolve
 from .holding import HELD, holding, scaled_up
 from .publishing import Factors, Form, FormSettings, kept_names, make_erasure, publish, report, side_by_side
-from .rows import KeptRows, MapConfig, TargetRows, by_part, kept_rows, parts_of, suited, target_rows
+from .rows import KeptRows, MapConfig, TargetRows, by_part, kept_rows, parts_of, target_rows
+from .suiting import suited
 
 
 # What the authors' code of 2025 does, whatever the concept is.
