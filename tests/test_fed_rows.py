@@ -82,7 +82,7 @@ def test_rows_behind_a_mask_are_left_out(name: str) -> None:
     assert roundings(found, rows[0, :6].double()) <= ROUNDINGS and last == [4]
     assert roundings(source.last(["a photo of a cat", "cat"])[0], rows[0, 4].double()) <= ROUNDINGS
     assert len(source.null()) == 1
-    erasure = erase(pipe, "cat", **COMMON, directions=0)
+    erasure = erase(pipe, "cat", **COMMON, directions=0, push=0.0)
     assert [(layer.component, layer.sites) for layer in erasure.config.layers] == [
         ("transformer", ("encoder_hidden_states",))
     ]
