@@ -30,6 +30,7 @@ SHARP: dict[str, Any] = {
     **{
         "absolute": True,
         "lamb": 1e-6,
+        "push": 0.0,
         "retain_scale": 1e-3,
         "directions": 0,
         "layer": "text_map",

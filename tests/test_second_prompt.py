@@ -58,7 +58,7 @@ def mapped(erasure: Erasure) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("method", ["uce", "rece"])
 @pytest.mark.parametrize("rows", ["last", "window", "whole"])
 def test_each_half_moves_as_reported_whatever_the_other_is(pipe: Any, method: str, rows: str) -> None:
-    erasure = erase(pipe, "cat", **COMMON, method=method, rows=rows, layer="text_map")
+    erasure = erase(pipe, "cat", **COMMON, method=method, rows=rows, push=0.0, layer="text_map")
     reported = erasure.config.diagnostics["completeness"]["cat"]
     a, d = mapped(erasure)
     goal = fed(pipe, "animal")
@@ -77,7 +77,7 @@ def test_each_half_moves_as_reported_whatever_the_other_is(pipe: Any, method: st
 
 
 def test_a_map_is_the_closed_form_of_each_half(pipe: Any) -> None:
-    settings: dict[str, Any] = {"templates": "none", "absolute": True, "lamb": 0.3, "retain_scale": 0.2}
+    settings: dict[str, Any] = {"templates": "none", "absolute": True, "lamb": 0.3, "retain_scale": 0.2, "push": 0.0}
     settings["retain_default"] = "none"
     erasure = erase(pipe, "cat", anchors="animal", retain=["dog", "tree"], layer="text_map", **settings)
     e, g = last_rows(pipe, ["cat", "animal"]).split(1)
