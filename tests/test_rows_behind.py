@@ -19,7 +19,14 @@ from tests.tiny_texts import TOLD
 
 
 CLOSED = ["uce", "rece", "speed", "dp", "oce"]
-PLAIN: dict[str, Any] = {"templates": "none", "lamb": 0.5, "absolute": True, "retain_scale": 0.3, "layer": "text_map"}
+PLAIN: dict[str, Any] = {
+    "templates": "none",
+    "lamb": 0.5,
+    "absolute": True,
+    "retain_scale": 0.3,
+    "push": 0.0,
+    "layer": "text_map",
+}
 
 
 @pytest.fixture(autouse=True)
