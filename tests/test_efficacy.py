@@ -462,9 +462,8 @@ def test_only_what_is_between_the_markers_is_replaced() -> None:
 def test_the_page_has_the_markers_and_says_what_its_rows_are() -> None:
     text = (ROOT / efficacy.PAGE).read_text(encoding="utf-8")
     found = {}
-    measured = [
-        f"efficacy{of}" for of in ("", " flux", " sd3", " sdxl", " flux trained", " sd3 trained", " sdxl trained")
-    ]
+    worlds = [f" {world}{kind}" for kind in ("", " linear", " trained") for world in ("flux", "sd3", "sdxl")]
+    measured = [f"efficacy{of}" for of in ("", " sd1 probes", *worlds)]
     for name in measured:
         assert "new" in commands.replace_between(text, name, "new")
         part = text.partition(f"<!-- {name}: begin -->")[2].partition(f"<!-- {name}: end -->")[0]

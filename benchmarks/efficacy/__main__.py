@@ -45,7 +45,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--images-scale", type=float, default=1.0, metavar="X", help="share of the images, for a look")
     parser.add_argument("--device", default="cpu", help="where images are drawn: cpu or cuda; all is made on the CPU")
-    parser.add_argument("--section", choices=("linear",), help="another part of the page for a world's tables")
+    parser.add_argument("--section", choices=("linear", "probes"), help="another part of the page")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a contact sheet")
     options = parser.parse_args(given)
     if options.write_docs and (options.smoke or options.images_scale < 1 or options.half != "report"):
@@ -61,14 +61,12 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def section(options: argparse.Namespace) -> str:
-    """The part of the page that holds a run's tables: of a world those of what is trained, or those of what is not."""
-    if options.world == EMBEDDED:
+    """The part of the page that holds a run's tables: of a world those of what is trained, of what is not, or of a section."""
+    if options.world == EMBEDDED and not options.section:
         return "efficacy"
     erases = [ENTRIES[name] for name in options.methods if ENTRIES[name].erases]
-    trained = any(declaration(entry.method).resumable for entry in erases)
-    return " ".join(
-        ["efficacy", options.world, *["trained"] * trained, *([options.section] if options.section else [])]
-    )
+    trained = any(declaration(entry.method).resumable for entry in erases) and not options.section
+    return " ".join(["efficacy", options.world, *["trained"] * trained, *[options.section] * bool(options.section)])
 
 
 def main(given: Sequence[str] | None = None) -> None:
