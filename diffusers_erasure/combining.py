@@ -41,6 +41,7 @@ FREE = (
     "max_error",
     "layer",
     "templates",
+    "retain_templates",
     ANCHORS_PICKED,
 )
 
@@ -173,8 +174,8 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
     """The method and the settings that all parts share."""
     first = parts[0].config.method
     common: dict[str, Any] = {}
-    # Only what is retained is encoded again: in the templates of all parts, or in none.
-    in_templates = first.settings.get("retain_templates")
+    # Only what is retained is encoded again: in the templates of all parts, or in none where it was in none for one of them.
+    in_templates = all(part.config.method.settings.get("retain_templates") for part in parts)
     templates: dict[str, None] = {}
     for index, part in enumerate(parts, start=1):
         method = part.config.method
@@ -206,6 +207,7 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
         if in_templates:
             templates.update(dict.fromkeys(template_list(method.settings["templates"])))
     named = {str(part.config.method.settings.get("templates")) for part in parts}
+    common["retain_templates"] = in_templates
     if in_templates:
         common["templates"] = first.settings["templates"] if len(named) == 1 else tuple(templates)
     return first.name, common

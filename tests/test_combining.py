@@ -198,6 +198,9 @@ def test_parts_in_several_templates_keep_what_is_retained_in_all_of_them(pipe: A
     joint = combine([thing, other], pipe=pipe)
     of = [set(template_list(part.config.method.settings["templates"])) for part in (thing, other, joint)]
     assert of[0] != of[1] and of[2] == of[0] | of[1]
+    # in none of them where one part had none, as by default of long lists
+    plain = erase(pipe, "shark", anchors="animal", retain=KEPT, retain_templates=False, method="uce")
+    assert combine([thing, plain], pipe=pipe).config.method.settings["retain_templates"] is False
     # where all parts agree it is still said by its name
     same = combine([thing, erase(pipe, "shark", anchors="animal", retain=KEPT, method="uce")], pipe=pipe)
     assert same.config.method.settings["templates"] == "object_context"
