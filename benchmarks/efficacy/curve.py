@@ -132,7 +132,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[tuple[Point, float, f
 def rows_of(found: Sequence[tuple[Point, float, float, float]]) -> list[tuple[str, ...]]:
     """The points of a scenario as rows of a table, in %."""
     before = [(erased, kept) for point, erased, _, kept in found if point.form == "UCE before"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for point, erased, _, kept in found:
         known = None if point.form == "UCE before" else kept_at(erased, before)
         more = "–" if known is None else f"{100 * (kept - known):+.1f}"

@@ -44,8 +44,8 @@ def shares_of(method: str, reports: Sequence[Mapping[str, Any]]) -> dict[str, fl
             of_world.setdefault(report["world"], parts)
     if len(of_world) < len({report["world"] for report in reports}):
         return None
-    for parts in of_world.values():
-        for rows in parts.values():
+    for known in of_world.values():
+        for rows in known.values():
             row, floor = rows[method], rows[FLOOR]
 
             def over(name: str, row: Any = row, floor: Any = floor) -> float:
