@@ -39,7 +39,7 @@ from diffusers_erasure.demo.drawing import fast_pipeline
 PAGE = "docs/search.md"
 HEAD = ("form", "along", "acc_e over the floor", "acc_r of un-erased", "kept more than UCE before, at the same acc_e")
 BEFORE = (("push", 0.0), ("retain_scale", 1.0), ("retain_templates", False))  # UCE's presets until they were searched
-RIDGES, STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1), (0.5, 0.75)
+RIDGES, STRENGTHS = (1e-4, 1e-2, 1e-1), (0.5, 0.75)  # the ridges beside the presets'
 # What each form is moved along, one setting at a time; `strength` is that of loading.
 FORMS: dict[str, tuple[Candidate, dict[str, tuple[Any, ...]]]] = {
     "UCE before": (Candidate("uce", BEFORE), {"lamb": RIDGES, "strength": STRENGTHS}),
