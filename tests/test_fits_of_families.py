@@ -167,8 +167,8 @@ def test_methods_fit_by_default(name: str, method: str) -> None:
     assert set(erasure.config.diagnostics["completeness"]) == {"cat"}
     pipe.load_erasure(erasure, "no-cat")
     changed, other = (apart(told.draw(pipe, text), told.draw(made(name), text)) for text in ("cat", ""))
-    # OCE reverses directions of what the door puts out, in which random encoders' template rows lie too.
-    assert changed > max(20 * EXACT, (1.0 if method == "oce" else 1.5) * other)
+    # OCE reverses directions of what the door puts out, in which random encoders' template rows lie too, and UCE retains weakly there.
+    assert changed > max(20 * EXACT, (1.0 if method in ("oce", "uce") else 1.5) * other)
 
 
 @pytest.mark.parametrize("kind", PIPES)
