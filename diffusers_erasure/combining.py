@@ -176,7 +176,6 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
     common: dict[str, Any] = {}
     # Only what is retained is encoded again: in the templates of all parts, or in none where it was in none for one of them.
     in_templates = all(part.config.method.settings.get("retain_templates") for part in parts)
-    templates: dict[str, None] = {}
     for index, part in enumerate(parts, start=1):
         method = part.config.method
         if method.name not in method_names() or get_method(method.name).refit is None or part.config.solve is None:
@@ -197,32 +196,31 @@ def _common_settings(parts: Sequence[Erasure]) -> tuple[str, dict[str, Any]]:
             raise ErasureInputError(
                 f"Erasure number {index} is redacted and does not say in which templates the retained prompts stood; use mode='sum'."
             )
-        own = _effective(get_method(method.name), method.settings, FREE)
+        own = _effective(get_method(method.name), method.settings)
         common = common or own
         for key in sorted(key for key in own if own[key] != common[key]):
             raise ErasureInputError(
                 f"A joint solve needs the same settings: `{key}` is {common[key]!r} in the first erasure and {own[key]!r} in "
                 f"number {index}; use mode='sum'."
             )
-        if in_templates:
-            templates.update(dict.fromkeys(template_list(method.settings["templates"])))
-    named = {str(part.config.method.settings.get("templates")) for part in parts}
     common["retain_templates"] = in_templates
     if in_templates:
-        common["templates"] = first.settings["templates"] if len(named) == 1 else tuple(templates)
+        told = [part.config.method.settings["templates"] for part in parts]
+        every = dict.fromkeys(template for each in told for template in template_list(each))
+        common["templates"] = told[0] if all(each == told[0] for each in told) else tuple(every)
     return first.name, common
 
 
-def _effective(entry: MethodEntry, recorded: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
-    """Recorded settings with what was left out, as erasures of earlier versions do, filled in; without some."""
-    given = {key: value for key, value in as_meant(entry, recorded).items() if key not in free}
+def _effective(entry: MethodEntry, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings with what was left out, as erasures of earlier versions do, filled in; without those that are free."""
+    given = {key: value for key, value in as_meant(entry, recorded).items() if key not in FREE}
     resolved = entry.resolved(make_config(entry, given))
     if not isinstance(resolved, TextSettings):
         raise ErasureInputError(
             f"The method {entry.name!r} offers to solve again, but its `Settings` are no `TextSettings`; use mode='sum'."
         )
     settings, _ = resolved.recorded()
-    return {key: value for key, value in settings.items() if key not in free}
+    return {key: value for key, value in settings.items() if key not in FREE}
 
 
 def _all_retained(parts: Sequence[Erasure], targets: Sequence[str]) -> Retained:

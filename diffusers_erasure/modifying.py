@@ -105,10 +105,14 @@ def with_gate(
         ErasureCompatibilityError: the pipeline's text cannot be encoded.
     """
     names = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    if not names and by is None:
-        names = [concept.target for concept in erasure.concepts if concept.target is not None]
-    if not names and by is None:
-        raise ErasureInputError("The erasure does not name its concepts; give `prompts` for the gate.")
+    if by is not None and (names or tokens):
+        raise ErasureInputError("`prompts` and `tokens` belong to a gate without `by`.")
+    if by is None:
+        names = names or [concept.target for concept in erasure.concepts if concept.target is not None]
+        if not names:
+            raise ErasureInputError("The erasure does not name its concepts; give `prompts` for the gate.")
+    elif not isinstance(by, Erasure):
+        raise ErasureInputError(f"`by` takes an `Erasure`, as of `Erasure.from_pretrained`, not {type(by).__name__}.")
     if not isinstance(factor, int | float) or not 0 < factor < float("inf") or layout not in ("row", "uncond_first"):
         raise ErasureInputError(
             f'`factor` must be a finite number above 0 and `layout` "row" or "uncond_first", not {factor!r} and {layout!r}.'
@@ -120,8 +124,6 @@ def with_gate(
             raise ErasureInputError("The erasure acts on another denoiser than this pipeline has.")
         _refuse(index, layer, "gate", layer_kind(layer.kind).why_no_gate(layer))
     if by is not None:
-        if names or tokens:
-            raise ErasureInputError("`prompts` and `tokens` belong to a gate without `by`.")
         layers = by.config.layers
         compare_base(
             by.config.base_model,

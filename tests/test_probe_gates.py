@@ -1,7 +1,9 @@
 """Gates by the probes of a gated edit: open or shut, on layers of other kinds, each concept's own."""
 
+import copy
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from diffusers_erasure import (
     with_gate,
     without_gate,
 )
+from diffusers_erasure.layers.probe_gate import ProbeGate
 from diffusers_erasure.schema import ErasureConfig, GateSpec
 from tests.commands import invoke
 from tests.helpers import equal
@@ -107,6 +110,24 @@ def test_a_lora_opens_for_any_of_its_concepts(pipe: Any, probes: Erasure) -> Non
         assert not torch.allclose(latents(pipe, prompt), base[prompt], atol=1e-2)
 
 
+def test_a_copy_a_pickle_and_another_dtype_gate_alike(pipe: Any, patches: Erasure, probes: Erasure) -> None:
+    """Probes stay in float32, whatever the model is cast to."""
+    fresh = demo.load_pipeline()
+    fresh.load_erasure(with_gate(patches, fresh, by=probes), "no-both")
+    gated = {prompt: latents(fresh, prompt) for prompt in (CAT, DOG)}
+    unet = fresh.unet
+    for again in (
+        copy.deepcopy(unet),
+        pickle.loads(pickle.dumps(unet)),
+        copy.deepcopy(unet).to(torch.bfloat16).float(),
+    ):
+        found = [each for each in again.modules() if isinstance(each, ProbeGate)]
+        text = fresh.encode_prompt([CAT, DOG], "cpu", 1, False)[0]
+        assert sorted(each(text).tolist() for each in found) == [[0.0, 0.0], [1.0, 0.0]]
+    fresh.unet = copy.deepcopy(unet)
+    assert all(torch.equal(latents(fresh, prompt), before) for prompt, before in gated.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_it_is_saved_read_shown_and_taken_off(
     pipe: Any, patches: Erasure, probes: Erasure, dtype: torch.dtype, tmp_path: Path
@@ -131,6 +152,8 @@ def test_what_does_not_go_together(pipe: Any, patches: Erasure, probes: Erasure)
         with_gate(patches, pipe, by=patches)
     with pytest.raises(ErasureInputError, match="belong to a gate without"):
         with_gate(patches, pipe, "cat", by=probes)
+    with pytest.raises(ErasureInputError, match="takes an `Erasure`.*not str"):
+        with_gate(patches, pipe, by="user/no-cat")  # type: ignore[arg-type]
     with pytest.raises(ErasureInputError, match="redacted"):
         with_gate(patches.redacted(), pipe, by=probes)
     fewer = erase(pipe, "cat", method="gated", retain=KEPT, retain_default="none", stock="none", compare=False)

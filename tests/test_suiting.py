@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
-import torch
 
 from diffusers_erasure import Erasure, demo, erase
 from diffusers_erasure.lists import retained
 from diffusers_erasure.methods import dp, rows, suiting, uce
 from diffusers_erasure.settings import resolve
 from tests.helpers import tiny_sdxl_pipe
+from tests.test_uce import live_rows
 
 
 LONG = "dog, bus, rose, bee, whale, corn, duck, pizza"  # in some templates more than 24 tokens
@@ -65,14 +65,11 @@ def test_defaults_at_a_door_leave_what_is_given() -> None:
 
 def test_more_contexts_hold_a_retained_word_better(pipe: Any) -> None:
     """In a context that the templates have, at the same weight."""
-    from tests.test_uce import live_rows
-
     moved = []
     for templates in (False, True):
         erasure = made(pipe, method="uce", retain=["dog"], retain_templates=templates, layer="text_map")
         tensors = erasure.layer_tensors(erasure.config.layers[0])
-        (row,), (last,) = live_rows(pipe, ["a drawing of a dog on paper"])
+        (row,), _ = live_rows(pipe, ["a drawing of a dog on paper"])
         way = row @ tensors["A"].double().T @ tensors["D"].double()
         moved.append(float(way.norm() / row.norm()))
-        assert last
-    assert torch.tensor(moved).isfinite().all() and moved[1] < 0.8 * moved[0]
+    assert moved[1] < 0.8 * moved[0]

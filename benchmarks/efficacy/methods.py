@@ -190,7 +190,6 @@ _ENTRIES = (
     Entry("sdd", version=2),
     Entry("acterase", {"guidance_scale": 3.0}, max_targets=8, note="the guidance with which the model is drawn"),
     Entry("acterase (behind probes)", {"guidance_scale": 3.0}, max_targets=8, gated=True),
-    Entry("esd (behind probes)", version=2, gated=True),
 )
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 

@@ -113,7 +113,7 @@ class Config(MapConfig):
             that still reach it.
         retain (tuple of `str`, *optional*): prompts that must not change; with `retain_rows="all"` the empty prompt too.
         retain_rows (`"all"` or `"last"`, *optional*, defaults to `"all"`): which rows of a retained prompt must not change.
-        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too; by default on UNets.
+        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too; by default up to 256 of them, on UNets.
         epochs (`int`, *optional*): how often rows are looked for and erased; 0 leaves UCE.
         reg (`float`, *optional*): weight of a small adversarial row; the smaller, the farther it may lie.
         keep_erased (`bool`, *optional*): ours: an epoch's edit leaves the targets' own rows where the edits before it have put

@@ -121,7 +121,7 @@ class Config(MapConfig):
         retain (tuple of `str`, *optional*): prompts whose rows must not change; the rows of the empty prompt otherwise.
         retain_rows (`"last"` or `"all"`, *optional*): ours, beside the published `"last"`: `"all"` also keeps all further
             rows of the retained prompts, padding included, unfiltered.
-        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
+        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too; by default up to 256 of them.
         units (`"absolute"` or `"relative"`, *optional*): whether `threshold`, `ridge` and `lamb` are the published numbers,
             which fit rows with |x|^2 of about 750, or shares: `threshold` of the retain set's mean |x|^2, `ridge` of the
             targets' mean |x|^2 and `lamb` of the same, divided by the ridge.

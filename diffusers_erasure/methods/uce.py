@@ -71,7 +71,7 @@ class Config(MapConfig):
         retain (tuple of `str`, *optional*): prompts whose rows must not change.
         retain_rows (`"all"` or `"last"`, *optional*): which rows of a retained prompt must not change: all of them (published
             with `"window"`), or that of its last word piece (published with `"last"`).
-        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too.
+        retain_templates (`bool`, *optional*): encode the retained prompts in the templates too; by default up to 256 of them.
         erase_scale (`float`, *optional*): weight `a` of the targets' rows.
         retain_scale (`float`, *optional*): weight `b` of the retained rows. Relative to the number of prompts: all the
             retained ones together weigh no more than all the targets, however long the list is.
