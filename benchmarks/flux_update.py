@@ -37,8 +37,8 @@ from diffusers_erasure.demo import load_pipeline
 from diffusers_erasure.methods import esd, gem
 from diffusers_erasure.schema import Concept
 from diffusers_erasure.training import TrainingRun, TrainSettings, resolved_for
-from diffusers_erasure.training.loop import NEAR_TEMPLATES
 from diffusers_erasure.training.pool import LATENT_CELLS
+from diffusers_erasure.training.retaining import NEAR_TEMPLATES
 
 
 METHODS: dict[str, tuple[Any, Any]] = {"esd": (esd.Config, esd.Settings), "gem": (gem.Config, gem.Settings)}

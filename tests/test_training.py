@@ -25,10 +25,10 @@ from diffusers_erasure.methods.sdd import Settings as SDDSettings
 from diffusers_erasure.schema import Concept
 from diffusers_erasure.settings import Facts, resolve
 from diffusers_erasure.training import TrainConfig, TrainingRun, TrainSettings, resolved_for
-from diffusers_erasure.training.loop import retained_examples
 from diffusers_erasure.training.network import Network, in_training
 from diffusers_erasure.training.objective import RETAIN, STUDENT, Step
 from diffusers_erasure.training.pool import MOST_RETAINED, Drawn, Example, Source
+from diffusers_erasure.training.retaining import retained_examples
 from diffusers_erasure.training.sites import TRAIN_SETS, check_rank, find_sites
 from diffusers_erasure.training.student import ADAPTER, LoraStudent
 from tests.helpers import ROUNDINGS, equal, images, roundings, tiny_sdxl_pipe, tree

@@ -37,6 +37,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eta": 3.0,
         "learning_rate": 2e-3,
         "retain_weight": 1.0,
+        "accumulation": 1,
+        "whiten": 1e-3,
         "steps": 200,
         "schedule_steps": 50,
     }
@@ -110,10 +112,11 @@ def fit(pipe: Any, concepts: Sequence[Concept], config: Config, run: TrainingRun
     trained = stages.train(first, folder="stage-1")
     network = first.layer(trained.tensors)
     if not settings.schedule_steps:
-        return stages.erasure(network, loss=curve(trained.losses))
+        return stages.erasure(network, loss=curve(trained.losses), **trained.diagnostics)
 
     logger.info("The EPR is trained; now its schedule.")
     second = ScheduleStudent(network, settings.bins)
     changes: dict[str, Any] = {"steps": settings.schedule_steps, "learning_rate": settings.schedule_learning_rate}
     scaled = stages.train(second, trained, folder="stage-2", **changes)
-    return stages.erasure(second.layer(scaled.tensors), loss=curve(trained.losses), schedule_loss=curve(scaled.losses))
+    losses = {"loss": curve(trained.losses), "schedule_loss": curve(scaled.losses)}
+    return stages.erasure(second.layer(scaled.tensors), **losses, **trained.diagnostics)

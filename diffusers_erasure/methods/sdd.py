@@ -23,7 +23,7 @@ from ..errors import ErasureInputError
 from ..logging import get_logger
 from ..schema import Concept
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
-from ..training.config import ALL_BUT_CROSS, LEARNING_RATE, STEPS, TRAJECTORIES
+from ..training.config import ALL_BUT_CROSS, LEARNING_RATE, STEPS, TRAJECTORIES, of_unets
 from ..training.objective import STUDENT, Step, squares
 from ..training.objective import Objective as Method
 from ..training.pool import Example
@@ -52,7 +52,7 @@ PUBLISHED: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
         **PUBLISHED,
-        "train_set": {"nudity": ALL_BUT_CROSS}.get(task, "x"),
+        "train_set": {"nudity": ALL_BUT_CROSS}.get(task, of_unets("x-strict", "x")),
         "rank": {"nudity": 16, "object": 8}.get(task, 4),
         "templates": {"style": "style_context", "object": "object_context"}.get(task, "none"),
         "ema_decay": 0.98,
@@ -63,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 4,
         "trajectories": TRAJECTORIES,
         "num_inference_steps": 20,
+        **({"whiten": of_unets(1e-3, 0.0), "accumulation": of_unets(2, 1)} if task != "nudity" else {}),
     }
     for task in ("style", "object", "nudity")
 }
@@ -86,7 +87,8 @@ class Config(TrainConfig):
     sample_with: Literal["joined", "own"] = "joined"
 
     def stated(self) -> Mapping[str, Any]:
-        return {**super().stated(), **(PUBLISHED if self.published else PRESETS[self.preset])}
+        chosen = {**super().stated(), **(PUBLISHED if self.published else PRESETS[self.preset])}
+        return {**chosen, "whiten": 0.0} if self.null_space else chosen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,19 @@ LEARNING_RATE = ByFacts(
     f"{FLOW_RATE:g} of transformers",
     lambda facts: FLOW_RATE if facts.flows else float(f"{RATE * (SQUARES / max(facts.squares, 1e-12)) ** POWER:.2g}"),
 )
+# The same where whitened text enters, and nothing else is trained.
+DOOR_FLOW_RATE = 3e-3
+DOOR_RATE = ByFacts(
+    f"as without `whiten` of UNets, {DOOR_FLOW_RATE:g} of transformers",
+    lambda facts: DOOR_FLOW_RATE if facts.flows else LEARNING_RATE.of(facts),
+)
+
+
+def of_unets(value: Any, others: Any) -> ByFacts:
+    """A preset's value for UNets, and another for transformers."""
+    return ByFacts(f"{value}; of transformers {others}", lambda facts: others if facts.flows else value)
+
+
 ALL_BUT_CROSS = ByFacts("u, and x of transformers", lambda facts: "x" if facts.flows else "u")
 TRAJECTORIES = ByFacts("16, or two a concept if these are more", lambda facts: max(16, 2 * facts.concepts))
 LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -37,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "retain_nearest": 8,
     "steps": STEPS,
     "batch_size": 4,
+    "accumulation": 1,
     "learning_rate": LEARNING_RATE,
     "weight_decay": 0.0,
     "lr_scheduler": "constant",
@@ -51,6 +65,7 @@ DEFAULTS: dict[str, Any] = {
     "guidance_scale": 3.0,
     "resolution": 0,
     "max_sequence_length": 0,
+    "whiten": 0.0,
 }
 
 
@@ -65,8 +80,8 @@ class TrainConfig:
 
     Args:
         train_set (`str` or a tuple of `str`, *optional*): which layers get a LoRA: `"x"` (cross-attention, or where text
-            enters a transformer and attention of text and image together), `"x-strict"` (keys and values of text), `"u"` (all
-            else), `"selfattn"`, `"full"`, of transformers `"qk_dual"` (queries and keys of text and image) and `"text_kq"` (those
+            enters a transformer and attention of text and image together), `"x-strict"` (keys and values of text), `"doors"` (what
+            text enters by: of a UNet keys and values of text, of a transformer what rows and pooled vector pass first), `"u"` (all else), `"selfattn"`, `"full"`, of transformers `"qk_dual"` (queries and keys of text and image) and `"text_kq"` (those
             of text), or endings of module names.
         rank (`int`, *optional*): rank of the LoRA; its alpha is the same, so that its scale is 1.
         templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which it is trained:
@@ -79,7 +94,7 @@ class TrainConfig:
         steps (`int`, *optional*): optimiser steps. By default 300, and 25 for each further concept.
         batch_size (`int`, *optional*): noisy latents of the concepts in a step, for each process; as many of retained
             prompts come on top.
-        accumulation (`int`, *optional*, defaults to 1): batches whose gradients make one step.
+        accumulation (`int`, *optional*): batches whose gradients make one step.
         learning_rate (`float`, *optional*): AdamW's learning rate. By default of UNets 1e-4 (750 / s)^0.75, s the mean square of what
             the targets' text rows differ by from the mean of many words, for a LoRA does in proportion to what it reads (750 is about
             |x|^2 of Stable Diffusion 1.x); 1e-3 for transformers.
@@ -109,6 +124,9 @@ class TrainConfig:
         null_space (`float`, *optional*, defaults to 0.0): keep the layers that text enters by from reading what retained prompts
             have there: the share of their text rows' energy that is protected. With 1 no layer of these changes any row of theirs or
             of the empty prompt; below 1 what is protected are the directions that hold most. 0 for none.
+        whiten (`float`, *optional*): let the layers that text enters by read it in units of what retained prompts (without any, a
+            shipped list of words) have there: what they have in common counts little, what they do not have the more, up to a ridge of
+            so many times the mean. Other layers read what they always do. 0 for none.
         pull (`float`, *optional*, defaults to 0.0): how much of a step that leads away from the base's weights is taken out, rising
             from 0 at the first step to this at the last; 0 for none.
         mixtures (`int`, *optional*, defaults to 0): ask for mixtures of so many of a concept's prompts, with random weights, in place
@@ -131,7 +149,7 @@ class TrainConfig:
     retain_nearest: Annotated[int | None, Whole(least=0)] = None
     steps: Annotated[int | None, Whole(least=1)] = None
     batch_size: Annotated[int | None, Whole(least=1)] = None
-    accumulation: Annotated[int, Whole(least=1)] = 1
+    accumulation: Annotated[int | None, Whole(least=1)] = None
     learning_rate: Annotated[float | None, Number(above=0)] = None
     weight_decay: Annotated[float | None, Number()] = None
     lr_scheduler: LRSchedule | None = None
@@ -150,6 +168,7 @@ class TrainConfig:
     resolution: Annotated[int | None, Whole(least=0)] = None
     max_sequence_length: Annotated[int | None, Whole(least=0)] = None
     null_space: Annotated[float, Number(most=1)] = 0.0
+    whiten: Annotated[float | None, Number()] = None
     pull: Annotated[float, Number()] = 0.0
     mixtures: Annotated[int, Whole(least=0)] = 0
     seed: Annotated[int, Whole(least=0)] = 0
@@ -193,6 +212,7 @@ class TrainSettings:
     resolution: int
     max_sequence_length: int
     null_space: float
+    whiten: float
     pull: float
     mixtures: int
     seed: int
@@ -200,6 +220,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if not self.ema_decay and "ema" in (self.policy, self.save):
             raise ErasureInputError("`policy` or `save` is 'ema', but there is no moving average: give `ema_decay`.")
+        if self.null_space and self.whiten:
+            raise ErasureInputError(
+                "`null_space` and `whiten` are two ways to keep a LoRA from reading what retained prompts have: give one of them."
+            )
 
     @property
     def template_list(self) -> tuple[str, ...]:

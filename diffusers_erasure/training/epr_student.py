@@ -1,7 +1,7 @@
 """DuMo's networks as students: first the EPR beside the encoder, then, with it frozen, its schedule (TLMO)."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,10 @@ from torch import nn
 
 from .. import compat
 from ..layers.buffers import placement
-from ..layers.epr import EPR, LearnedSchedule, skip_sites
+from ..layers.encoder_copy import empty_copy
+from ..layers.epr import DOWN, EPR, LearnedSchedule, skip_sites
 from ..layers.layer import Layer
+from .whitening import Whitening
 
 
 CHILD = "erasure_epr_in_training"  # of the UNet, so that several processes and optimisers find the parameters
@@ -50,20 +52,29 @@ class EprStudent(_Epr):
 
     def __init__(self, form: str, rank: int, zero_rank: int | None, seed: int) -> None:
         self.form, self.rank, self.zero_rank, self.seed = form, rank, zero_rank, seed
+        self.whitening = Whitening()
+
+    def low_rank(self, unet: Any) -> Sequence[str]:
+        """Of the compact form all Linears of the encoder."""
+        if self.form == "full":
+            return ()
+        return [name for name, module in empty_copy(unet).named_modules() if isinstance(module, nn.Linear)]
 
     @contextmanager
     def inside(self, unet: Any) -> Iterator[dict[str, nn.Parameter]]:
         epr = EPR.fresh(unet, self.form, self.rank, self.zero_rank, self.seed)
+        found: dict[str, nn.Parameter] = {}
+        for name, value in epr.named_tensors().items():
+            assert isinstance(value, nn.Parameter)
+            found[name] = value
+        for site, index in epr.sites.items():
+            self.whitening.register(site, epr.deltas[index], "down")
         with self._attached(unet, epr):
-            found: dict[str, nn.Parameter] = {}
-            for name, value in epr.named_tensors().items():
-                assert isinstance(value, nn.Parameter)
-                found[name] = value
             yield found
 
     def layer(self, tensors: Mapping[str, torch.Tensor]) -> Layer:
         sites = skip_sites(len({name.split(".")[1] for name in tensors if name.startswith("zero.")}) - 1)
-        return Layer("skip", sites, tensors)
+        return Layer("skip", sites, self.whitening.applied(tensors, DOWN))
 
 
 class ScheduleStudent(_Epr):
@@ -76,6 +87,10 @@ class ScheduleStudent(_Epr):
 
     def __init__(self, network: Layer, bins: int) -> None:
         self.network, self.bins = network, bins
+        self.whitening = Whitening()
+
+    def low_rank(self, unet: Any) -> Sequence[str]:
+        return ()
 
     @contextmanager
     def inside(self, unet: Any) -> Iterator[dict[str, nn.Parameter]]:

@@ -17,9 +17,9 @@ from .. import compat
 from ..base_model import component, family_of
 from ..denoising.calls import latent_shape
 from ..denoising.prompts import Prompts, nearest
-from ..denoising.sampler import SAMPLE, Predict, sampler_for
-from ..encoding import short_enough
+from ..denoising.sampler import Predict, sampler_for
 from ..errors import ErasureInputError, ErasureTrainingError
+from ..lists import read_list
 from ..logging import get_logger
 from ..runs.checkpoint import POOL_FILE, Checkpoints
 from ..runs.interrupts import Interrupt, noted
@@ -30,19 +30,20 @@ from .mixing import Mixing
 from .network import Network, in_training
 from .null_space import NullSpace, null_space, text_readers
 from .objective import RETAIN, STUDENT, Objective, Step
-from .pool import MOST_RETAINED, Example, Source
+from .pool import Example, Source
 from .pull import pull
+from .retaining import kept_prompts, retained_examples
 from .samples import write_samples
 from .state import State
 from .student import LoraStudent, Student
+from .whitening import Whitening, whitening
 
 
 logger = get_logger(__name__)
 
 CONCEPTS, RETAINED = "concepts", "retained"  # the two sources of noisy latents
-HELD_NEAREST, MOST_HELD = 16, 64  # entries of default lists that are trained on: for each target, and for all
+WORDS = "list:things"  # what text is whitened by where nothing is retained
 READ_EVERY = 10  # steps after which the losses are read, at the latest
-NEAR_TEMPLATES = 2  # further templates for the retained prompts that are nearest to a target
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class Trainer:
         with ExitStack() as stack:
             prompts = self._encode() if self.earlier is None else self.earlier.prompts
             self.guard = self._null_space(prompts) if config.null_space else None
+            self.student.whitening = self._whitening(prompts) if config.whiten else Whitening()
             self._release()
             network = stack.enter_context(
                 in_training(
@@ -184,7 +186,9 @@ class Trainer:
             interrupt = stack.enter_context(noted())
             self._fill(state, interrupt)
             self._steps(state, interrupt)
-            told = {} if self.guard is None else {"null_space": self.guard.diagnostics}
+            told: dict[str, Any] = {} if self.guard is None else {"null_space": self.guard.diagnostics}
+            if self.student.whitening.matrices:
+                told["whitened"] = self.student.whitening.diagnostics
             found = state.factors(config.save), state.losses, state.sources, prompts
             return Trained(*found, self.kept, self.near, told)
 
@@ -430,6 +434,16 @@ class Trainer:
             broadcast_object_list(found)
         return found[0]
 
+    def _whitening(self, prompts: Prompts) -> Whitening:
+        """How the student reads text; in all processes the first one's, bit for bit."""
+        sites = self.student.low_rank(component(self.pipe, self.family.denoiser))
+        targets = [example.prompts[STUDENT] for example in self.examples]
+        kept = self.protected or read_list(WORDS)
+        found = [whitening(self.pipe, self.config.whiten, sites, prompts, kept, targets)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
+
     def _release(self) -> None:
         """Take text encoders and VAE out of the pipeline, where the run may: nothing else makes room for the training.
 
@@ -461,27 +475,3 @@ def _accelerator(accumulation: int, device: torch.device) -> Accelerator:
             f"accelerate is set up in this process in another way ({str(error).splitlines()[0]}). Train before making an "
             "`Accelerator` of your own, or without mixed precision."
         ) from error
-
-
-def kept_prompts(pipe: Any, config: TrainSettings, targets: Sequence[str]) -> list[str]:
-    """What is retained, and of the default lists the entries nearest to the targets: all would take long to denoise."""
-    if not config.retain_weight and not config.null_space:
-        return []
-    templates = config.template_list
-    held = [
-        word
-        for word in config.retain.held
-        if len(short_enough(pipe, texts := [t.format(word) for t in templates], config.max_sequence_length))
-        == len(texts)
-    ]
-    return [*config.retain.prompts, *nearest(pipe, held, targets, HELD_NEAREST)[:MOST_HELD]]
-
-
-def retained_examples(prompts: Sequence[str], near: Sequence[str], templates: Sequence[str]) -> list[Example]:
-    """Each retained prompt in one template, in turn, those near a target first; these then in further ones."""
-    ordered = list(dict.fromkeys((*near, *prompts)))
-    wanted = [(prompt, i) for i, prompt in enumerate(ordered)]
-    wanted += [(prompt, i + j) for j in range(1, NEAR_TEMPLATES + 1) for i, prompt in enumerate(near)]
-    filled = [templates[i % len(templates)].format(prompt) for prompt, i in wanted]
-    texts = list(dict.fromkeys(filled))[:MOST_RETAINED]
-    return [Example(dict.fromkeys((SAMPLE, RETAIN), text)) for text in texts]

@@ -153,7 +153,7 @@ def null_space(
     diagnostics: dict[str, Any] = {}
     reached = False
     for name, own in readers.items():
-        rows = _Inputs(pipe, prompts, name == family.argument, model.dtype)
+        rows = Inputs(pipe, prompts, name == family.argument, model.dtype)
         known = directions(rows.of(texts), share)
         if not known.left:
             raise ErasureInputError(
@@ -181,7 +181,7 @@ def null_space(
     return NullSpace(protected, diagnostics)
 
 
-class _Inputs:
+class Inputs:
     """What the denoiser reads of prompts, in its own dtype, as float64: text rows, or the pooled vector as one row."""
 
     def __init__(self, pipe: Any, prompts: Prompts, is_rows: bool, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ _NEVER_U = ("time_embedding", "add_embedding", "conv_out")
 # medium sees the image alone.
 _DUAL = "transformer_blocks."
 _QUERIES_AND_KEYS = (".attn.add_q_proj", ".attn.add_k_proj", ".attn.to_q", ".attn.to_k")
+_OF_TEXT = (".attn2.to_k", ".attn2.to_v")
 
 
 def _dual(name: str) -> bool:
@@ -31,8 +32,12 @@ TRAIN_SETS: dict[str, tuple[Rule | None, Rule | None]] = {
         ("what text enters by, and attention of text and image where they have projections of their own", _dual),
     ),
     "x-strict": (
-        ("keys and values of cross-attention", lambda name: name.endswith((".attn2.to_k", ".attn2.to_v"))),
+        ("keys and values of cross-attention", lambda name: name.endswith(_OF_TEXT)),
         ("keys and values of text", lambda name: _dual(name) and name.endswith((".add_k_proj", ".add_v_proj"))),
+    ),
+    "doors": (
+        ("what text enters by: keys and values of cross-attention", lambda name: name.endswith(_OF_TEXT)),
+        ("what text enters by: the Linears that rows and pooled vector pass first", lambda name: False),
     ),
     "u": (
         (
@@ -56,7 +61,7 @@ TRAIN_SETS: dict[str, tuple[Rule | None, Rule | None]] = {
     ),
 }
 # Of a transformer's, those that the doors belong to too: what attention alone is trained on, the pooled vector still tells.
-WITH_DOORS = ("x",)
+WITH_DOORS = ("x", "doors")
 SAME = {"xattn": "x", "noxattn": "u", "all": "full", "esd-x": "x", "esd-x-strict": "x-strict", "esd-u": "u"}
 
 

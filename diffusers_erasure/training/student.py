@@ -12,13 +12,24 @@ from .. import compat
 from ..denoising.sampler import generator_for
 from ..layers.layer import Layer
 from ..low_rank import DOWN, UP
+from .whitening import Whitening
 
 
 ADAPTER = "erasure_in_training"
 
 
 class Student(Protocol):
-    """What is trained."""
+    """What is trained.
+
+    Attributes:
+        whitening ([`Whitening`]): how it reads text; set by the loop, which knows the prompts.
+    """
+
+    whitening: Whitening
+
+    def low_rank(self, model: Any) -> Sequence[str]:
+        """The modules of a denoiser that it has a low-rank change of; where they read text it can be whitened."""
+        ...
 
     def inside(self, model: Any) -> AbstractContextManager[dict[str, nn.Parameter]]:
         """Put it into a denoiser whose parameters are frozen, while a block runs; gives its parameters by name, float32."""
@@ -72,10 +83,15 @@ class LoraStudent:
     ) -> None:
         self.sites, self.rank, self.seed, self.component = tuple(sites), rank, seed, component
         self.dropout = {site: SeededDropout(dropout) for site in self.sites} if dropout else {}
+        self.whitening = Whitening()
+
+    def low_rank(self, model: Any) -> Sequence[str]:
+        return self.sites
 
     @contextmanager
     def inside(self, model: Any) -> Iterator[dict[str, nn.Parameter]]:
-        """See [`Student`]; `site.lora_A.weight` [r, in] and `site.lora_B.weight` [out, r] (convolutions: 4-d)."""
+        """See [`Student`]; `site.lora_A.weight` [r, in] and `site.lora_B.weight` [out, r] (convolutions: 4-d). Where text is read
+        whitened the first one is what W is behind."""
         try:
             # peft draws first values. On the meta device these take nothing from the generator of the process, by which others
             # may be drawing, and they are then set from the seed. Exact names: an ending could match other modules too.
@@ -100,6 +116,7 @@ class LoraStudent:
                 if site in self.dropout:
                     layer.lora_dropout[ADAPTER] = self.dropout[site]
                 factors[site + DOWN], factors[site + UP] = down.weight, up.weight
+                self.whitening.register(site, down, "weight")
             yield factors
         finally:
             compat.delete_adapter(model, ADAPTER)
@@ -112,4 +129,4 @@ class LoraStudent:
             dropout.seed = generator_for(self.seed, "dropout", site, *what).initial_seed()
 
     def layer(self, tensors: Mapping[str, torch.Tensor]) -> Layer:
-        return Layer("lora", self.sites, tensors, self.component)
+        return Layer("lora", self.sites, self.whitening.applied(tensors, DOWN), self.component)
