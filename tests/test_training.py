@@ -186,7 +186,8 @@ def test_train_set_by_endings_and_wrong_ones(pipe: Any) -> None:
     with pytest.raises(ErasureInputError, match=r"rank.*33.*at most 32"):
         check_rank({"a": nn.Linear(32, 64)}, 33)
     check_rank({"a": nn.Linear(32, 64), "b": nn.Conv2d(4, 64, 3)}, 32)
-    assert set(TRAIN_SETS) == {"x", "x-strict", "u", "selfattn", "full", "qk_dual", "text_kq"}
+    assert find_sites(pipe, "doors") == find_sites(pipe, "x-strict")
+    assert set(TRAIN_SETS) == {"x", "x-strict", "doors", "u", "selfattn", "full", "qk_dual", "text_kq"}
 
 
 # ---------------------------------------------------------------------------------------------------- noisy latents

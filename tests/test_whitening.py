@@ -9,6 +9,7 @@ import torch
 
 from diffusers_erasure import Erasure, ErasureInputError, demo, erase
 from diffusers_erasure.compat import accelerate_state_restored
+from diffusers_erasure.fitting import recipe_of
 from diffusers_erasure.lists import read_list
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.whitening import GAIN, Whitening, padded, whitening_matrix
@@ -154,6 +155,13 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch:
     assert trained(tiny_sd_pipe(), training=run).to_files() == whole.to_files()
     with pytest.raises(ErasureInputError, match="another run"):
         trained(tiny_sd_pipe(), whiten=0.02, training=run)
+
+
+def test_an_artefact_from_before_is_repeated_without() -> None:
+    """It records no `whiten`, which its method now takes by default."""
+    erasure = trained(tiny_sd_pipe(), whiten=None)
+    assert recipe_of(erasure)["settings"]["whiten"] == erasure.config.method.settings.pop("whiten") > 0
+    assert recipe_of(erasure)["settings"]["whiten"] == 0
 
 
 def test_the_base_is_as_it_was() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ..errors import ErasureInputError
 from ..lists import Retained
@@ -133,6 +133,8 @@ class TrainConfig:
             of one of them: as many `templates` are needed, and the base is asked anew in each step. 0 or 1 for none.
         seed (`int`, *optional*, defaults to 0): everything random depends on it and on the step, nothing on the process.
     """
+
+    unrecorded: ClassVar[Mapping[str, Any]] = {"whiten": 0.0}  # what an artefact means that does not tell of it
 
     train_set: Annotated[
         str | Sequence[str] | None,
