@@ -218,11 +218,12 @@ def test_config_repeats_an_erasure_to_the_byte(tmp_path: Path, uninterrupted: di
     assert contents(second) == uninterrupted
 
 
-def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protected", ["null_space=0.9", "whiten=0.001"])
+def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path, protected: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    switches = ("--set=null_space=0.9", "--set=pull=0.5", "--set=mixtures=2", "--set=templates=object")
+    switches = (f"--set={protected}", "--set=pull=0.5", "--set=mixtures=2", "--set=templates=object")
     shared = ("--set=policy=student", "--retain=dog", "--set=trajectories=3", "--set=refresh=2", *switches)
     one, two = tmp_path / "one", tmp_path / "two"
     run(tmp_path / "whole", *command(one, *shared, "--set=batch_size=2"))

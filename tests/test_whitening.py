@@ -45,7 +45,7 @@ def some_rows() -> tuple[torch.Tensor, list[torch.Tensor]]:
 def test_the_matrix_is_the_root_of_the_inverse_moment(ridge: float) -> None:
     """W W (C / c + ridge I) = s^2 I, with the scale by which the targets' farthest rows are as far from the mean as is said."""
     kept, targets = some_rows()
-    matrix, count = whitening_matrix(kept, targets, ridge)
+    matrix, count = whitening_matrix(kept.split(7), targets, ridge)
     moment = kept.T @ kept / len(kept)
     mean = moment.trace() / 12
     product = matrix @ matrix @ (moment / mean + ridge * torch.eye(12, dtype=torch.float64))
@@ -63,7 +63,8 @@ def test_the_matrix_is_the_root_of_the_inverse_moment(ridge: float) -> None:
 
 def test_a_wide_ridge_only_scales() -> None:
     """Then all directions count as much as ever."""
-    matrix, count = whitening_matrix(*some_rows(), 1e9)
+    kept, targets = some_rows()
+    matrix, count = whitening_matrix([kept], targets, 1e9)
     assert (matrix - GAIN * torch.eye(12, dtype=torch.float64)).abs().max() < 1e-6 and count < 1e-6
 
 

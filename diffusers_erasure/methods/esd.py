@@ -105,7 +105,7 @@ class Config(TrainConfig):
             chosen |= {"formula": "newer", "eta": eta_of_paper(chosen["eta"])}
         if self.null_space:
             chosen["whiten"] = 0.0  # its weaker form
-        if self.train_set not in (None, "doors"):
+        if self.train_set not in (None, "doors") and not self.published:
             chosen["learning_rate"] = LEARNING_RATE
         return chosen
 

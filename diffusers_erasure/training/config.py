@@ -81,8 +81,9 @@ class TrainConfig:
     Args:
         train_set (`str` or a tuple of `str`, *optional*): which layers get a LoRA: `"x"` (cross-attention, or where text
             enters a transformer and attention of text and image together), `"x-strict"` (keys and values of text), `"doors"` (what
-            text enters by: of a UNet keys and values of text, of a transformer what rows and pooled vector pass first), `"u"` (all else), `"selfattn"`, `"full"`, of transformers `"qk_dual"` (queries and keys of text and image) and `"text_kq"` (those
-            of text), or endings of module names.
+            text enters by: of a UNet keys and values of text, of a transformer what rows and pooled vector pass first), `"u"` (all
+            else), `"selfattn"`, `"full"`, of transformers `"qk_dual"` (queries and keys of text and image) and `"text_kq"` (those of
+            text), or endings of module names.
         rank (`int`, *optional*): rank of the LoRA; its alpha is the same, so that its scale is 1.
         templates (`str` or a tuple of `str`, *optional*): prompts, with `{}` for the concept, in which it is trained:
             `"none"` (the concept alone, as published), `"object"`, `"style"`, `"person"`, `"object_context"`,

@@ -7,7 +7,7 @@ it does the more. It is what the ridge of a closed form does to a solution, done
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,18 +64,24 @@ class Whitening:
         return {name: value @ read[name] if name in read else value for name, value in tensors.items()}
 
 
-def whitening_matrix(kept: torch.Tensor, targets: Sequence[torch.Tensor], ridge: float) -> tuple[torch.Tensor, float]:
-    """W [C, C] for retained rows [N, C] and those of each target's prompt [L, C], float64; and in how many directions the retained
-    ones lie, sum e / (e + ridge c) over the eigenvalues e of C."""
-    moment = kept.T @ kept / len(kept)
-    values, vectors = torch.linalg.eigh(moment)
+def whitening_matrix(
+    kept: Iterable[torch.Tensor], targets: Iterable[torch.Tensor], ridge: float
+) -> tuple[torch.Tensor, float]:
+    """W [C, C] for the rows [L, C] of each retained prompt and of each target's, float64; and in how many directions the retained ones
+    lie, sum e / (e + ridge c) over the eigenvalues e of C. One prompt after another: of T5 all of them are gigabytes."""
+    count, total, moment = 0, torch.zeros(()), torch.zeros(())
+    for rows in kept:
+        count, total, moment = count + len(rows), total + rows.sum(0), moment + rows.T @ rows
+    center = total / count
+    values, vectors = torch.linalg.eigh(moment / count)
     values = values.clamp(min=0)
     mean = values.mean()
     matrix = (vectors * (values / mean + ridge).rsqrt()) @ vectors.T
-    apart = [rows - kept.mean(0) for rows in targets]
-    plain, white = (
-        sum(float(each.square().sum(1).max()) for each in of) for of in (apart, [a @ matrix for a in apart])
-    )
+    plain, white = 0.0, 0.0
+    for rows in targets:
+        apart = rows - center
+        plain += float(apart.square().sum(1).max())
+        white += float((apart @ matrix).square().sum(1).max())
     scale = GAIN * math.sqrt(plain / white) if white else GAIN
     return matrix * scale, float((values / (values + ridge * mean)).sum())
 
@@ -115,8 +121,7 @@ def whitening(
     diagnostics: dict[str, Any] = {}
     for name, own in found.items():
         rows = Inputs(pipe, prompts, name == family.argument, model.dtype)
-        of_kept, of_targets = torch.cat(list(rows.of(texts))), list(rows.of(dict.fromkeys(targets)))
-        matrix, count = whitening_matrix(of_kept, of_targets, ridge)
+        matrix, count = whitening_matrix(rows.of(texts), rows.of(dict.fromkeys(targets)), ridge)
         widened = {width: padded(matrix.float(), width) for width in {reader.in_features for reader in own.values()}}
         matrices |= {site: widened[reader.in_features] for site, reader in own.items()}
         diagnostics[name] = {"layers": len(own), "prompts": len(texts), "directions": float(f"{count:.3g}")}
