@@ -182,7 +182,7 @@ _ENTRIES = (
     Entry("speed + adversarial rows", {"adversarial": 1}, objects={"preset": "instance"}, version=2),
     Entry("gated", version=2),
     Entry("gated (auto anchors)", auto_anchors=True, version=2),
-    Entry("esd", version=3),
+    Entry("esd", version=4),
     Entry("gem"),
     Entry("eraseanything"),
     Entry("dumo", max_targets=1, version=2),

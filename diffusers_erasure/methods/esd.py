@@ -20,7 +20,7 @@ from ..artifact import Erasure
 from ..denoising.sampler import SAMPLE
 from ..errors import ErasureInputError
 from ..schema import Concept
-from ..settings import Number, Of
+from ..settings import ByFacts, Number, Of
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
 from ..training.config import ALL_BUT_CROSS, DOOR_RATE, LEARNING_RATE, STEPS, TRAJECTORIES, of_unets
 from ..training.objective import STUDENT, Step, squares
@@ -56,6 +56,8 @@ WHITENED = {
     "eta": 2.0,
     "accumulation": of_unets(2, 1),
     "learning_rate": DOOR_RATE,
+    "retain_weight": 7.0,
+    "steps": ByFacts("300, and 40 for each further concept", lambda facts: 300 + 40 * (facts.concepts - 1)),
 }
 PRESETS: dict[str, dict[str, Any]] = {
     task: {
