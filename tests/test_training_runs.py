@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {
     "steps": 6,
     "rank": 2,
     "batch_size": 2,
+    "accumulation": 1,
     "trajectories": 3,
     "num_inference_steps": 3,
     "learning_rate": 1e-2,

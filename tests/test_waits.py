@@ -82,7 +82,8 @@ def test_losses_are_read_before_anything_is_saved(pipe: Any, tmp_path: Path, mon
     monkeypatch.setattr(loop.Trainer, "_loss", broken)
     run = TrainingRun(checkpoint_dir=tmp_path, checkpoint_every=12, progress=False)
     with pytest.raises(ErasureTrainingError, match=r"step 13 is not finite.*good checkpoint is of step 12"):
-        erase(pipe, "cat", method="esd", training=run, steps=40, trajectories=2, num_inference_steps=3, rank=2)
+        few = {"trajectories": 2, "num_inference_steps": 3, "rank": 2, "accumulation": 1}
+        erase(pipe, "cat", method="esd", training=run, steps=40, **few)
     assert len(steps) == 20
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-0000012.safetensors"]
 
