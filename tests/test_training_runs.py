@@ -219,7 +219,7 @@ def test_config_repeats_an_erasure_to_the_byte(tmp_path: Path, uninterrupted: di
     assert contents(second) == uninterrupted
 
 
-@pytest.mark.parametrize("protected", ["null_space=0.9", "whiten=0.001"])
+@pytest.mark.parametrize("protected", ["null_space=0.9", "whiten=1"])
 def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path, protected: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
