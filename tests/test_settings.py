@@ -256,7 +256,7 @@ def test_what_the_catalogue_says() -> None:
     }
     assert dumo["rank"]["meaning"] == "rank of the compact form's deltas."
     assert esd["steps"]["presets"]["style"] == "300, and 40 for each further concept"
-    assert esd["steps"]["published"]["nudity"] == 1000 and esd["retain_weight"]["presets"]["style"] == 5.0
+    assert esd["steps"]["published"]["nudity"] == 1000 and esd["retain_weight"]["presets"]["style"] == 7.0
     assert esd["weight_decay"]["presets"]["style"] == 0.0  # of all methods that train
     assert esd["lr_scheduler"]["range"].startswith("one of constant, constant_with_warmup, linear")
     assert esd["ema_decay"]["range"] == "a number, at least 0 and below 1"
