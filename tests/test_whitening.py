@@ -12,6 +12,8 @@ from diffusers_erasure.compat import accelerate_state_restored
 from diffusers_erasure.fitting import recipe_of
 from diffusers_erasure.lists import read_list
 from diffusers_erasure.training import TrainingRun, loop
+from diffusers_erasure.training.epr_student import CHILD, EprStudent
+from diffusers_erasure.training.student import ADAPTER, LoraStudent
 from diffusers_erasure.training.whitening import GAIN, Whitening, padded, whitening_matrix
 from tests.flow_pipes import tiny_sd3_pipe
 from tests.helpers import Cut, cut_after, tiny_sd_pipe
@@ -90,6 +92,27 @@ def test_an_identity_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("lora_A", "lora_B"):
         expected = factors(plain, part)
         assert all(torch.equal(value, expected[site]) for site, value in factors(found, part).items())
+
+
+def test_what_acts_in_training_is_what_is_saved() -> None:
+    """A' W, in a LoRA and in DuMo's deltas; and a gradient reaches A'."""
+    unet: Any = tiny_sd_pipe().unet
+    site = next(name for name, _ in unet.named_modules() if name.endswith("attn2.to_k"))
+    width = unet.get_submodule(site).in_features
+    whitened = Whitening({site: torch.randn(width, width, generator=torch.Generator().manual_seed(0))})
+    for student, end in ((LoraStudent([site], 2, 0), ".lora_A.weight"), (EprStudent("compact", 2, 2, 0), ".down")):
+        student.whitening = whitened
+        with student.inside(unet) as trained_values:
+            if isinstance(student, LoraStudent):
+                acting = unet.get_submodule(site).lora_A[ADAPTER].weight
+            else:
+                epr: Any = unet.get_submodule(CHILD)
+                acting = epr.deltas[epr.sites[site]].down
+            acting.sum().backward()
+            assert bool(trained_values[site + end].grad.any())
+            saved = student.layer({name: value.detach() for name, value in trained_values.items()}).tensors
+            assert torch.equal(acting, saved[site + end])
+            assert not torch.equal(acting, trained_values[site + end])
 
 
 def test_what_is_retained_changes_less_for_as_much_change_of_the_target() -> None:
