@@ -51,7 +51,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 # Where text enters, and there alone. Without whitening a step that reaches one target changes everything: of eight objects in one LoRA
 # each was still drawn, or all else went.
 WHITENED = {
-    "train_set": of_unets("x-strict", "doors"),
+    "train_set": "doors",
     "whiten": 1e-3,
     "eta": 2.0,
     "accumulation": of_unets(2, 1),

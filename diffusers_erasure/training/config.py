@@ -92,7 +92,7 @@ class TrainConfig:
         retain_weight (`float`, *optional*): weight of the retained prompts in the loss; no effect without `retain`.
         retain_nearest (`int`, *optional*, defaults to 8): half of the retained samples are of the so many prompts that lie
             nearest to a target; they are the ones that would change most.
-        steps (`int`, *optional*): optimiser steps. By default 300, and 25 for each further concept.
+        steps (`int`, *optional*): optimiser steps.
         batch_size (`int`, *optional*): noisy latents of the concepts in a step, for each process; as many of retained
             prompts come on top.
         accumulation (`int`, *optional*): batches whose gradients make one step.
