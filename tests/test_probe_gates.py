@@ -90,15 +90,22 @@ def test_each_concept_has_its_own_gate(pipe: Any, patches: Erasure, probes: Eras
 
 
 def test_rows_of_a_batch_have_gates_of_their_own(pipe: Any, patches: Erasure, probes: Erasure) -> None:
+    """The row that opens none is the base's in the same batch, bit for bit; the other is what it is alone, up to the
+    roundings of another batch size, which some CPUs' convolutions carry to 2e-4 on the base too."""
+
+    def both() -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(3) for _ in range(2)]
+        prompts = [CAT, DOG]
+        return pipe(
+            prompts, num_inference_steps=3, guidance_scale=3.0, output_type="latent", generator=generator
+        ).images
+
+    base = both()
     pipe.load_erasure(with_gate(patches, pipe, by=probes), "no-both")
-    alone = torch.cat([latents(pipe, prompt) for prompt in (CAT,)])
-    generator = [torch.Generator().manual_seed(3) for _ in range(2)]
-    both = pipe(
-        [CAT, DOG], num_inference_steps=3, guidance_scale=3.0, output_type="latent", generator=generator
-    ).images
-    assert torch.allclose(both[:1], alone, atol=1e-4)
-    pipe.unload_erasure()
-    assert torch.allclose(both[1:], latents(pipe, DOG), atol=1e-4)
+    gated = both()
+    assert torch.equal(gated[1:], base[1:])
+    assert torch.allclose(gated[:1], latents(pipe, CAT), atol=2e-3)
+    assert not torch.allclose(gated[:1], base[:1], atol=1e-2)
 
 
 def test_a_lora_opens_for_any_of_its_concepts(pipe: Any, probes: Erasure) -> None:
