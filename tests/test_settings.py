@@ -267,7 +267,7 @@ def test_what_the_catalogue_says() -> None:
     assert found["uce"]["settings"]["lamb"]["presets"]["style"] == 1e-3
     assert found["uce"]["settings"]["lamb"]["published"]["style"] == 0.5
     closed = {"uce", "rece", "speed", "dp", "oce", "gated"}
-    trained = ["dumo", "eraseanything", "esd", "gem", "sdd"]
+    trained = ["dumo", "eap", "eraseanything", "esd", "gem", "sdd"]
     of_transformers = {"gem", "eraseanything"}
     assert all(
         ("stable-diffusion" in entry["families"]) == (name not in of_transformers) for name, entry in found.items()

@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "student": {"method": "esd", "policy": "student", "weight_decay": 0.1},
     "fresh": {"method": "esd", "policy": "student", "trajectories": 0, "accumulation": 2},
     "ema": {"method": "sdd", "ema_decay": 0.8},
+    "adversary": {"method": "eap", "retain": ["dog", "fox"], "pool_by": "rows", "adversarial_share": 1.0},
 }
 
 
@@ -219,12 +220,15 @@ def test_config_repeats_an_erasure_to_the_byte(tmp_path: Path, uninterrupted: di
     assert contents(second) == uninterrupted
 
 
-@pytest.mark.parametrize("protected", ["null_space=0.9", "whiten=1"])
-def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path, protected: str) -> None:
+@pytest.mark.parametrize(
+    ("protected", "method"), [("null_space=0.9", "esd"), ("whiten=1", "esd"), ("whiten=1", "eap")]
+)
+def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path, protected: str, method: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     switches = (f"--set={protected}", "--set=pull=0.5", "--set=mixtures=2", "--set=templates=object")
+    switches = (*switches, "--method=eap", "--retain=fox") if method == "eap" else switches
     shared = ("--set=policy=student", "--retain=dog", "--set=trajectories=3", "--set=refresh=2", *switches)
     one, two = tmp_path / "one", tmp_path / "two"
     run(tmp_path / "whole", *command(one, *shared, "--set=batch_size=2"))

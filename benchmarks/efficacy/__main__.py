@@ -45,7 +45,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--images-scale", type=float, default=1.0, metavar="X", help="share of the images, for a look")
     parser.add_argument("--device", default="cpu", help="where images are drawn: cpu or cuda; all is made on the CPU")
-    parser.add_argument("--section", choices=("linear", "probes", "doors"), help="another part of the page")
+    parser.add_argument("--section", choices=("linear", "probes", "doors", "trained"), help="another part of the page")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a contact sheet")
     options = parser.parse_args(given)
     if options.write_docs and (options.smoke or options.images_scale < 1 or options.half != "report"):

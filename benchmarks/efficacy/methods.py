@@ -185,6 +185,7 @@ _ENTRIES = (
     Entry("esd", version=4),
     Entry("gem"),
     Entry("eraseanything"),
+    Entry("eap"),
     Entry("dumo", max_targets=1, version=2),
     Entry("dumo-full", {"form": "full", "learning_rate": 5e-4}, max_targets=1),
     Entry("sdd", version=3),

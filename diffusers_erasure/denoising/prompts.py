@@ -21,11 +21,11 @@ class Mixture:
 
     Attributes:
         parts: the prompts.
-        weights: one a prompt; they add up to 1.
+        weights: one a prompt; they add up to 1. As a tensor [n] they get gradients.
     """
 
     parts: tuple[str, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] | torch.Tensor
 
     @classmethod
     def of(cls, parts: Sequence[str], weights: Sequence[float]) -> "Prompt":
@@ -95,6 +95,9 @@ class Prompts:
         """What is known of a prompt; of a mixture, added up in float32. All prompts have as many rows."""
         if isinstance(prompt, str):
             return known[self.index[prompt]]
+        if isinstance(prompt.weights, torch.Tensor):
+            rows = known[[self.index[part] for part in prompt.parts]].float()
+            return torch.tensordot(prompt.weights.to(rows.device, rows.dtype), rows, 1).to(known.dtype)
         parts = [known[self.index[part]].float() * weight for part, weight in parts_of(prompt)]
         return torch.stack(parts).sum(0).to(known.dtype)
 

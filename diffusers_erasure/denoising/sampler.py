@@ -78,6 +78,14 @@ class Sampler:
         """Latents as the network takes them."""
         return self.scheduler.scale_model_input(latents, timestep)
 
+    def clean_scale(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """By how much a square difference of predictions at timesteps [B] counts as one of the clean latents that they mean, [B]."""
+        kept = self.scheduler.alphas_cumprod[timesteps.long().cpu()]
+        kind = self.scheduler.config.prediction_type
+        return (
+            (1 - kept) / kept if kind == "epsilon" else 1 - kept if kind == "v_prediction" else torch.ones_like(kept)
+        )
+
     def step(self, prediction: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
         """One step, from `timesteps[index]` to the next, in float32."""
         return self.scheduler.step(prediction, int(self.timesteps[index]), latents, eta=0.0).prev_sample
@@ -115,6 +123,10 @@ class FlowSampler(Sampler):
     def model_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """See [`Sampler.model_input`]; the same here."""
         return latents
+
+    def clean_scale(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """See [`Sampler.clean_scale`]: x0 = x - sigma v."""
+        return (timesteps.float().cpu() / self.flow.config.num_train_timesteps).square()
 
     def step(self, prediction: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
         """See [`Sampler.step`]."""

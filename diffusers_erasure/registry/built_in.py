@@ -80,6 +80,28 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         ),
     ),
     MethodDeclaration(
+        name="eap",
+        module=f"{METHODS}.eap",
+        summary="EAP (NeurIPS 2024): fine-tuning away from the concept while what that hurts most is searched for and preserved; minutes",
+        families=UNETS + TRANSFORMERS,
+        needs="base weights",
+        makes=("lora",),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="Erasing Undesirable Concepts in Diffusion Models with Adversarial Preservation",
+            year=2024,
+            url="https://arxiv.org/abs/2410.15618",
+            bibtex="""\
+@inproceedings{bui2024erasing,
+  title={Erasing Undesirable Concepts in Diffusion Models with Adversarial Preservation},
+  author={Bui, Anh and Vuong, Long and Doan, Khanh and Le, Trung and Montague, Paul and Abraham, Tamas and Phung, Dinh},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2024}
+}""",
+        ),
+    ),
+    MethodDeclaration(
         name="eraseanything",
         module=f"{METHODS}.eraseanything",
         summary="EraseAnything (ICML 2025): ESD with less attention to the word, in turn with steps that keep the rest, as a LoRA; minutes",

@@ -17,7 +17,7 @@ from .. import compat
 from ..base_model import component, family_of
 from ..denoising.calls import latent_shape
 from ..denoising.prompts import Prompts, nearest
-from ..denoising.sampler import Predict, sampler_for
+from ..denoising.sampler import Predict, placed, sampler_for
 from ..errors import ErasureInputError, ErasureTrainingError
 from ..lists import read_list
 from ..logging import get_logger
@@ -25,6 +25,7 @@ from ..runs.checkpoint import POOL_FILE, Checkpoints
 from ..runs.interrupts import Interrupt, noted
 from ..runs.options import TrainingRun
 from ..schema import BaseModel, Concept
+from .adversary import Adversary, Picks
 from .config import TrainSettings
 from .mixing import Mixing
 from .network import Network, in_training
@@ -32,7 +33,7 @@ from .null_space import NullSpace, null_space, text_readers
 from .objective import RETAIN, STUDENT, Objective, Step
 from .pool import Example, Source
 from .pull import pull
-from .retaining import kept_prompts, retained_examples
+from .retaining import kept_prompts, retained_examples, with_pools
 from .samples import write_samples
 from .state import State
 from .student import LoraStudent, Student
@@ -124,6 +125,12 @@ class Trainer:
         kept = self.kept = kept_prompts(pipe, config, targets) if earlier is None else earlier.kept
         self.near = nearest(pipe, kept, targets, config.retain_nearest) if earlier is None else earlier.near
         in_templates = retained_examples(kept, self.near, config.template_list)
+        self.adversary: Adversary | None = None
+        if objective.adversarial is not None and config.retain_weight:
+            pools = objective.adversarial.pools
+            in_templates, texts = with_pools(in_templates, pools, config.template_list)
+            self.adversary = Adversary(objective.adversarial, in_templates, texts, config.seed)
+            self.concept_of = {id(example): i % len(concepts) for i, example in enumerate(self.examples)}
         self.retained = in_templates if config.retain_weight else []
         if config.null_space:
             self._check_null_space(model)
@@ -180,7 +187,8 @@ class Trainer:
             if self.guard is not None:
                 self.guard.apply(network.factors)
             stack.enter_context(self.objective.inside(network.model))
-            state = State(network, config, self._sources(network) if self.earlier is None else self.earlier.sources)
+            sources = self._sources(network) if self.earlier is None else self.earlier.sources
+            state = State(network, config, sources, self.adversary)
             if self.checkpoints is not None and self.run.resume:
                 self._resume(state, self.checkpoints)
             interrupt = stack.enter_context(noted())
@@ -189,6 +197,8 @@ class Trainer:
             told: dict[str, Any] = {} if self.guard is None else {"null_space": self.guard.diagnostics}
             if self.student.whitening.matrices:
                 told["whitened"] = self.student.whitening.diagnostics
+            if self.adversary is not None:
+                told["adversary"] = self.adversary.diagnostics
             found = state.factors(config.save), state.losses, state.sources, prompts
             return Trained(*found, self.kept, self.near, told)
 
@@ -205,7 +215,7 @@ class Trainer:
             for part in range(config.accumulation):
                 with self.accelerator.accumulate(network.student_module):
                     self.student.shuffle(number, part)
-                    step = self._draw(state, (number, part), total, own)
+                    step, picks = self._draw(state, (number, part), total, own)
                     loss = self._loss(step)
                     losses.append(loss.detach())
                     self.accelerator.backward(loss)
@@ -221,6 +231,8 @@ class Trainer:
             state.optimizer.zero_grad(set_to_none=True)
             if state.ema is not None:
                 state.ema.step(network.parameters)
+            if self.adversary is not None and step.retained is not None and picks is not None:
+                self.adversary.ascend(network, self.objective, step.retained, picks, self.accelerator)
             state.unread.append(torch.stack(losses).mean())
             # Several processes agree about an end where they read their losses.
             asked = self.accelerator.num_processes == 1 and interrupt.signal is not None
@@ -234,17 +246,23 @@ class Trainer:
     def _loss(self, step: Step) -> torch.Tensor:
         loss = self.objective.loss(step).mean()
         if step.retained is not None:
-            loss = loss + self.config.retain_weight * step.retain_loss().mean()
+            scale = self.objective.scale(step.network.sampler, step.retained.timesteps)
+            scale = placed(scale, loss.device) if isinstance(scale, torch.Tensor) else scale
+            loss = loss + self.config.retain_weight * (scale * step.retain_loss()).mean()
         return loss
 
-    def _draw(self, state: State, what: tuple[int, int], total: int, own: slice) -> Step:
+    def _draw(self, state: State, what: tuple[int, int], total: int, own: slice) -> tuple[Step, Picks | None]:
+        """A batch, and what an adversary picked for it."""
         drawn = state.sources[CONCEPTS].draw(what, total, own, lambda: self._predict(state, self.config.policy))
         if self.mixing is not None:
             drawn = self.mixing.of(drawn, what, total, own)
-        retained = None
+        retained, picks = None, None
         if RETAINED in state.sources and self.objective.retains(what[0]):
-            retained = state.sources[RETAINED].draw(what, total, own, lambda: state.network.teacher_rows)
-        return Step(state.network, drawn, retained, what[0])
+            if self.adversary is not None:
+                picks = self.adversary.picks([self.concept_of[id(each)] for each in drawn.examples], what, total, own)
+            places = None if picks is None else picks.places
+            retained = state.sources[RETAINED].draw(what, total, own, lambda: state.network.teacher_rows, places)
+        return Step(state.network, drawn, retained, what[0]), picks
 
     def _is_read(self, step: int) -> bool:
         """Whether the losses are read after a step: before anything is saved, drawn or told, and every few steps."""

@@ -2,17 +2,35 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from ..denoising.sampler import placed
+from ..denoising.sampler import Sampler, placed
 from ..schema import Concept
 from .network import Network
 from .pool import Drawn, Example
 
 
 STUDENT, RETAIN = "student", "retain"  # roles
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """How an adversary searches.
+
+    Attributes:
+        pools: for each concept the prompts among which it searches; none of them is empty.
+        temperature: of the softmax.
+        learning_rate: Adam's, of the logits.
+        share: of the retained samples, that are of what it picks; the others are drawn at random.
+    """
+
+    pools: Sequence[Sequence[str]]
+    temperature: float
+    learning_rate: float
+    share: float
 
 
 class Step:
@@ -74,10 +92,12 @@ class Objective(Protocol):
     Attributes:
         teacher_roles: roles of which the loss asks the teacher; with the policy `"base"` they are known from the denoising.
         late: sampler steps by which noisy latents are cleaner than the timesteps that they are given; 0 is right.
+        adversarial: how what is hurt most is searched for, where it is.
     """
 
     teacher_roles: tuple[str, ...]
     late: int = 0
+    adversarial: Adversarial | None = None
 
     def examples(self, concepts: Sequence[Concept], templates: Sequence[str]) -> list[Example]:
         """Prompts by role, for each concept in each template; all concepts in the first template come first."""
@@ -93,6 +113,10 @@ class Objective(Protocol):
 
     def rate(self, number: int) -> float:
         """What the learning rate of a step is multiplied by."""
+        return 1.0
+
+    def scale(self, sampler: Sampler, timesteps: torch.Tensor) -> torch.Tensor | float:
+        """What the retained prompts' losses at timesteps [B] are multiplied by."""
         return 1.0
 
     def inside(self, model: Any) -> AbstractContextManager[None]:

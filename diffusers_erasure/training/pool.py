@@ -131,7 +131,14 @@ class Source:
 
     # ------------------------------------------------------------------------------------------------- drawing
 
-    def draw(self, what: Sequence[object], total: int, own: slice, predict: Callable[[], Predict]) -> Drawn:
+    def draw(
+        self,
+        what: Sequence[object],
+        total: int,
+        own: slice,
+        predict: Callable[[], Predict],
+        picked: torch.Tensor | None = None,
+    ) -> Drawn:
         """Draw this process's samples of a batch.
 
         Args:
@@ -139,6 +146,7 @@ class Source:
             total: samples of the whole batch, over all processes.
             own: which of them are this process's.
             predict: gives the network to denoise with, where there is no pool.
+            picked: for each of these the place of its example in the list, -1 for any.
         """
         generator = generator_for(self.seed, self.name, "batch", *what)
         length = len(self.sampler) - self.late
@@ -150,14 +158,15 @@ class Source:
         )
         k = k[torch.randperm(total, generator=generator)][own]
         timesteps = self.sampler.timesteps[k]
+        places = self._chosen(total, generator)[own]
+        if picked is not None:
+            places = torch.where(picked < 0, places, picked)
         if self.count:
-            places = self._chosen(total, generator)[own]
             known = {role: value[places, k].float() for role, value in self.predictions.items()}
             k = k + self.late
             examples = [self._example_at(place) for place in places.tolist()]
             return Drawn(self.latents[places, k].float(), timesteps, examples, known)
-        chosen = self._chosen(total, generator)[own].tolist()
-        examples = [self.examples[i] for i in chosen]
+        examples = [self.examples[place] for place in places.tolist()]
         numbers = range(total)[own]
         noise = torch.stack([self.sampler.noise(self.seed, (self.name, *what, n), self.shape) for n in numbers])
         prompts = [each.prompts[SAMPLE] for each in examples]

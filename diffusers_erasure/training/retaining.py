@@ -6,6 +6,7 @@ from typing import Any
 from ..denoising.prompts import nearest
 from ..denoising.sampler import SAMPLE
 from ..encoding import short_enough
+from ..errors import ErasureInputError
 from .config import TrainSettings
 from .objective import RETAIN
 from .pool import MOST_RETAINED, Example
@@ -37,3 +38,24 @@ def retained_examples(prompts: Sequence[str], near: Sequence[str], templates: Se
     filled = [templates[i % len(templates)].format(prompt) for prompt, i in wanted]
     texts = list(dict.fromkeys(filled))[:MOST_RETAINED]
     return [Example(dict.fromkeys((SAMPLE, RETAIN), text)) for text in texts]
+
+
+def with_pools(
+    retained: Sequence[Example], pools: Sequence[Sequence[str]], templates: Sequence[str]
+) -> tuple[list[Example], list[list[str]]]:
+    """The retained examples with those of an adversary's pools before them, each prompt in one template, in turn; and the pools' texts.
+
+    Raises:
+        ErasureInputError: the pools hold more than can be trained on.
+    """
+    prompts = list(dict.fromkeys(prompt for pool in pools for prompt in pool))
+    if len(prompts) > MOST_RETAINED:
+        raise ErasureInputError(
+            f"The pools of {len(pools)} concepts hold {len(prompts)} prompts, but at most {MOST_RETAINED} can be trained on: "
+            "lower `pool_size`."
+        )
+    filled = {prompt: templates[i % len(templates)].format(prompt) for i, prompt in enumerate(prompts)}
+    own = [Example(dict.fromkeys((SAMPLE, RETAIN), text)) for text in dict.fromkeys(filled.values())]
+    known = {example.prompts[RETAIN] for example in own}
+    others = [example for example in retained if example.prompts[RETAIN] not in known]
+    return [*own, *others][:MOST_RETAINED], [[filled[prompt] for prompt in pool] for pool in pools]
