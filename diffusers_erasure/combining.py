@@ -63,7 +63,7 @@ def combine(
         mode (`"joint"` or `"sum"`, *optional*, defaults to `"joint"`): `"joint"` solves again, as if all targets had been
             given to `erase` at once: erasures of one closed-form method, one base model and the same settings, from the
             text rows that they keep; their prompts are not needed, so that they may be redacted. `"sum"` adds the edits of
-            any LoRA and text-map erasures of one base model, exactly: what loading all of them does.
+            any LoRA, text-map and adapter erasures of one base model, exactly: what loading all of them does.
         retain (*optional*): joint: what must not change, as in [`erase`]; by default what the parts retained, all together,
             without what names one of the targets.
         rank (`int`, *optional*), max_error (`float`, *optional*): truncate; the error is recorded. For SDXL edits that map each
@@ -74,7 +74,7 @@ def combine(
 
     Raises:
         ErasureInputError: fewer than two erasures; a target twice; other methods or settings (joint); kept rows or retained
-            prompts missing (joint); a layer that is neither `lora`, `text_map` nor `gated_map` (sum); a schedule or a gate.
+            prompts missing (joint); a layer that is neither `lora`, `text_map`, `gated_map` nor `adapter` (sum); a schedule or a gate.
         ErasureCompatibilityError: they were made for different base models, or for another one than `pipe`.
 
     Examples:

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..errors import ErasureConfigError, ErasureInputError
 from .activation import ActivationKind
+from .adapter import AdapterKind
 from .gated_map import GatedMapKind
 from .kind import LayerKind
 from .lora import LoraKind
@@ -49,5 +50,5 @@ def layer_kind(name: str) -> LayerKind:
     return _kinds[name]
 
 
-for _kind in (LoraKind(), TextMapKind(), ActivationKind(), SkipKind(), GatedMapKind()):
+for _kind in (LoraKind(), TextMapKind(), ActivationKind(), SkipKind(), GatedMapKind(), AdapterKind()):
     register_layer_kind(_kind)
