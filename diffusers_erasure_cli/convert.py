@@ -59,3 +59,32 @@ def dumo(
     erasure = read_dumo(pipe, folder, concept or (), gate=gate)
     files = erasure.save_pretrained(output, dtype=save_dtype(half))
     print_made(erasure, output, files, redact=False, as_json=as_json)
+
+
+@convert_app.command()
+def receler(
+    folder: Annotated[Path, typer.Argument(help="A local folder with eraser_weights.pt and eraser_config.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the erasure.")],
+    base: Base,
+    concept: Annotated[
+        list[str] | None, typer.Option(help="What the erasers remove, for the card; repeatable.")
+    ] = None,
+    half: Half = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    variant: Variant = None,
+    revision: Revision = None,
+    token: Token = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a folder that Receler's code wrote."""
+    new_erasure_folder(output, overwrite)
+    pipe = load_model(base, device=device, dtype=dtype, variant=variant, revision=revision, token=token)
+    from diffusers_erasure.formats.receler import read_receler
+
+    from .report import print_made
+
+    erasure = read_receler(pipe, folder, concept or ())
+    files = erasure.save_pretrained(output, dtype=save_dtype(half))
+    print_made(erasure, output, files, redact=False, as_json=as_json)

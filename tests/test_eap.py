@@ -329,15 +329,16 @@ def test_the_adversary_acts_on_what_is_trained(pipe: Any, monkeypatch: pytest.Mo
     draw = Trainer._draw
 
     def noted(self: Any, *arguments: Any) -> Any:
-        step, picks = draw(self, *arguments)
+        step = draw(self, *arguments)
+        picks = step.picks
         asked = [example.prompts[RETAIN] for example in step.retained.examples]
-        texts = [self.adversary.texts[k] for k in picks.concepts]
+        texts = [self.players.adversary.texts[k] for k in picks.concepts]
         expected = [self.retained[place].prompts[RETAIN] if place >= 0 else None for place in picks.places.tolist()]
         assert [a for a, e in zip(asked, expected, strict=True) if e is not None] == [e for e in expected if e]
         assert all(e is None or e in own for e, own in zip(expected, texts, strict=True))
         assert [example.prompts[STUDENT] for example in step.drawn.examples]
         seen.append((picks.places.tolist(), asked))
-        return step, picks
+        return step
 
     monkeypatch.setattr(Trainer, "_draw", noted)
     erase(pipe, ["cat", "bird"], method="eap", retain=KEPT, pool=("dog", "tree"), **FEW)

@@ -144,7 +144,7 @@ def private_attributes(tree: ast.AST, members: set[str]) -> Iterator[tuple[int, 
 
 WEIGHTS_ONLY = "torch.load(..., weights_only=True)"
 # Converters read local files that methods' authors publish; `load_erasure` never calls them.
-CONVERTERS = {(PACKAGE / "formats/dumo.py", WEIGHTS_ONLY)}
+CONVERTERS = {(PACKAGE / "formats/weight_files.py", WEIGHTS_ONLY)}
 
 
 def unsafe_loads(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -255,8 +255,8 @@ def test_what_the_catalogue_says() -> None:
         "published": {"style": 4, "object": 8, "nudity": 16},
     }
     assert dumo["rank"]["meaning"] == "rank of the compact form's deltas."
-    assert esd["steps"]["presets"]["style"] == "300, and 40 for each further concept"
-    assert esd["steps"]["published"]["nudity"] == 1000 and esd["retain_weight"]["presets"]["style"] == 7.0
+    assert esd["steps"]["presets"]["style"] == "300, and 60 for each further concept"
+    assert esd["steps"]["published"]["nudity"] == 1000 and esd["retain_weight"]["presets"]["style"] == 10.0
     assert esd["weight_decay"]["presets"]["style"] == 0.0  # of all methods that train
     assert esd["lr_scheduler"]["range"].startswith("one of constant, constant_with_warmup, linear")
     assert esd["ema_decay"]["range"] == "a number, at least 0 and below 1"
@@ -267,7 +267,7 @@ def test_what_the_catalogue_says() -> None:
     assert found["uce"]["settings"]["lamb"]["presets"]["style"] == 1e-3
     assert found["uce"]["settings"]["lamb"]["published"]["style"] == 0.5
     closed = {"uce", "rece", "speed", "dp", "oce", "gated"}
-    trained = ["dumo", "eap", "eraseanything", "esd", "gem", "sdd"]
+    trained = ["dumo", "eap", "eraseanything", "esd", "gem", "receler", "sdd"]
     of_transformers = {"gem", "eraseanything"}
     assert all(
         ("stable-diffusion" in entry["families"]) == (name not in of_transformers) for name, entry in found.items()

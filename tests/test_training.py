@@ -466,7 +466,7 @@ def test_presets_conversion_and_what_is_recorded() -> None:
     assert None not in [settings[key] for key in ("rank", "eta", "policy", "train_set", "retain_weight")]
     assert worked(Facts(9, 2.0), steps=7).steps == 7
     many = worked(Facts(32, 750.0))
-    assert (many.steps, many.trajectories, many.learning_rate) == (1540, 64, 1e-4)
+    assert (many.steps, many.trajectories, many.learning_rate) == (2160, 64, 1e-4)
     few = worked(Facts(1, 7.5), trajectories=0)
     assert (few.steps, few.trajectories, few.learning_rate) == (300, 0, 3.2e-3)  # a hundredth, to the power of 3/4
     assert worked(Facts(1, 7.5), learning_rate=0.5).learning_rate == 0.5

@@ -51,6 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fresh": {"method": "esd", "policy": "student", "trajectories": 0, "accumulation": 2},
     "ema": {"method": "sdd", "ema_decay": 0.8},
     "adversary": {"method": "eap", "retain": ["dog", "fox"], "pool_by": "rows", "adversarial_share": 1.0},
+    "insertions": {"method": "receler", "inner_steps": 2, "retain": ["dog"]},
 }
 
 
@@ -66,8 +67,9 @@ def whole(kind: str = "base") -> Erasure:
 
 
 def flat(erasure: Erasure) -> torch.Tensor:
-    """All factors in a row."""
-    tensors = erasure.tensors["pytorch_lora_weights.safetensors"]
+    """All that was trained in a row."""
+    (layer,) = erasure.config.layers
+    tensors = erasure.layer_tensors(layer)
     return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
 
 
@@ -221,14 +223,17 @@ def test_config_repeats_an_erasure_to_the_byte(tmp_path: Path, uninterrupted: di
 
 
 @pytest.mark.parametrize(
-    ("protected", "method"), [("null_space=0.9", "esd"), ("whiten=1", "esd"), ("whiten=1", "eap")]
+    ("protected", "method"),
+    [("null_space=0.9", "esd"), ("whiten=1", "esd"), ("whiten=1", "eap"), ("inner_steps=1", "receler")],
 )
 def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path, protected: str, method: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     switches = (f"--set={protected}", "--set=pull=0.5", "--set=mixtures=2", "--set=templates=object")
-    switches = (*switches, "--method=eap", "--retain=fox") if method == "eap" else switches
+    if method == "receler":
+        switches = (f"--set={protected}", "--set=templates=object")
+    switches = (*switches, f"--method={method}", *(["--retain=fox"] if method == "eap" else []))
     shared = ("--set=policy=student", "--retain=dog", "--set=trajectories=3", "--set=refresh=2", *switches)
     one, two = tmp_path / "one", tmp_path / "two"
     run(tmp_path / "whole", *command(one, *shared, "--set=batch_size=2"))

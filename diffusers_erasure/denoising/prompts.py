@@ -33,12 +33,29 @@ class Mixture:
         return cls(tuple(parts), tuple(weights)) if len(set(parts)) > 1 else parts[0]
 
 
-Prompt = str | Mixture  # what a denoiser can be asked
+@dataclass(frozen=True)
+class Inserted:
+    """A prompt with other rows in place of some of its own.
+
+    Attributes:
+        prompt: the prompt.
+        place: of the first of these.
+        rows: [n, C].
+    """
+
+    prompt: str
+    place: int
+    rows: torch.Tensor
+
+
+Prompt = str | Mixture | Inserted  # what a denoiser can be asked
 
 
 def parts_of(prompt: Prompt) -> list[tuple[str, float]]:
     """The prompts that are mixed, with their weights; a prompt by itself is one of them."""
-    return [(prompt, 1.0)] if isinstance(prompt, str) else list(zip(prompt.parts, prompt.weights, strict=True))
+    if isinstance(prompt, Mixture):
+        return list(zip(prompt.parts, map(float, prompt.weights), strict=True))
+    return [(prompt if isinstance(prompt, str) else prompt.prompt, 1.0)]
 
 
 class Prompts:
@@ -78,7 +95,7 @@ class Prompts:
         known = self.there[1]
 
         def picked(name: str) -> torch.Tensor:  # one by one, as nothing has to be copied for that
-            return torch.stack([self._one(known[name], prompt) for prompt in prompts])
+            return torch.stack([self._one(name, known[name], prompt) for prompt in prompts])
 
         arguments: dict[str, Any] = {self.family.argument: picked(TEXT_ROWS)}
         if self.pooled is None:
@@ -91,14 +108,18 @@ class Prompts:
             arguments[self.family.pooled.input] = picked(POOLED)
         return arguments
 
-    def _one(self, known: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def _one(self, name: str, known: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """What is known of a prompt; of a mixture, added up in float32. All prompts have as many rows."""
         if isinstance(prompt, str):
             return known[self.index[prompt]]
+        if isinstance(prompt, Inserted):
+            own, first, rows = known[self.index[prompt.prompt]], prompt.place, prompt.rows.to(known)
+            return own if name != TEXT_ROWS else torch.cat([own[:first], rows, own[first + len(rows) :]])
         if isinstance(prompt.weights, torch.Tensor):
             rows = known[[self.index[part] for part in prompt.parts]].float()
             return torch.tensordot(prompt.weights.to(rows.device, rows.dtype), rows, 1).to(known.dtype)
-        parts = [known[self.index[part]].float() * weight for part, weight in parts_of(prompt)]
+        pairs = zip(prompt.parts, prompt.weights, strict=True)
+        parts = [known[self.index[part]].float() * weight for part, weight in pairs]
         return torch.stack(parts).sum(0).to(known.dtype)
 
     def _moved(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:

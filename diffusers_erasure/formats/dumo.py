@@ -8,7 +8,6 @@ to say.
 import io
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from ..layers import Layer, layer_kind
 from ..layers.encoder_copy import PARTS, check_unet
 from ..layers.epr import MID, ZERO, skip_sites
 from ..modifying import with_gate, with_schedule
-from ..schema import MAX_BINS, MAX_CONFIG_BYTES, MAX_FILE_BYTES, Method
-from ..tensors import parse
+from ..schema import MAX_BINS, MAX_CONFIG_BYTES, Method
+from .weight_files import read_bytes, read_weights
 
 
 CONFIG, TABLE = "config.json", "time_scale.npy"
@@ -82,7 +81,7 @@ def read_dumo(
             "leave the gate out (`gate=False`, `--no-gate`): then it acts on every prompt."
         )
     _check_config(place / CONFIG, unet.config)
-    tensors = _renamed(_read_weights(weights), weights.name)
+    tensors = _renamed(read_weights(weights), weights.name)
     skips = sum(name.startswith(ZERO) and name.endswith(".weight") for name in tensors) - 1
     if table is not None and table.shape[1] != skips + 1:
         raise ErasureFileError(f"{TABLE} has {table.shape[1]} columns for {skips} skips and the mid block.")
@@ -95,19 +94,10 @@ def read_dumo(
     return with_gate(erasure, pipe, names, layout="uncond_first", tokens=True) if gated else erasure
 
 
-def _read(path: Path, limit: int) -> bytes:
-    try:
-        if path.stat().st_size > limit:
-            raise ErasureFileError(f"{path} has {path.stat().st_size} bytes; at most {limit} are read.")
-        return path.read_bytes()
-    except OSError as error:
-        raise ErasureFileError(f"{path} cannot be read: {error}") from error
-
-
 def _check_config(path: Path, own: Any) -> None:
     """See that the network computes as the base's encoder does."""
     try:
-        config = json.loads(_read(path, MAX_CONFIG_BYTES))
+        config = json.loads(read_bytes(path, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         if isinstance(error, ErasureFileError):
             raise
@@ -126,34 +116,6 @@ def _each(value: Any) -> Any:
     """A setting that may stand once for all blocks."""
     values = list(value) if isinstance(value, list | tuple) else [value]
     return values[0] if all(each == values[0] for each in values[1:]) and values else values
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        return parse(_read(path, MAX_FILE_BYTES), path.name)
-    data = _read(path, MAX_FILE_BYTES)
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > MAX_FILE_BYTES:
-            raise ErasureFileError(f"{path} unpacks to {unpacked} bytes; at most {MAX_FILE_BYTES} are read.")
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except ErasureFileError:
-        raise
-    except Exception as error:  # whatever the readers raise at what somebody else wrote
-        raise ErasureFileError(f"{path} is no file of weights alone: {str(error)[:200]}") from error
-    plain = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-    if not plain or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ErasureFileError(f"{path} holds something else than tensors by name.")
-    size = sum(value.numel() * value.element_size() for value in found.values())  # before anything is computed
-    odd = [name for name, value in found.items() if not value.dtype.is_floating_point or value.layout != torch.strided]
-    if size > MAX_FILE_BYTES or odd:
-        raise ErasureFileError(
-            f"{path} holds {size} bytes of tensors, of them no numbers: {[n[:80] for n in odd[:3]]}."
-        )
-    if not all(bool(torch.isfinite(value).all()) for value in found.values()):
-        raise ErasureFileError(f"{path} has values that are not finite.")
-    return {name: value.float() if value.dtype == torch.float64 else value for name, value in found.items()}
 
 
 def _renamed(found: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
@@ -180,7 +142,7 @@ def _renamed(found: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tenso
 
 
 def _read_table(path: Path) -> torch.Tensor:
-    data = _read(path, MAX_TABLE_BYTES)
+    data = read_bytes(path, MAX_TABLE_BYTES)
     try:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)

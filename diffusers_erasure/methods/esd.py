@@ -56,8 +56,9 @@ WHITENED = {
     "eta": 2.0,
     "accumulation": of_unets(2, 1),
     "learning_rate": DOOR_RATE,
-    "retain_weight": 7.0,
-    "steps": ByFacts("300, and 40 for each further concept", lambda facts: 300 + 40 * (facts.concepts - 1)),
+    "retain_weight": 10.0,
+    "retain_nearest": 32,
+    "steps": ByFacts("300, and 60 for each further concept", lambda facts: 300 + 60 * (facts.concepts - 1)),
 }
 PRESETS: dict[str, dict[str, Any]] = {
     task: {

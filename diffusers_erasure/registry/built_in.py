@@ -219,6 +219,28 @@ BUILT_IN: tuple[MethodDeclaration, ...] = (
         ),
     ),
     MethodDeclaration(
+        name="receler",
+        module=f"{METHODS}.receler",
+        summary="Receler (ECCV 2024): small adapters behind the attentions that read text, trained against rows that bring the concept back",
+        families=UNETS + TRANSFORMERS,
+        needs="base weights",
+        makes=("adapter", "lora"),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="Receler: Reliable Concept Erasing of Text-to-Image Diffusion Models via Lightweight Erasers",
+            year=2024,
+            url="https://arxiv.org/abs/2311.17717",
+            bibtex="""\
+@inproceedings{huang2024receler,
+  title={Receler: Reliable Concept Erasing of Text-to-Image Diffusion Models via Lightweight Erasers},
+  author={Huang, Chi-Pin and Chang, Kai-Po and Tsai, Chung-Ting and Lai, Yung-Hsuan and Yang, Fu-En and Wang, Yu-Chiang Frank},
+  booktitle={European Conference on Computer Vision},
+  year={2024}
+}""",
+        ),
+    ),
+    MethodDeclaration(
         name="sdd",
         module=f"{METHODS}.sdd",
         summary="SDD (ICML workshop 2023): self-distillation towards the empty prompt, averaged, as a LoRA; minutes",

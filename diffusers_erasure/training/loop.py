@@ -25,15 +25,15 @@ from ..runs.checkpoint import POOL_FILE, Checkpoints
 from ..runs.interrupts import Interrupt, noted
 from ..runs.options import TrainingRun
 from ..schema import BaseModel, Concept
-from .adversary import Adversary, Picks
 from .config import TrainSettings
 from .mixing import Mixing
 from .network import Network, in_training
 from .null_space import NullSpace, null_space, text_readers
 from .objective import RETAIN, STUDENT, Objective, Step
+from .players import Players
 from .pool import Example, Source
 from .pull import pull
-from .retaining import kept_prompts, retained_examples, with_pools
+from .retaining import kept_prompts, retained_examples
 from .samples import write_samples
 from .state import State
 from .student import LoraStudent, Student
@@ -125,12 +125,8 @@ class Trainer:
         kept = self.kept = kept_prompts(pipe, config, targets) if earlier is None else earlier.kept
         self.near = nearest(pipe, kept, targets, config.retain_nearest) if earlier is None else earlier.near
         in_templates = retained_examples(kept, self.near, config.template_list)
-        self.adversary: Adversary | None = None
-        if objective.adversarial is not None and config.retain_weight:
-            pools = objective.adversarial.pools
-            in_templates, texts = with_pools(in_templates, pools, config.template_list)
-            self.adversary = Adversary(objective.adversarial, in_templates, texts, config.seed)
-            self.concept_of = {id(example): i % len(concepts) for i, example in enumerate(self.examples)}
+        self.players = Players(objective, config, self.examples, len(concepts), in_templates)
+        in_templates = self.players.retained
         self.retained = in_templates if config.retain_weight else []
         if config.null_space:
             self._check_null_space(model)
@@ -188,7 +184,8 @@ class Trainer:
                 self.guard.apply(network.factors)
             stack.enter_context(self.objective.inside(network.model))
             sources = self._sources(network) if self.earlier is None else self.earlier.sources
-            state = State(network, config, sources, self.adversary)
+            self.players.begin(prompts)
+            state = State(network, config, sources, self.players)
             if self.checkpoints is not None and self.run.resume:
                 self._resume(state, self.checkpoints)
             interrupt = stack.enter_context(noted())
@@ -197,8 +194,7 @@ class Trainer:
             told: dict[str, Any] = {} if self.guard is None else {"null_space": self.guard.diagnostics}
             if self.student.whitening.matrices:
                 told["whitened"] = self.student.whitening.diagnostics
-            if self.adversary is not None:
-                told["adversary"] = self.adversary.diagnostics
+            told |= self.players.diagnostics
             found = state.factors(config.save), state.losses, state.sources, prompts
             return Trained(*found, self.kept, self.near, told)
 
@@ -215,7 +211,8 @@ class Trainer:
             for part in range(config.accumulation):
                 with self.accelerator.accumulate(network.student_module):
                     self.student.shuffle(number, part)
-                    step, picks = self._draw(state, (number, part), total, own)
+                    step = self._draw(state, (number, part), total, own)
+                    step = self.players.before(network, step, self.accelerator)
                     loss = self._loss(step)
                     losses.append(loss.detach())
                     self.accelerator.backward(loss)
@@ -231,8 +228,7 @@ class Trainer:
             state.optimizer.zero_grad(set_to_none=True)
             if state.ema is not None:
                 state.ema.step(network.parameters)
-            if self.adversary is not None and step.retained is not None and picks is not None:
-                self.adversary.ascend(network, self.objective, step.retained, picks, self.accelerator)
+            self.players.after(network, step, self.accelerator)
             state.unread.append(torch.stack(losses).mean())
             # Several processes agree about an end where they read their losses.
             asked = self.accelerator.num_processes == 1 and interrupt.signal is not None
@@ -251,18 +247,16 @@ class Trainer:
             loss = loss + self.config.retain_weight * (scale * step.retain_loss()).mean()
         return loss
 
-    def _draw(self, state: State, what: tuple[int, int], total: int, own: slice) -> tuple[Step, Picks | None]:
-        """A batch, and what an adversary picked for it."""
+    def _draw(self, state: State, what: tuple[int, int], total: int, own: slice) -> Step:
         drawn = state.sources[CONCEPTS].draw(what, total, own, lambda: self._predict(state, self.config.policy))
         if self.mixing is not None:
             drawn = self.mixing.of(drawn, what, total, own)
         retained, picks = None, None
         if RETAINED in state.sources and self.objective.retains(what[0]):
-            if self.adversary is not None:
-                picks = self.adversary.picks([self.concept_of[id(each)] for each in drawn.examples], what, total, own)
+            picks = self.players.picks(drawn.examples, what, total, own)
             places = None if picks is None else picks.places
             retained = state.sources[RETAINED].draw(what, total, own, lambda: state.network.teacher_rows, places)
-        return Step(state.network, drawn, retained, what[0]), picks
+        return Step(state.network, drawn, retained, what[0], picks)
 
     def _is_read(self, step: int) -> bool:
         """Whether the losses are read after a step: before anything is saved, drawn or told, and every few steps."""

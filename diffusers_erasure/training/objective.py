@@ -1,9 +1,9 @@
 """What a fine-tuning method is: prompts for its samples, and a loss. The loop does the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -12,6 +12,9 @@ from ..schema import Concept
 from .network import Network
 from .pool import Drawn, Example
 
+
+if TYPE_CHECKING:
+    from .adversary import Picks
 
 STUDENT, RETAIN = "student", "retain"  # roles
 
@@ -33,6 +36,26 @@ class Adversarial:
     share: float
 
 
+@dataclass(frozen=True)
+class Inserting:
+    """How rows that bring a concept back are searched for.
+
+    Attributes:
+        count: rows of a concept.
+        steps: of the search, in each step of the student; it goes on from where it was.
+        learning_rate, weight_decay: Adam's.
+        role: the base's predictions for these prompts are what they lead to.
+        places: by prompt, the text row behind its words.
+    """
+
+    count: int
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    role: str
+    places: Mapping[str, int]
+
+
 class Step:
     """One batch, as a loss sees it. Predictions are float32 [B, C, H, W].
 
@@ -41,10 +64,18 @@ class Step:
         drawn ([`Drawn`]): the noisy latents of the concepts.
         retained ([`Drawn`], *optional*): those of retained prompts, which join the student's forward pass.
         number: of the step.
+        picks ([`Picks`], *optional*): which of the retained prompts an adversary picked.
     """
 
-    def __init__(self, network: Network, drawn: Drawn, retained: Drawn | None = None, number: int = 0) -> None:
-        self.network, self.drawn, self.retained, self.number = network, drawn, retained, number
+    def __init__(
+        self,
+        network: Network,
+        drawn: Drawn,
+        retained: Drawn | None = None,
+        number: int = 0,
+        picks: "Picks | None" = None,
+    ) -> None:
+        self.network, self.drawn, self.retained, self.number, self.picks = network, drawn, retained, number, picks
         self._student: torch.Tensor | None = None
 
     def teacher(self, *roles: str) -> list[torch.Tensor]:
@@ -93,11 +124,13 @@ class Objective(Protocol):
         teacher_roles: roles of which the loss asks the teacher; with the policy `"base"` they are known from the denoising.
         late: sampler steps by which noisy latents are cleaner than the timesteps that they are given; 0 is right.
         adversarial: how what is hurt most is searched for, where it is.
+        inserting: how what brings a concept back is searched for, where it is.
     """
 
     teacher_roles: tuple[str, ...]
     late: int = 0
     adversarial: Adversarial | None = None
+    inserting: Inserting | None = None
 
     def examples(self, concepts: Sequence[Concept], templates: Sequence[str]) -> list[Example]:
         """Prompts by role, for each concept in each template; all concepts in the first template come first."""

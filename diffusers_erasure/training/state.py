@@ -7,9 +7,9 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from .adversary import Adversary
 from .config import TrainSettings
 from .network import Network
+from .players import Players
 from .pool import Source
 
 
@@ -20,7 +20,7 @@ class State:
         network ([`Network`]): has the student.
         config ([`TrainSettings`]): the settings.
         sources: by name, where noisy latents come from.
-        adversary ([`Adversary`], *optional*): what searches for what is hurt most.
+        players ([`Players`], *optional*): who plays against the student.
     """
 
     def __init__(
@@ -28,9 +28,9 @@ class State:
         network: Network,
         config: TrainSettings,
         sources: Mapping[str, Source],
-        adversary: Adversary | None = None,
+        players: Players | None = None,
     ) -> None:
-        self.network, self.sources, self.adversary = network, dict(sources), adversary
+        self.network, self.sources, self.players = network, dict(sources), players
         parameters = network.parameters
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.schedule = get_scheduler(
@@ -91,8 +91,7 @@ class State:
         if self.ema is not None:
             averages = zip(self.network.factors, self.ema.shadow_params, strict=True)
             tensors.update({f"ema.{name}": value for name, value in averages})
-        if self.adversary is not None:
-            tensors.update({f"adversary.{name}": value for name, value in self.adversary.saved().items()})
+        tensors.update({} if self.players is None else self.players.saved())
         for name in self.sources:
             tensors.update(self._pool(name) if self.is_changing(name) else {})
         return tensors, {
@@ -121,9 +120,8 @@ class State:
         if self.ema is not None:
             self.ema.optimization_step = values["ema_step"]
             self.ema.shadow_params = [tensors[f"ema.{name}"].to(device) for name in self.network.factors]
-        if self.adversary is not None:
-            prefix = "adversary."
-            self.adversary.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        if self.players is not None:
+            self.players.restore(tensors)
         for name in self.sources:
             if self.is_changing(name):
                 self._restore_pool(name, tensors, values)
