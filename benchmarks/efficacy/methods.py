@@ -186,6 +186,7 @@ _ENTRIES = (
     Entry("gem"),
     Entry("eraseanything"),
     Entry("eap"),
+    Entry("abo"),
     Entry("receler"),
     Entry("dumo", max_targets=1, version=3),
     Entry("dumo-full", {"form": "full", "learning_rate": 5e-4}, max_targets=1),

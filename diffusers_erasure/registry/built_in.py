@@ -12,6 +12,28 @@ METHODS = "diffusers_erasure.methods"
 # `python -m diffusers_erasure.methods.catalogue` writes down again what is told about them.
 BUILT_IN: tuple[MethodDeclaration, ...] = (
     MethodDeclaration(
+        name="abo",
+        module=f"{METHODS}.abo",
+        summary="All but One (AAAI 2024), an experimental reconstruction: what guidance adds is led to an alternative's, the rest is held; as a LoRA",
+        families=UNETS + TRANSFORMERS,
+        needs="base weights",
+        makes=("lora",),
+        trains=True,
+        resumable=True,
+        citation=Citation(
+            title="All but One: Surgical Concept Erasing with Model Preservation in Text-to-Image Diffusion Models",
+            year=2024,
+            url="https://arxiv.org/abs/2312.12807",
+            bibtex="""\
+@inproceedings{hong2024all,
+  title={All but One: Surgical Concept Erasing with Model Preservation in Text-to-Image Diffusion Models},
+  author={Hong, Seunghoo and Lee, Juhun and Woo, Simon S.},
+  booktitle={Proceedings of the AAAI Conference on Artificial Intelligence},
+  year={2024}
+}""",
+        ),
+    ),
+    MethodDeclaration(
         name="acterase",
         module=f"{METHODS}.acterase",
         summary="ActErase (2026): activations that carry the concept are replaced by their means without it; no training, minutes",

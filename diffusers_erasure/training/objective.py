@@ -77,6 +77,7 @@ class Step:
     ) -> None:
         self.network, self.drawn, self.retained, self.number, self.picks = network, drawn, retained, number, picks
         self._student: torch.Tensor | None = None
+        self._asked = 0  # its rows that are not of retained prompts
 
     def teacher(self, *roles: str) -> list[torch.Tensor]:
         """The base's predictions for the prompts of some roles: those of the pool, and one batch of all others."""
@@ -94,16 +95,23 @@ class Step:
 
     def student(self) -> torch.Tensor:
         """The student's predictions for the role `"student"`, with gradients; one forward pass with the retained prompts."""
+        return self.students(STUDENT)[0]
+
+    def students(self, *roles: str) -> Sequence[torch.Tensor]:
+        """The student's predictions for some roles, the same ones in each call, with gradients; one forward pass with the retained prompts."""
+        count = len(roles)
         if self._student is None:
-            latents, timesteps = self.drawn.latents, self.drawn.timesteps
-            prompts = self.drawn.asked(STUDENT)
+            latents = self.drawn.latents.repeat(count, 1, 1, 1) if count > 1 else self.drawn.latents
+            timesteps = self.drawn.timesteps.repeat(count)
+            prompts = [prompt for role in roles for prompt in self.drawn.asked(role)]
+            self._asked = len(prompts)
             if self.retained is not None:
                 device = self.network.model.device
                 latents = torch.cat([placed(each, device) for each in (latents, self.retained.latents)])
                 timesteps = torch.cat([timesteps, self.retained.timesteps])
                 prompts += self.retained.asked(RETAIN)
             self._student = self.network.student(latents, timesteps, prompts)
-        return self._student[: len(self.drawn.latents)]
+        return self._student[: self._asked].chunk(count)
 
     def student_now(self, role: str) -> torch.Tensor:
         """The student's predictions for another role, without gradients."""
@@ -114,7 +122,7 @@ class Step:
         """How far the student is from the base for the retained prompts: mean squares, [B]."""
         assert self.retained is not None and self._student is not None
         (kept,) = self._teacher(self.retained, (RETAIN,))
-        return squares(self._student[len(self.drawn.latents) :], kept)
+        return squares(self._student[self._asked :], kept)
 
 
 class Objective(Protocol):
