@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from . import completion, convert, erase, fit, hub, methods
+from .attack import attack
 from .demo import demo
 from .export import export
 from .generate import generate
@@ -59,6 +60,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     fit.combine,
     fit.lists,
     generate,
+    attack,
     methods.info,
     export,
     hub.push,
