@@ -254,7 +254,7 @@ def test_the_mask_keeps_erasers_from_the_rest(pipe: Any, monkeypatch: pytest.Mon
 def test_it_costs_at_most_eight_times_esds_forwards(pipe: Any) -> None:
     """Rows of the denoiser's batches, counted in it, with as many steps, batches and retained prompts."""
     counts = {}
-    shared = {"steps": 60, "accumulation": 1, "retain": ["dog", "fox"], "compare": False, "training": QUIET}
+    shared = {"steps": 20, "accumulation": 1, "retain": ["dog", "fox"], "compare": False, "training": QUIET}
     for method in ("esd", "receler"):
         total = 0
 

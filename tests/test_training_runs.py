@@ -254,8 +254,8 @@ def test_two_processes_are_one_with_the_batch_doubled(tmp_path: Path, protected:
     erasures = [Erasure.from_pretrained(folder) for folder in (one, two)]
     losses = [erasure.config.diagnostics["loss"] for erasure in erasures]
     assert len(losses[0]) == SMALL["steps"] and losses[0][-1] != losses[0][0]
-    # Sums over other batches, in another order; Adam makes more of it where gradients are tiny.
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    # Sums over other batches, in another order; Adam makes more of it where gradients are tiny, in two players more than in one.
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3 if method == "esd" else 1e-2)
     one_flat, two_flat = (flat(erasure) for erasure in erasures)
     assert float((one_flat - two_flat).norm() / one_flat.norm()) < 5e-3
 
