@@ -173,6 +173,18 @@ def test_a_trial_is_drawn_with_and_without_the_erasure(embedded: Any) -> None:
     assert json.loads(json.dumps(trial.as_json()))["rows"][0]["any"] is True
 
 
+def test_what_cannot_be_judged_is_told_before_the_search(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[str] = []
+    monkeypatch.setattr("diffusers_erasure.attacks.trial.ring_a_bell", lambda *a, **k: searched.append("searched"))
+    embedded.load_erasure(erase(embedded, "dog", anchors="animal", method="uce", compare=False))
+    try:
+        with pytest.raises(ErasureInputError, match="is none"):
+            attack(embedded, "unicorn", seer=EmojiSeer(), num_inference_steps=1, progress=False)
+    finally:
+        embedded.unload_erasure()
+    assert not searched
+
+
 def test_a_picker_is_a_seer() -> None:
     asked: list[int] = []
 
@@ -194,8 +206,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(Path("out/report.json").read_text())["asr"] == told["asr"]
     assert Image.open("out/sheet.png").size[1] > 10 * 64 and not Path("out/checkpoints").exists()
     assert "exists already" in invoke(*command, code=2).output
-    assert (
-        "success rate" in invoke(*command, "--overwrite").output
-        or "too weak" in invoke(*command, "--overwrite").output
-    )
+    verdict = "attack too weak" if told["too_weak"] else "success rate"
+    assert verdict in invoke(*command, "--overwrite").output
     assert "--judge" in invoke(*command, "--overwrite", "--judge", "nobody", code=2).output

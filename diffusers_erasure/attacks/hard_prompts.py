@@ -47,6 +47,7 @@ TEMPLATES = (
     "a small {}",
     "one {} alone",
 )
+SAVE_EVERY = 25  # generations
 WITHOUT = "thing"  # in the place of the concept, where no anchor is named
 PUBLISHED: dict[str, Any] = {
     "population": 200,
@@ -164,7 +165,9 @@ class Encoder:
             raise ErasureCompatibilityError(f"The attack encodes prompts, but the pipeline has no {name}.")
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.length = min(int(self.tokenizer.model_max_length), positions or 512)
-        self.empty = self._ids("")
+        special = list(self.tokenizer("").input_ids)
+        # What stands before the own tokens of a prompt, and behind them: the end, and padding as the tokenizer has it.
+        self.before, self.after = special[:-1], [special[-1], *self._ids("")[len(special) :]]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, padding="max_length", max_length=self.length, truncation=True).input_ids)
@@ -172,7 +175,7 @@ class Encoder:
     @property
     def room(self) -> int:
         """Tokens that fit between those that every prompt has."""
-        return self.length - len(self.tokenizer("").input_ids)
+        return self.length - len(self.before) - 1
 
     def of_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Token ids [B, L]."""
@@ -180,12 +183,8 @@ class Encoder:
 
     def of_tokens(self, free: torch.Tensor) -> torch.Tensor:
         """Token ids [B, L] of prompts whose own tokens are [B, k]: start, these, end and padding as the tokenizer has them."""
-        special = list(self.tokenizer("").input_ids)
-        start = special[:-1]
-        pads = self.empty[len(special) :]
-        before, after = torch.tensor([start]).expand(len(free), -1), [*special[-1:], *pads]
-        tail = torch.tensor([after]).expand(len(free), -1)
-        return torch.cat([before.long(), free, tail], 1)[:, : self.length]
+        before, after = (torch.tensor([ids]).long().expand(len(free), -1) for ids in (self.before, self.after))
+        return torch.cat([before, free, after], 1)[:, : self.length]
 
     @torch.no_grad()
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -283,6 +282,14 @@ class Search:
         self.population, self.scores = grown, self.score(grown)
         self.curve.append(float(self.scores.min()))
 
+    def draw(self) -> None:
+        """In place of a generation as many prompts at random, of which and of those so far the best stay."""
+        fresh = self._random(self.settings.population, self._generator(self.generation))
+        population, scores = torch.cat([self.population, fresh]), torch.cat([self.scores, self.score(fresh)])
+        order = scores.argsort(stable=True)[: self.settings.population]
+        self.population, self.scores = population[order], scores[order]
+        self.curve.append(float(self.scores.min()))
+
     def saved(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
         return {
@@ -363,32 +370,19 @@ def ring_a_bell(
 
 def _run(search: Search, checkpoints: Checkpoints | None, random: bool, progress: bool) -> None:
     """All generations that are left."""
-    total, every = search.settings.generations, 25
+    total = search.settings.generations
     bar = tqdm(total=total, initial=search.generation, desc="prompts", disable=not progress, dynamic_ncols=True)
     with noted() as interrupt:
         while search.generation < total:
-            if random:
-                _draw_again(search)
-            else:
-                search.step()
+            (search.draw if random else search.step)()
             bar.update()
             bar.set_postfix(distance=f"{search.curve[-1]:.5g}", refresh=False)
             asked = interrupt.signal is not None
-            if checkpoints is not None and (asked or search.generation % every == 0):
+            if checkpoints is not None and (asked or search.generation % SAVE_EVERY == 0):
                 checkpoints.save(search.generation, search.saved(), {})
             if asked:
                 interrupt.stop()
     bar.close()
-
-
-def _draw_again(search: Search) -> None:
-    """As many prompts at random, of which the best so far stays."""
-    fresh = search._random(search.settings.population, search._generator(search.generation))
-    scores = search.score(fresh)
-    population, known = torch.cat([search.population, fresh]), torch.cat([search.scores, scores])
-    order = known.argsort(stable=True)[: search.settings.population]
-    search.population, search.scores = population[order], known[order]
-    search.curve.append(float(search.scores.min()))
 
 
 def _told(search: Search, reader: Encoder, distance: Distance, target: str, settings: Settings, start: float) -> Found:

@@ -175,6 +175,9 @@ def attack(
     if images < 1:
         raise ErasureInputError(f"`images` must be at least 1, not {images}.")
 
+    with pipe.erasures_disabled():  # what cannot be drawn or judged is told before the search
+        seer(_drawn(pipe, f"a {target}", 1, None, drawing), target)
+
     def searched(name: str, concept: str, random: bool = False) -> Found:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / name
         how: dict[str, Any] = {
@@ -215,12 +218,13 @@ def attack(
     return trial
 
 
-def _drawn(pipe: Any, prompt: str, images: int, bar: Any, drawing: Mapping[str, Any]) -> "list[Image]":
+def _drawn(pipe: Any, prompt: str, images: int, bar: tqdm | None, drawing: Mapping[str, Any]) -> "list[Image]":
     """Pictures of one prompt, the i-th from the i-th seed."""
     found: list[Image] = []
     for first in range(0, images, BATCH):
         seeds = range(FIRST_SEED + first, FIRST_SEED + min(first + BATCH, images))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         found += pipe([prompt] * len(generators), generator=generators, **drawing).images
-        bar.update(len(generators))
+        if bar is not None:
+            bar.update(len(generators))
     return found
