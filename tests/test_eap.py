@@ -19,7 +19,7 @@ from diffusers_erasure.methods import eap, esd, hard_pool
 from diffusers_erasure.training import TrainingRun
 from diffusers_erasure.training.adversary import Adversary
 from diffusers_erasure.training.loop import Trainer
-from diffusers_erasure.training.objective import RETAIN, STUDENT, Adversarial
+from diffusers_erasure.training.objective import RETAIN, STUDENT, Adversarial, Step
 from diffusers_erasure.training.pool import Drawn, Example
 from tests.flow_pipes import tiny_flux_pipe, tiny_sd3_pipe
 from tests.helpers import tiny_sd_pipe, tiny_sdxl_pipe
@@ -154,7 +154,8 @@ ALONE: Any = SimpleNamespace(device=torch.device("cpu"))
 def test_the_gradient_of_the_logits_is_the_softmaxs_through_what_was_picked() -> None:
     """By hand, in float64: the loss's slope in the rows' weights, at the one that was picked, times the softmax's Jacobian."""
     words = ["a", "b", "c", "d"]
-    search, network = adversary([words]), Linear(words, [0.1, 0.9, 0.3, -0.5])
+    network: Any = Linear(words, [0.1, 0.9, 0.3, -0.5])
+    search = adversary([words])
     objective = eap.Objective(1.0, "eps", None)
     picks = search.picks([0, 0, 0], (4, 0), 3, slice(None))
     drawn = network.drawn(search, picks)
@@ -172,7 +173,7 @@ def test_the_gradient_of_the_logits_is_the_softmaxs_through_what_was_picked() ->
         slope = torch.stack([(loss(weights + each) - loss(weights - each)) / 2e-6 for each in steps])
         expected[0] += (torch.diag(soft) - soft[:, None] * soft[None]) @ slope / 2.0 / 3
     before = search.logits.detach().clone()
-    search.ascend(network, objective, drawn, picks, ALONE)  # type: ignore[arg-type]
+    search.ascend(network, objective, Step(network, drawn, drawn, picks=picks), ALONE)
     assert search.logits.grad is not None
     assert float((search.logits.grad + expected).abs().max()) < 1e-8 * float(expected.abs().max()) + 1e-9
     assert bool(((search.logits.detach() - before).sign() == expected.sign()).all())  # it climbs
@@ -196,20 +197,23 @@ def test_what_is_picked_is_one_of_the_concepts_own_pool() -> None:
 
 def test_it_finds_what_is_hurt_most() -> None:
     words = ["a", "b", "c", "d", "e", "f"]
-    search, network = adversary([words]), Linear(words, [0.05, 0.05, 0.05, 2.0, 0.05, 0.05])
+    network: Any = Linear(words, [0.05, 0.05, 0.05, 2.0, 0.05, 0.05])
+    search = adversary([words])
     objective = eap.Objective(1.0, "eps", None)
     late: Counter[int] = Counter()
     for step in range(300):
         picks = search.picks([0] * 4, (step, 0), 4, slice(None))
         late.update(picks.places.tolist() if step >= 200 else [])
-        search.ascend(network, objective, network.drawn(search, picks), picks, ALONE)  # type: ignore[arg-type]
+        drawn = network.drawn(search, picks)
+        search.ascend(network, objective, Step(network, drawn, drawn, picks=picks), ALONE)
     assert late[3] > 350
     assert next(iter(search.diagnostics["picked"][0])) == "d"
     again = adversary([words])
     again.restore({name: value.clone() for name, value in search.saved().items()})
     for each in (search, again):
         picks = each.picks([0] * 4, (999, 0), 4, slice(None))
-        each.ascend(network, objective, network.drawn(each, picks), picks, ALONE)  # type: ignore[arg-type]
+        drawn = network.drawn(each, picks)
+        each.ascend(network, objective, Step(network, drawn, drawn, picks=picks), ALONE)
     assert same(search.saved(), again.saved())
 
 
@@ -255,8 +259,8 @@ def test_pools_are_near_by_rows_or_by_what_is_drawn(embedded: Any) -> None:
     assert "a black cat" not in (*by_rows, *by_output)  # it names the target
     near = nearest(embedded, [*things, *animals], ["cat"], 10)
     assert by_rows == [near[0], near[3], near[6]]  # some of every nearness
-    assert by_output == hard_pool.by_output(embedded, "cat", near, settings())[:3] and by_output != by_rows
-    ordered = hard_pool.by_output(embedded, "cat", [*things, "cat"], settings())
+    assert by_output == hard_pool.by_output(embedded, ["cat"], [near], settings())[0][:3] and by_output != by_rows
+    (ordered,) = hard_pool.by_output(embedded, ["cat"], [[*things, "cat"]], settings())
     assert ordered[0] == "cat"  # nothing is as near as itself
 
 
@@ -293,6 +297,15 @@ def test_it_runs_on_all_families_and_tells_what_it_picked(make: Any, tmp_path: P
     found.save_pretrained(tmp_path / "e")
     assert "adversary" in (tmp_path / "e" / "README.md").read_text()
     assert not found.redacted().config.diagnostics
+
+
+def test_ones_own_pool_is_not_told_by_a_redacted_erasure(pipe: Any) -> None:
+    """What is near to a concept tells of it; shipped lists and what is retained do not."""
+    found = erase(pipe, "cat", method="eap", pool=("kitten", "lynx"), retain=["dog"], **FEW)
+    assert found.config.method.settings["pool"] == ["kitten", "lynx"]
+    assert "pool" not in found.redacted().config.method.settings
+    listed = erase(pipe, "cat", method="eap", pool="list:styles", retain=["dog"], pool_size=2, **FEW)
+    assert listed.redacted().config.method.settings["pool"] == "list:styles"
 
 
 def test_published_settings_run(pipe: Any) -> None:

@@ -27,7 +27,8 @@ from diffusers_erasure.denoising.prompts import Inserted, Prompts
 from diffusers_erasure.denoising.sampler import sampler_for
 from diffusers_erasure.formats.receler import CONFIG, WEIGHTS, read_receler
 from diffusers_erasure.layers import adapter
-from diffusers_erasure.methods.receler import Settings, outside, places_of
+from diffusers_erasure.methods.receler import outside, places_of
+from diffusers_erasure.schema import Concept
 from diffusers_erasure.training import TrainingRun, loop
 from diffusers_erasure.training.adapter_student import AdapterStudent
 from diffusers_erasure.training.insertions import Insertions
@@ -203,12 +204,10 @@ def test_what_is_outside_by_hand() -> None:
 
 def test_words_are_found_and_rows_stand_behind_them() -> None:
     pipe = demo.load_pipeline()
-    settings = SimpleNamespace(max_sequence_length=0, template_list=("a {} on a hill", "{}"))
-    concept = SimpleNamespace(target="ice cream")
-    found = places_of(pipe, [concept], settings)  # type: ignore[list-item,arg-type]
+    settings: Any = SimpleNamespace(max_sequence_length=0, template_list=("a {} on a hill", "{}"))
+    found = places_of(pipe, [Concept("ice cream")], settings)
     assert set(found) == {"a ice cream on a hill", "ice cream"}
     assert found["a ice cream on a hill"][0] == found["ice cream"][0] + 1
-    assert Settings is not None
 
 
 # ------------------------------------------------------------------------------------------------------------ whole runs

@@ -92,6 +92,27 @@ class Caller:
         found = call(hidden_states=scaled, return_dict=False, **arguments)[0]
         return (unpacked(found, side, height, width) if side > 1 else found).float()
 
+    def rows(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        rows: Sequence[Sequence[Prompt]],
+        guidance: Sequence[float] | None = None,
+    ) -> list[torch.Tensor]:
+        """Predictions for several lists of prompts in one pass. A [`Predict`].
+
+        Args:
+            latents (`torch.Tensor`): [B, C, H, W].
+            timesteps (`torch.Tensor`): [B].
+            rows: lists of B prompts.
+            guidance (*optional*): one a list.
+        """
+        count = len(rows)
+        flat = [prompt for row in rows for prompt in row]
+        repeated = latents.repeat(count, *(1,) * (latents.ndim - 1)), timesteps.repeat(count)
+        each = None if guidance is None else [value for value in guidance for _ in range(len(latents))]
+        return list(self(*repeated, flat, each).chunk(count))
+
     def _places(self, height: int, width: int, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Where image and text tokens stand, for rotary embeddings."""
         key = height, width, rows.shape[1], rows.device, rows.dtype

@@ -175,7 +175,12 @@ def encoded(pipe: Any, prompts: Sequence[str], length: int) -> tuple[torch.Tenso
 
 
 def nearest(pipe: Any, prompts: Sequence[str], targets: Sequence[str], count: int) -> list[str]:
-    """The `count` prompts nearest to each target, by cosine, less the mean of all.
+    """The `count` prompts nearest to each target, one target's after another's, each once: see [`nearest_to_each`]."""
+    return list(dict.fromkeys(prompt for own in nearest_to_each(pipe, prompts, targets, count) for prompt in own))
+
+
+def nearest_to_each(pipe: Any, prompts: Sequence[str], targets: Sequence[str], count: int) -> list[list[str]]:
+    """For each target the `count` prompts nearest to it, by cosine, less the mean of all, the nearest first.
 
     Of UNets' prompts the rows of the last word pieces are compared, of transformers' the pooled vectors: for these CLIP alone has
     to run, and prompts that it does not read whole are left out.
@@ -183,10 +188,10 @@ def nearest(pipe: Any, prompts: Sequence[str], targets: Sequence[str], count: in
     unets = family_of(pipe).denoiser == "unet"
     prompts = prompts if unets else short_enough(pipe, prompts)
     if not prompts or not count:
-        return []
+        return [[] for _ in targets]
     rows = (last_rows if unets else pooled_rows)(pipe, [*prompts, *targets])
     rows = rows - rows.mean(0)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     cosines = rows[len(prompts) :] @ rows[: len(prompts)].T
-    chosen = cosines.topk(min(count, len(prompts)), dim=1).indices.flatten().tolist()
-    return [prompts[i] for i in dict.fromkeys(chosen)]
+    chosen = cosines.topk(min(count, len(prompts)), dim=1).indices.tolist()
+    return [[prompts[i] for i in row] for row in chosen]

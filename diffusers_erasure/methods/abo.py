@@ -23,7 +23,7 @@ from ..logging import get_logger
 from ..schema import Concept
 from ..settings import Number
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
-from ..training.config import LEARNING_RATE
+from ..training.config import with_layers_of
 from ..training.objective import STUDENT, Step, squares
 from ..training.objective import Objective as Method
 from ..training.pool import Example
@@ -55,12 +55,7 @@ class Config(TrainConfig):
     hold_weight: Annotated[float | None, Number()] = None
 
     def stated(self) -> Mapping[str, Any]:
-        chosen = {**super().stated(), **PRESETS[self.preset]}
-        if self.null_space:
-            chosen["whiten"] = 0.0
-        if self.train_set not in (None, "doors"):
-            chosen["learning_rate"] = LEARNING_RATE
-        return chosen
+        return with_layers_of(self, {**super().stated(), **PRESETS[self.preset]})
 
 
 @dataclass(frozen=True, kw_only=True)

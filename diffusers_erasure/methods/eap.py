@@ -11,7 +11,7 @@ prompts; g is Gumbel noise, tau a temperature:
 
 e is the student, e* the base, a the anchor, x_t and x_r noisy latents of c and r, and x0(x, p) the clean latents that a prediction e(x, p)
 means. Latents cancel in the differences, so that each loss is that of predictions times a number for the timestep, (1 - abar) / abar where
-noise is predicted: the noisiest steps count thousands of times as much as the last ones. `loss_space="eps"` leaves that out. Without a pool
+noise is predicted, so that the noisiest steps count most by far. `loss_space="eps"` leaves that out. Without a pool
 a step is ESD's.
 """
 
@@ -26,7 +26,7 @@ from ..denoising.sampler import Sampler
 from ..schema import Concept
 from ..settings import Number, Of, Whole
 from ..training import TrainConfig, TrainingRun, fit_by_training, resolved_for
-from ..training.config import LEARNING_RATE
+from ..training.config import with_layers_of
 from ..training.objective import Adversarial, Step
 from .esd import PRESETS as ESD_PRESETS
 from .esd import PUBLISHED as ESD_PUBLISHED
@@ -109,11 +109,7 @@ class Config(TrainConfig):
 
     def stated(self) -> Mapping[str, Any]:
         chosen = {**super().stated(), **(PUBLISHED if self.published else PRESETS)[self.preset]}
-        if self.null_space:
-            chosen["whiten"] = 0.0
-        if self.train_set not in (None, "doors") and not self.published:
-            chosen["learning_rate"] = LEARNING_RATE
-        return chosen
+        return with_layers_of(self, chosen, self.published)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,15 @@ from ..errors import ErasureInputError
 from ..schema import Concept
 from ..settings import ByFacts, Number, Of
 from ..training import TrainConfig, TrainingRun, TrainSettings, fit_by_training, resolved_for
-from ..training.config import ALL_BUT_CROSS, DOOR_RATE, LEARNING_RATE, STEPS, TRAJECTORIES, of_unets
+from ..training.config import (
+    ALL_BUT_CROSS,
+    DOOR_RATE,
+    LEARNING_RATE,
+    STEPS,
+    TRAJECTORIES,
+    of_unets,
+    with_layers_of,
+)
 from ..training.objective import STUDENT, Step, squares
 from ..training.objective import Objective as Method
 from ..training.pool import Example
@@ -106,11 +114,7 @@ class Config(TrainConfig):
         # Only the newer formula knows what is erased from.
         if self.formula == "newer" or (self.formula is None and self.erase_from is not None):
             chosen |= {"formula": "newer", "eta": eta_of_paper(chosen["eta"])}
-        if self.null_space:
-            chosen["whiten"] = 0.0  # its weaker form
-        if self.train_set not in (None, "doors") and not self.published:
-            chosen["learning_rate"] = LEARNING_RATE
-        return chosen
+        return with_layers_of(self, chosen, self.published)
 
     def __post_init__(self) -> None:
         super().__post_init__()

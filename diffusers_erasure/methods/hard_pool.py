@@ -9,7 +9,7 @@ import torch
 
 from ..base_model import component, family_of
 from ..denoising.calls import Caller, latent_shape
-from ..denoising.prompts import Prompts, nearest
+from ..denoising.prompts import Prompts, nearest_to_each
 from ..denoising.sampler import SAMPLE, sampler_for, trajectories
 from ..denoising.twin import private
 from ..encoding import short_enough
@@ -39,6 +39,11 @@ class PoolSettings(TrainSettings):
     pool_by: Literal["rows", "output"]
     pool_size: int
 
+    def recorded(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        settings, secret = super().recorded()
+        # One's own prompts tell of the concept that they are near to.
+        return settings, tuple(sorted({*secret, "pool"})) if not isinstance(self.pool, str) else secret
+
 
 def pools_for(pipe: Any, concepts: Sequence[Concept], settings: PoolSettings) -> list[list[str]]:
     """For each concept its pool; none at all where the given one is empty.
@@ -59,13 +64,10 @@ def pools_for(pipe: Any, concepts: Sequence[Concept], settings: PoolSettings) ->
     size = min(settings.pool_size, max(1, MOST_RETAINED // len(targets)))
     if size < settings.pool_size:
         logger.warning("%d concepts have pools of %d prompts, not %d.", len(targets), size, settings.pool_size)
-    pools = []
-    for target in targets:
-        near = nearest(pipe, found, [target], settings.pool_nearest)
-        if settings.pool_by == "output":
-            near = by_output(pipe, target, near, settings)[:size]
-        pools.append(spread(near, size))
-    return pools
+    near = nearest_to_each(pipe, found, targets, settings.pool_nearest)
+    if settings.pool_by == "output":
+        near = [own[:size] for own in by_output(pipe, targets, near, settings)]
+    return [spread(own, size) for own in near]
 
 
 def candidates_of(pipe: Any, settings: PoolSettings) -> list[str]:
@@ -101,40 +103,31 @@ def spread(ordered: Sequence[str], size: int) -> list[str]:
 
 
 @torch.no_grad()
-def by_output(pipe: Any, target: str, prompts: Sequence[str], settings: PoolSettings) -> list[str]:
-    """Prompts by how near the base's predictions for them are to those for the target, along the target's own way from one noise."""
+def by_output(
+    pipe: Any, targets: Sequence[str], prompts: Sequence[Sequence[str]], settings: PoolSettings
+) -> list[list[str]]:
+    """For each target its prompts by how near the base's predictions for them are to those for the target, along the target's own way from
+    one noise; the nearest first."""
     family = family_of(pipe)
-    model = private(component(pipe, family.denoiser))
     shape = latent_shape(pipe, settings.resolution)
     sampler = sampler_for(pipe, settings.num_inference_steps, shape[1:])
     pixels = shape[1] * getattr(pipe, "vae_scale_factor", 8)
-    encoded = Prompts(pipe, [target, *prompts], pixels, settings.max_sequence_length)
-    call = Caller(family, model, encoded, sampler)
-
-    def predict(
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        rows: Sequence[Sequence[str]],
-        guidance: Sequence[float] | None = None,
-    ) -> list[torch.Tensor]:
-        flat = [prompt for row in rows for prompt in row]
-        each = None if guidance is None else [value for value in guidance for _ in range(len(latents))]
-        repeated = latents.repeat(len(rows), *(1,) * (latents.ndim - 1)), timesteps.repeat(len(rows))
-        return list(call(*repeated, flat, each).chunk(len(rows)))
-
-    noise = sampler.noise(settings.seed, ("hard pool", target), shape)[None]
-    pairs = trajectories(predict, sampler, noise, {SAMPLE: [target]}, settings.guidance_scale or 1.0, ())
-    places = [len(sampler) * i // LOOKS for i in range(LOOKS)]
-    far = torch.zeros(len(prompts), dtype=torch.float64)
-    for place in dict.fromkeys(places):
-        latents = pairs.latents[:1, place].float()
-        timestep = sampler.timesteps[place : place + 1]
-        found = []
-        for first in range(0, 1 + len(prompts), BATCH):
-            asked = [target, *prompts][first : first + BATCH]
-            many = latents.expand(len(asked), *latents.shape[1:]).contiguous()
-            found.append(call(many, timestep.expand(len(asked)), asked).cpu())
-        predictions = torch.cat(found).double()
-        distances = (predictions[1:] - predictions[:1]).square().flatten(1).mean(1)
-        far += distances / distances.mean().clamp(min=1e-30)  # so that each place counts as much
-    return [prompts[i] for i in far.argsort(stable=True).tolist()]
+    encoded = Prompts(
+        pipe, [*targets, *(text for own in prompts for text in own)], pixels, settings.max_sequence_length
+    )
+    call = Caller(family, private(component(pipe, family.denoiser)), encoded, sampler)
+    places = dict.fromkeys(len(sampler) * i // LOOKS for i in range(LOOKS))
+    ordered = []
+    for target, own in zip(targets, prompts, strict=True):
+        noise = sampler.noise(settings.seed, ("hard pool", target), shape)[None]
+        pairs = trajectories(call.rows, sampler, noise, {SAMPLE: [target]}, settings.guidance_scale or 1.0, ())
+        far = torch.zeros(len(own), dtype=torch.float64)
+        for place in places:
+            latents, timestep = pairs.latents[:, place].float(), sampler.timesteps[place : place + 1]
+            rows = [[text] for text in (target, *own)]
+            batches = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
+            predictions = torch.cat([each.cpu() for batch in batches for each in call.rows(latents, timestep, batch)])
+            distances = (predictions[1:] - predictions[:1]).double().square().flatten(1).mean(1)
+            far += distances / distances.mean().clamp(min=1e-30)  # so that each place counts as much
+        ordered.append([own[i] for i in far.argsort(stable=True).tolist()])
+    return ordered

@@ -177,7 +177,7 @@ class Objective(esd.Objective):
 
     def loss(self, step: Step) -> torch.Tensor:
         concept, neutral = step.teacher(CONCEPT, NEUTRAL)
-        where = self._masks(step) if self.masks is not None and self.mask_weight else None
+        where = _where(self.masks, step) if self.masks is not None and self.mask_weight else None
         if self.of_student is not None:
             self.of_student.watched = where is not None
         found = squares(step.student(), neutral - self.paper_eta * (concept - neutral))
@@ -185,12 +185,12 @@ class Objective(esd.Objective):
             return found
         return found + self.mask_weight * outside(self.of_student.added, where)
 
-    def _masks(self, step: Step) -> torch.Tensor:
-        """Where the concepts of a batch are, [B, 1, h, w]: a pass of the base, and what it looked at."""
-        assert self.masks is not None
-        prompts = [example.prompts[CONCEPT] for example in step.drawn.examples]
-        step.network.teacher_rows(step.drawn.latents, step.drawn.timesteps, [prompts])
-        return self.masks.take(prompts, *step.drawn.latents.shape[-2:])
+
+def _where(masks: WordMasks, step: Step) -> torch.Tensor:
+    """Where the concepts of a batch are, [B, 1, h, w]: a pass of the base, and what it looked at."""
+    prompts = [example.prompts[CONCEPT] for example in step.drawn.examples]
+    step.network.teacher_rows(step.drawn.latents, step.drawn.timesteps, [prompts])
+    return masks.take(prompts, *step.drawn.latents.shape[-2:])
 
 
 def outside(added: Mapping[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:

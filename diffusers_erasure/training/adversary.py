@@ -11,8 +11,8 @@ from accelerate.utils import reduce
 from ..denoising.prompts import Mixture, Prompt
 from ..denoising.sampler import generator_for
 from .network import Network
-from .objective import RETAIN, Adversarial, Objective, squares
-from .pool import Drawn, Example
+from .objective import RETAIN, Adversarial, Objective, Step, squares
+from .pool import Example
 
 
 MOST_TOLD = 8  # prompts of a concept that are told of
@@ -88,10 +88,11 @@ class Adversary:
         hard = torch.zeros_like(soft).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
         return hard + (soft - soft.detach())  # in this order exactly one of them is 1
 
-    def ascend(
-        self, network: Network, objective: Objective, retained: Drawn, picks: Picks, accelerator: Accelerator
-    ) -> None:
+    def ascend(self, network: Network, objective: Objective, step: Step, accelerator: Accelerator) -> None:
         """One step of the logits, up the retained prompts' loss, by the latents that the student was trained at."""
+        retained, picks = step.retained, step.picks
+        if retained is None or picks is None:
+            return
         rows = (picks.places >= 0).nonzero().flatten().tolist()
         weights = self.weights(picks)
         gradient = torch.zeros_like(self.logits)
@@ -102,14 +103,9 @@ class Adversary:
                 for row in rows
             ]
             latents, timesteps = retained.latents[rows], retained.timesteps[rows]
-            if RETAIN in retained.known:
-                kept = retained.known[RETAIN][rows].to(network.model.device)
-            else:
-                texts = [retained.examples[row].prompts[RETAIN] for row in rows]
-                (kept,) = network.teacher_rows(latents, timesteps, [texts])
             # Not by the wrapper of several processes, which waits for gradients of what is trained.
             found = network.call(latents, timesteps, asked)
-            loss = (objective.scale(network.sampler, timesteps) * squares(found, kept).cpu()).sum()
+            loss = (objective.scale(network.sampler, timesteps) * squares(found, step.kept()[rows]).cpu()).sum()
             (gradient,) = torch.autograd.grad(loss, [self.logits])
             for row in rows:
                 concept = picks.concepts[row]

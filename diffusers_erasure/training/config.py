@@ -184,6 +184,16 @@ class TrainConfig:
         check_settings(self)
 
 
+def with_layers_of(config: TrainConfig, stated: Mapping[str, Any], published: bool = False) -> dict[str, Any]:
+    """What a preset states that whitens text where it enters, for a config with other layers or with whitening's hard form."""
+    chosen = dict(stated)
+    if config.null_space:
+        chosen["whiten"] = 0.0
+    if config.train_set not in (None, "doors") and not published:
+        chosen["learning_rate"] = LEARNING_RATE
+    return chosen
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """What a training run works with: a [`TrainConfig`] with nothing left out."""

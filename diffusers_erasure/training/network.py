@@ -71,7 +71,7 @@ class Network:
         guidance: Sequence[float] | None = None,
     ) -> list[torch.Tensor]:
         """Predictions with the student on for several lists of prompts in one batch, without gradients."""
-        return self._rows(latents, timesteps, rows, guidance)
+        return self.call.rows(latents, timesteps, rows, guidance)
 
     @torch.no_grad()
     def teacher_rows(
@@ -84,22 +84,9 @@ class Network:
         """Predictions of the base, the student off, for several lists of prompts in one batch."""
         self.trained.switch(self.model, False)
         try:
-            return self._rows(latents, timesteps, rows, guidance)
+            return self.call.rows(latents, timesteps, rows, guidance)
         finally:
             self.trained.switch(self.model, True)
-
-    def _rows(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        rows: Sequence[Sequence[Prompt]],
-        guidance: Sequence[float] | None,
-    ) -> list[torch.Tensor]:
-        count = len(rows)
-        flat = [prompt for row in rows for prompt in row]
-        repeated = latents.repeat(count, *(1,) * (latents.ndim - 1)), timesteps.repeat(count)
-        each = None if guidance is None else [value for value in guidance for _ in range(len(latents))]
-        return list(self.call(*repeated, flat, each).chunk(count))
 
 
 def check_trainable(pipe: Any) -> None:

@@ -77,6 +77,7 @@ class Step:
     ) -> None:
         self.network, self.drawn, self.retained, self.number, self.picks = network, drawn, retained, number, picks
         self._student: torch.Tensor | None = None
+        self._kept: torch.Tensor | None = None
         self._asked = 0  # its rows that are not of retained prompts
 
     def teacher(self, *roles: str) -> list[torch.Tensor]:
@@ -118,11 +119,17 @@ class Step:
         rows = [self.drawn.asked(role)]
         return self.network.student_rows(self.drawn.latents, self.drawn.timesteps, rows)[0]
 
+    def kept(self) -> torch.Tensor:
+        """The base's predictions for the retained prompts."""
+        assert self.retained is not None
+        if self._kept is None:
+            (self._kept,) = self._teacher(self.retained, (RETAIN,))
+        return self._kept
+
     def retain_loss(self) -> torch.Tensor:
         """How far the student is from the base for the retained prompts: mean squares, [B]."""
-        assert self.retained is not None and self._student is not None
-        (kept,) = self._teacher(self.retained, (RETAIN,))
-        return squares(self._student[self._asked :], kept)
+        assert self._student is not None
+        return squares(self._student[self._asked :], self.kept())
 
 
 class Objective(Protocol):

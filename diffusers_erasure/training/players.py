@@ -65,8 +65,8 @@ class Players:
 
     def after(self, network: Network, step: Step, accelerator: Accelerator) -> None:
         """After the student's step, with its last batch."""
-        if self.adversary is not None and step.retained is not None and step.picks is not None:
-            self.adversary.ascend(network, self.objective, step.retained, step.picks, accelerator)
+        if self.adversary is not None:
+            self.adversary.ascend(network, self.objective, step, accelerator)
 
     @property
     def there(self) -> dict[str, Adversary | Insertions]:
